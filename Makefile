@@ -1,0 +1,46 @@
+# Each of these works as the first command after a fresh clone.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+CHECKED := $(wildcard willi.py) willi_lib tests
+
+.DEFAULT_GOAL := help
+.PHONY: help venv demo check test clean
+
+help:
+	@echo "make demo    two upstream servers and Willi in between: see mail being routed (Ctrl-C ends it)"
+	@echo "make check   ruff, mypy --strict and the unit tests: seconds"
+	@echo "make test    everything, with real servers; as root it installs those that are missing"
+	@echo "make venv    only the virtual environment, $(VENV)"
+	@echo "make clean   remove what the others made"
+	@echo
+	@echo "PYTHON=python3.12 make ... chooses another Python (3.10 to 3.13)."
+
+venv: $(VENV)/installed
+
+# Made anew when the requirements change. A half-made one has no `installed` and is thrown away.
+$(VENV)/installed: requirements.txt requirements-dev.txt
+	@tests/ensure-venv.sh "$(PYTHON)"
+	@echo "Making $(VENV) ..."
+	@$(PYTHON) -m venv --clear $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --use-pep517 --requirement requirements-dev.txt
+	@touch $@
+
+demo: venv
+	@$(BIN)/python demo.py
+
+check: venv
+	@$(BIN)/ruff check $(CHECKED)
+	@$(BIN)/mypy --strict $(CHECKED)
+	@$(BIN)/python -m pytest --quiet --ignore=tests/e2e --ignore=tests/fuzz
+
+test: venv
+	@tests/install-packages.sh tests/e2e/packages.txt
+	@$(BIN)/ruff check $(CHECKED)
+	@$(BIN)/mypy --strict $(CHECKED)
+	@$(BIN)/python -m pytest
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -not -path './.git/*' -prune -exec rm -rf {} +

@@ -1,0 +1,91 @@
+"""A certificate authority for the tests, by the openssl command."""
+
+from __future__ import annotations
+
+import ipaddress
+import ssl
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+EC_KEY = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes")
+
+
+@dataclass(frozen=True)
+class Pair:
+    """PEM files of a server."""
+
+    cert: Path
+    key: Path
+
+    def server_context(self) -> ssl.SSLContext:
+        """For a server in the test's own process."""
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(self.cert, self.key)
+        return context
+
+
+class Authority:
+    """A root certificate (`ca`) and what it signs. A name may be an address."""
+
+    def __init__(self, directory: Path) -> None:
+        directory.chmod(0o755)  # Postfix reads some of it after giving up root
+        self._directory = directory
+        self.ca = directory / "ca.pem"
+        self._ca_key = directory / "ca.key"
+        _openssl(
+            "req", "-x509", *EC_KEY, "-keyout", self._ca_key, "-out", self.ca, "-days", "7", "-subj", "/CN=Willi tests",
+            "-addext", "keyUsage=critical,keyCertSign,cRLSign",
+        )  # fmt: skip
+
+    def issue(self, *names: str) -> Pair:
+        """A certificate for these names, good for a week."""
+        return self._signed("good", names, days=7)
+
+    def expired(self, *names: str) -> Pair:
+        """One that was good until yesterday."""
+        return self._signed("expired", names, days=-1)
+
+    def self_signed(self, *names: str) -> Pair:
+        """One that nobody trusts."""
+        pair = self._pair("self-signed", names)
+        if not pair.cert.exists():
+            _openssl("req", "-x509", *EC_KEY, "-keyout", pair.key, "-out", pair.cert, "-days", "7", *_subject(names))
+        return pair
+
+    def client_context(self) -> ssl.SSLContext:
+        """A client's context that trusts this authority only."""
+        return ssl.create_default_context(cafile=str(self.ca))
+
+    def _pair(self, kind: str, names: tuple[str, ...]) -> Pair:
+        stem = f"{kind}-{'-'.join(names)}".replace(":", "_").replace("*", "any")
+        return Pair(self._directory / f"{stem}.pem", self._directory / f"{stem}.key")
+
+    def _signed(self, kind: str, names: tuple[str, ...], days: int) -> Pair:
+        pair = self._pair(kind, names)
+        if not pair.cert.exists():
+            request = pair.cert.with_suffix(".csr")
+            _openssl("req", *EC_KEY, "-keyout", pair.key, "-out", request, *_subject(names))
+            _openssl(
+                "x509", "-req", "-in", request, "-CA", self.ca, "-CAkey", self._ca_key, "-CAcreateserial",
+                "-days", str(days), "-copy_extensions", "copy", "-out", pair.cert,
+            )  # fmt: skip
+        return pair
+
+
+def _subject(names: tuple[str, ...]) -> tuple[str, ...]:
+    alternatives = ",".join(f"{'IP' if _is_address(name) else 'DNS'}:{name}" for name in names)
+    return "-subj", f"/CN={names[0]}", "-addext", f"subjectAltName={alternatives}"
+
+
+def _is_address(name: str) -> bool:
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        return False
+    return True
+
+
+def _openssl(*arguments: str | Path) -> None:
+    done = subprocess.run(["openssl", *arguments], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"openssl {' '.join(map(str, arguments))}: {done.stderr}"

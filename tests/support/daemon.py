@@ -1,0 +1,195 @@
+"""The real willi.py as a process of its own, with a configuration from the test and its log in a file."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import smtplib
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from configobj import ConfigObj
+
+from tests.support.client import Client
+from tests.support.loopback import HOST, ROOT, free_port, wait_until
+
+PYTHON = os.environ.get("WILLI_PYTHON", sys.executable)
+PROBE_ADDRESS = "127.255.255.254"  # limits per address do not see the probe of start_willi
+TIME_TO_STOP = 15.0  # seconds from SIGTERM; a transaction that is running may take its drain_timeout in addition
+
+Setting = str | int | float | bool | Sequence[str] | Mapping[str, "Setting"]
+
+_FIELD = re.compile(r'([A-Za-z0-9_]+)=("(?:[^"\\]|\\.)*"|[^" ]*)(?: |$)')
+_ESCAPE = re.compile(r"\\(?:x([0-9a-f]{2})|u([0-9a-f]{4})|(.))")
+_LETTERS = {"n": "\n", "r": "\r", "t": "\t"}
+
+
+def parse_logfmt(line: str) -> dict[str, str]:
+    """The fields of one line. Raises AssertionError if it is not logfmt from end to end, or names a field twice."""
+    fields: dict[str, str] = {}
+    position = 0
+    while position < len(line):
+        found = _FIELD.match(line, position)
+        assert found, f"not logfmt at character {position}: {line!r}"
+        key, value = found.groups()
+        assert key not in fields, f"{key} twice: {line!r}"
+        fields[key] = _ESCAPE.sub(_unescape, value[1:-1]) if value.startswith('"') else value
+        position = found.end()
+    return fields
+
+
+def _unescape(escape: re.Match[str]) -> str:
+    octet, character, letter = escape.groups()
+    return chr(int(octet or character, 16)) if letter is None else _LETTERS.get(letter, letter)
+
+
+def write_config(path: Path, settings: Mapping[str, Setting]) -> Path:
+    """A willi.conf; a mapping inside `settings` becomes a section."""
+    config = ConfigObj(_plain(settings), interpolation=False, encoding="utf-8")
+    config.filename = str(path)
+    config.write()
+    return path
+
+
+def _plain(value: Setting) -> object:
+    if isinstance(value, Mapping):
+        return {key: _plain(inner) for key, inner in value.items()}
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return list(value) if isinstance(value, list | tuple) else str(value)
+
+
+def run_willi(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    """Run `willi.py` with these arguments to its end: for check, lookup, and files that are refused."""
+    command = [PYTHON, str(ROOT / "willi.py"), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=30, check=False, env=_environment())
+
+
+def _environment() -> dict[str, str]:
+    """Ours, without what would make the daemon believe that systemd started it."""
+    return {k: v for k, v in os.environ.items() if k not in ("JOURNAL_STREAM", "NOTIFY_SOCKET", "LISTEN_FDS")}
+
+
+class Willi:
+    """A running daemon. `directory` keeps its file, its CSV and its log."""
+
+    def __init__(self, directory: Path, settings: Mapping[str, Setting], prefix: Sequence[str] = ()) -> None:
+        """settings: as in willi.conf; `listen` is a free loopback port unless given. prefix: put before the command."""
+        directory.mkdir(parents=True, exist_ok=True)
+        self.directory = directory
+        self.port = free_port()
+        defaults: dict[str, Setting] = {
+            "listen": f"{HOST}:{self.port}", "domain": "willi.example", "workers": 1, "drain_timeout": "5s",
+        }  # fmt: skip
+        self.settings: dict[str, Setting] = {**defaults, **settings}
+        self.config = write_config(directory / "willi.conf", self.settings)
+        self.log_file = directory / "willi.log"
+        self.tolerated: list[str] = []
+        self._command = [*prefix, PYTHON, str(ROOT / "willi.py"), "-c", str(self.config)]
+        self.start()
+
+    def start(self) -> None:
+        """Also for a second time, after stop() or a kill: the log goes on in the same file."""
+        ready = len(self.lines(msg="Ready")) if self.log_file.exists() else 0
+        with self.log_file.open("ab") as log:
+            self.process = subprocess.Popen(
+                self._command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=_environment()
+            )
+        try:
+            wait_until(lambda: self._is_up(ready), "a line with msg=Ready in Willi's log")
+        except AssertionError:
+            self.kill()
+            raise
+
+    def _is_up(self, ready: int) -> bool:
+        assert self.process.poll() is None, f"willi.py ended with {self.process.returncode}:\n{self.text}"
+        return len(self.lines(msg="Ready")) > ready
+
+    def probe(self) -> None:
+        """A whole session without a message, from an address of its own."""
+        with Client(self.port, source=PROBE_ADDRESS) as client:
+            assert client.read_reply().code == 220
+            assert client.command(b"QUIT").code == 221
+            client.expect_eof()
+
+    # Clients
+
+    def connect(self, source: str = "", greeting: bool = True) -> Client:
+        """A raw client; `greeting`: whose 220 was read already."""
+        client = Client(self.port, source=source)
+        if greeting:
+            reply = client.read_reply()
+            assert reply.code == 220, reply
+        return client
+
+    def client(self, source: str = "") -> smtplib.SMTP:
+        """The standard library's client; HELO name c.example."""
+        return smtplib.SMTP(
+            HOST, self.port, local_hostname="c.example", timeout=10, source_address=(source, 0) if source else None
+        )
+
+    # The log
+
+    @property
+    def text(self) -> str:
+        return self.log_file.read_text(encoding="utf-8", errors="backslashreplace")
+
+    @property
+    def log(self) -> list[dict[str, str]]:
+        """All complete lines, each as its fields. What is not logfmt (a traceback) is an AssertionError."""
+        return [parse_logfmt(line) for line in self.text.split("\n")[:-1]]
+
+    def lines(self, **fields: str) -> list[dict[str, str]]:
+        """Those lines that have all these fields."""
+        return [line for line in self.log if fields.items() <= line.items()]
+
+    def wait_for_log(self, seconds: float = 10.0, count: int = 1, **fields: str) -> dict[str, str]:
+        """Wait for the line (or the count-th one) with these fields, and return it."""
+        wait_until(lambda: len(self.lines(**fields)) >= count, f"log line {count} with {fields}", seconds)
+        return self.lines(**fields)[count - 1]
+
+    # The end
+
+    def tolerate(self, text: str) -> None:
+        """Error lines that contain this text are what the test is about."""
+        self.tolerated.append(text)
+
+    def signal(self, number: signal.Signals) -> None:
+        self.process.send_signal(number)
+
+    def wait(self, seconds: float = TIME_TO_STOP) -> int:
+        """The exit code, when it has ended."""
+        return self.process.wait(seconds)
+
+    def stop(self) -> None:
+        """SIGTERM; it must end with 0 and must not have logged an error that the test did not tolerate."""
+        if self.process.poll() is None:
+            self.signal(signal.SIGTERM)
+        try:
+            code = self.wait()
+        except subprocess.TimeoutExpired:
+            self.kill()
+            raise AssertionError(f"still there {TIME_TO_STOP:g} s after SIGTERM") from None
+        assert code == 0, f"exit code {code}"
+        self.check_log()
+
+    def end(self) -> None:
+        """Stop it unless the test has, and look at its log either way."""
+        if self.process.poll() is None:
+            self.stop()
+        else:
+            self.check_log()
+
+    def check_log(self) -> None:
+        """Only logfmt in it, and no error that the test did not tolerate."""
+        for line in self.log:
+            if line.get("lvl") == "error" or "traceback" in line:
+                assert any(text in str(line) for text in self.tolerated), f"an error in Willi's log: {line}"
+
+    def kill(self) -> None:
+        """SIGKILL, for tests and for clearing away."""
+        self.process.kill()
+        self.process.wait()

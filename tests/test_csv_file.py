@@ -1,0 +1,400 @@
+"""The CSV mapping: what is accepted, what is refused and how, and reading again."""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.test_routing import ADDRESSES, DOMAINS
+from willi_lib.routing import LookupFailed, Policy, Route, fold_pattern, parse_servers
+from willi_lib.routing.csv_file import MAX_FAULTS, MAX_READS, PAUSE_LINES, CsvError, CsvFile
+
+HEADER = "pattern;server;tls_verify\n"
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    return tmp_path / "map.csv"
+
+
+def read(file: Path, content: str | bytes, pause: Callable[[], None] = lambda: None) -> CsvFile:
+    """The mapping of a file with this content, loaded."""
+    file.write_bytes(content.encode() if isinstance(content, str) else content)
+    mapping = CsvFile(f"csv:{file}", str(file), Policy(), pause)
+    mapping.load()
+    return mapping
+
+
+def faults(file: Path, content: str | bytes) -> tuple[str, ...]:
+    """What is wrong with this content, without the directory."""
+    with pytest.raises(CsvError) as failure:
+        read(file, content)
+    assert str(failure.value) == "\n".join(failure.value.faults)
+    return tuple(fault.replace(f"{file.parent}/", "") for fault in failure.value.faults)
+
+
+def to(servers: str, tls_verify: bool = True) -> Route:
+    return Route(parse_servers(servers), tls_verify)
+
+
+def changed(mapping: CsvFile) -> bool:
+    """What a poll says after another one: a file must have come to rest."""
+    first, second = mapping.changed(), mapping.changed()
+    assert not first
+    return second
+
+
+# What is accepted
+
+
+def test_the_example_of_the_first_willi_is_understood(file):
+    mapping = read(
+        file,
+        HEADER + "somedomain.com;mail.somedomain.com\n"
+        "user@somedomain.com;mail.other.org:25;false\n"
+        "otherdomain.net;mail.other.org:5025;true\n"
+        "\n"
+        "# Comments and empty lines are ignored\n",
+    )
+    assert len(mapping) == 3
+    assert mapping.find("somedomain.com") == to("mail.somedomain.com")
+    assert mapping.find("user@somedomain.com") == to("mail.other.org:25", False)
+    assert mapping.find("otherdomain.net") == to("mail.other.org:5025")
+    assert mapping.find("other@somedomain.com") is None
+
+
+def test_a_route_has_the_policy_and_the_name_of_its_mapping(file):
+    file.write_text(HEADER + "b.example;mx\n")
+    mapping = CsvFile("csv:map", str(file), Policy(xclient="require"))
+    mapping.load()
+    route = mapping.find("b.example")
+    assert route == Route(parse_servers("mx"), True, Policy(xclient="require"))
+    assert route.mapping == "csv:map"
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        HEADER + "b.example;mx",
+        HEADER + " b.example ; mx ; true \n",
+        HEADER + "\t\n   \n#\n  # b.example;mx2\nb.example;mx\n#",
+        "\n# first a comment\n" + HEADER + "b.example;mx\n",
+        "pattern;server\nb.example;mx\n",
+        "Pattern ; Server ; TLS_Verify\nb.example;mx\n",
+        HEADER.replace("\n", "\r\n") + "b.example;mx;true\r\n\r\n# comment\r\n",
+        "\ufeff" + HEADER + "b.example;mx\n",
+        "\ufeff# comment\n" + HEADER + "b.example;mx\n",
+        HEADER + "B.Example.;MX.\n",
+        HEADER + "b.example;mx:25;\n",
+        HEADER + "b.example;mx;true;;\n",
+        HEADER + 'b.example;"mx";"true"\n',
+        '"pattern";"server";"tls_verify"\n"b.example"; "mx"\n',
+        HEADER + "b.example;mx\nb.example;mx:25;true\nB.EXAMPLE;MX;yes\n",
+    ],
+)
+def test_the_form_of_a_line_is_a_matter_of_taste(file, content):
+    mapping = read(file, content)
+    assert len(mapping) == 1
+    assert mapping.find("b.example") == to("mx")
+
+
+@pytest.mark.parametrize("field", ["", "true", "TRUE", "T", "1", "yes"])
+def test_tls_verify_is_on_in_many_words_and_without_any(file, field):
+    assert read(file, HEADER + f"b.example;mx;{field}\n").find("b.example") == to("mx", True)
+
+
+@pytest.mark.parametrize("field", ["false", "False", "f", "0", "no"])
+def test_tls_verify_is_off_in_many_words(file, field):
+    assert read(file, HEADER + f"b.example;mx;{field}\n").find("b.example") == to("mx", False)
+
+
+@pytest.mark.parametrize(
+    ("field", "key"),
+    [
+        ("Bob@EXAMPLE.org", "bob@example.org"),
+        ("bob@münchen.example", "bob@xn--mnchen-3ya.example"),
+        ("jürgen@b.example", "jürgen@b.example"),
+        ('"bob@b.example"', "bob@b.example"),
+        ('"a b"@b.example', '"a b"@b.example'),
+        ('"""a b""@b.example"', '"a b"@b.example'),
+        ('"""a;b""@b.example"', '"a;b"@b.example'),
+        ('"bob"@b.example', "bob@b.example"),
+        ("postmaster", "postmaster"),
+        ("[192.0.2.1]", "[192.0.2.1]"),
+    ],
+)
+def test_a_pattern_is_stored_as_the_key_that_it_stands_for(file, field, key):
+    mapping = read(file, HEADER + field + ";mx\n")
+    assert len(mapping) == 1
+    assert mapping.find(key) == to("mx")
+
+
+def test_several_servers_stand_in_one_field(file):
+    mapping = read(file, HEADER + "b.example;mx1, [2001:db8::1]:26 ,mx:b.example;no\n")
+    assert mapping.find("b.example") == to("mx1,[2001:db8::1]:26,mx:b.example", False)
+
+
+def test_equal_routes_are_one_object(file):
+    mapping = read(file, HEADER + "a.example;mx\nb.example;MX:25 ; yes\nc.example;mx\nd.example;mx;no\n")
+    routes = {id(mapping.find(f"{name}.example")) for name in "abcd"}
+    assert len(routes) == 2
+
+
+def test_a_header_alone_is_an_empty_mapping(file):
+    mapping = read(file, HEADER)
+    assert len(mapping) == 0
+    assert mapping.find("b.example") is None
+
+
+@given(st.dictionaries(ADDRESSES | DOMAINS, st.sampled_from(["mx1", "mx2"]), max_size=20))
+def test_what_a_csv_writer_writes_is_found_again(tmp_path_factory, patterns):
+    routes = {fold_pattern(pattern): server for pattern, server in patterns.items()}
+    text = io.StringIO()
+    writer = csv.writer(text, delimiter=";")
+    writer.writerow(["pattern", "server", "tls_verify"])
+    writer.writerows([pattern, routes[fold_pattern(pattern)], "false"] for pattern in patterns if pattern[0] != "#")
+    mapping = read(tmp_path_factory.getbasetemp() / "roundtrip.csv", text.getvalue())
+    for pattern in patterns:
+        if pattern[0] != "#":
+            assert mapping.find(fold_pattern(pattern)) == to(routes[fold_pattern(pattern)], False)
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(
+    ("line", "why"),
+    [
+        ("b.example", "no server: a line is pattern;server;tls_verify"),
+        ("b.example;", "no server: a line is pattern;server;tls_verify"),
+        ("b.example; ;true", "no server: a line is pattern;server;tls_verify"),
+        ("b.example,mx", "'b.example,mx': neither an address nor a domain"),
+        ("b.example;mx;true;x", "more than three fields: a line is pattern;server;tls_verify"),
+        ("b.example;mx;maybe", "'maybe': tls_verify must be true or false"),
+        ("b.example;mx1;mx2", "'mx2': tls_verify must be true or false"),
+        ("b.example;mx:0", "'mx:0': the port must be 1 to 65535"),
+        ("b.example;mx1,", "'mx1,': a server is missing"),
+        ("b.example;mx 1", "'mx 1': not a host name"),
+        (";mx", "'': neither an address nor a domain"),
+        ("@b.example;mx", "'@b.example': a whole domain is written without @"),
+        ("b example;mx", "'b example': neither an address nor a domain"),
+        ("b.\0example;mx", "'b.\\x00example': neither an address nor a domain"),
+        ('"b.example;mx', "'\"b.example': neither an address nor a domain"),
+        ('b.example;"mx', "'\"mx': not a host name"),
+        ('"a b@c.example";mx', "'a b@c.example': neither an address nor a domain"),
+    ],
+)
+def test_a_bad_line_is_named_with_its_reason(file, line, why):
+    assert faults(file, HEADER + "# comment\nok.example;mx\n" + line + "\n") == (f"map.csv:4: {why}",)
+
+
+def test_a_line_that_is_not_utf_8_is_named(file):
+    content = HEADER.encode() + b"ok.example;mx\nm\xfcnchen.example;mx\n"
+    assert faults(file, content) == ("map.csv:3: not UTF-8",)
+
+
+def test_a_quoted_field_does_not_go_on_in_the_next_line(file):
+    assert faults(file, HEADER + 'b.example;"mx\n"\n') == (
+        "map.csv:2: '\"mx': not a host name",
+        "map.csv:3: '\"': neither an address nor a domain",
+    )
+
+
+def test_a_pattern_with_two_routes_is_named_with_both_lines(file):
+    lines = "# comment\na.example;mx1\na.example;mx1\n\nB.example;mx1\nc.example;mx1\nb.EXAMPLE;mx1;no\nb.example;mx2\n"
+    assert faults(file, HEADER + lines) == (
+        "map.csv:8: 'b.EXAMPLE' again, but not with the route of line 6",
+        "map.csv:9: 'b.example' again, but not with the route of line 6",
+    )
+
+
+@pytest.mark.parametrize(
+    ("content", "fault"),
+    [
+        ("b.example;mx\n", ":1: must be the header pattern;server;tls_verify, not 'b.example;mx'"),
+        ("# comment\n\npattern,server\n", ":3: must be the header pattern;server;tls_verify, not 'pattern,server'"),
+        ("server;pattern\n", ":1: must be the header pattern;server;tls_verify, not 'server;pattern'"),
+        ("\ufeff\ufeff" + HEADER, ":1: must be the header pattern;server;tls_verify, not '\\ufeff" + HEADER[:-1] + "'"),
+        ("", ": empty, without even the header pattern;server;tls_verify"),
+        ("\n# pattern;server\n", ": empty, without even the header pattern;server;tls_verify"),
+        ("pattern;server\n".encode("utf-16"), ":1: not UTF-8"),
+    ],
+)
+def test_a_file_without_its_header_is_refused(file, content, fault):
+    assert faults(file, content) == (f"map.csv{fault}",)
+
+
+@pytest.mark.parametrize("more", [0, 1, 1000])
+def test_no_more_faults_are_told_than_somebody_reads(file, more):
+    bad = "b.example\n" * (MAX_FAULTS - 1)
+    one = "no server: a line is pattern;server;tls_verify"
+    expected = [f"map.csv:{number}: {one}" for number in range(2, MAX_FAULTS + 1)]
+    if more:
+        expected += [f"map.csv:{MAX_FAULTS + 1}: {one}", f"map.csv: not read further after {MAX_FAULTS} faults"]
+    assert list(faults(file, HEADER + bad + "b.example\n" * more)) == expected
+
+
+def test_a_long_field_is_not_told_in_full(file):
+    (fault,) = faults(file, HEADER + "b" * 100_000 + ";mx\n")
+    assert fault == f"map.csv:2: '{'b' * 80}': neither an address nor a domain"
+
+
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [("missing.csv", "No such file or directory"), (".", "Is a directory"), ("map.csv/x", "Not a directory")],
+)
+def test_a_file_that_cannot_be_read_is_refused_with_the_systems_reason(file, name, why):
+    file.touch()
+    path = f"{file.parent}/{name}"
+    with pytest.raises(CsvError) as failure:
+        CsvFile("csv:map", path, Policy()).load()
+    assert str(failure.value) == f"{path}: {why}"
+
+
+def test_before_the_first_load_nothing_is_known_rather_than_refused(file):
+    with pytest.raises(LookupFailed) as failure:
+        CsvFile("csv:map", str(file), Policy()).find("b.example")
+    assert str(failure.value) == "not read yet"
+
+
+# Reading again
+
+
+def test_a_file_that_stays_has_not_changed(file):
+    mapping = read(file, HEADER + "b.example;mx1\n")
+    assert not any(mapping.changed() for _ in range(5))
+
+
+def rewrite(file: Path, content: str) -> None:
+    file.write_text(content)
+
+
+def rename(file: Path, content: str) -> None:
+    new = file.with_suffix(".new")
+    new.write_text(content)
+    new.replace(file)
+
+
+def rename_with_the_old_time(file: Path, content: str) -> None:
+    before = file.stat()
+    new = file.with_suffix(".new")
+    new.write_text(content)
+    os.utime(new, ns=(before.st_atime_ns, before.st_mtime_ns))
+    new.replace(file)
+
+
+@pytest.mark.parametrize("write", [rewrite, rename, rename_with_the_old_time])
+def test_a_new_content_is_noticed_and_replaces_the_old_one(file, write):
+    mapping = read(file, HEADER + "a.example;mx1\nb.example;mx1\n")
+    write(file, HEADER + "b.example;mx2\nc.example;mx2\n")
+    assert changed(mapping)
+    mapping.load()
+    assert len(mapping) == 2
+    assert mapping.find("a.example") is None
+    assert mapping.find("b.example") == to("mx2")
+    assert not changed(mapping)
+
+
+def test_a_file_that_is_still_growing_is_left_alone(file):
+    mapping = read(file, HEADER + "a.example;mx1\n")
+    for number in range(5):
+        with file.open("a") as more:
+            more.write(f"b{number}.example;mx1\n")
+        assert not mapping.changed()
+    assert mapping.changed()
+
+
+def test_a_bad_line_keeps_the_old_table_and_is_told_once(file):
+    mapping = read(file, HEADER + "b.example;mx1\n")
+    file.write_text(HEADER + "b.example;mx2\nc.example;mx2:\n")
+    assert changed(mapping)
+    with pytest.raises(CsvError) as failure:
+        mapping.load()
+    assert str(failure.value) == f"{file}:3: 'mx2:': the port must be 1 to 65535"
+    assert mapping.find("b.example") == to("mx1")
+    assert len(mapping) == 1
+    assert not changed(mapping)
+    file.write_text(HEADER + "b.example;mx2\n")
+    assert changed(mapping)
+    mapping.load()
+    assert mapping.find("b.example") == to("mx2")
+
+
+def test_a_file_that_vanishes_keeps_the_old_table_is_told_once_and_may_return(file):
+    mapping = read(file, HEADER + "b.example;mx1\n")
+    file.unlink()
+    assert changed(mapping)
+    with pytest.raises(CsvError) as failure:
+        mapping.load()
+    assert str(failure.value) == f"{file}: No such file or directory"
+    assert mapping.find("b.example") == to("mx1")
+    assert not changed(mapping)
+    file.write_text(HEADER + "b.example;mx2\n")
+    assert changed(mapping)
+    mapping.load()
+    assert mapping.find("b.example") == to("mx2")
+
+
+def test_a_file_that_is_gone_for_a_moment_is_not_missed(file):
+    mapping = read(file, HEADER + "b.example;mx1\n")
+    moved = file.rename(file.with_suffix(".old"))
+    assert not mapping.changed()
+    moved.rename(file)
+    assert not mapping.changed()
+
+
+@pytest.fixture
+def after_each_read(monkeypatch: pytest.MonkeyPatch) -> list[Callable[[], None]]:
+    """What somebody else does to the file, each time right after it has been read."""
+    deeds: list[Callable[[], None]] = []
+    read_bytes = Path.read_bytes
+
+    def read_and_do(path: Path) -> bytes:
+        octets = read_bytes(path)
+        if deeds:
+            deeds.pop(0)()
+        return octets
+
+    monkeypatch.setattr(Path, "read_bytes", read_and_do)
+    return deeds
+
+
+@pytest.mark.parametrize("write", [rewrite, rename])
+def test_a_file_written_while_it_is_read_is_read_again(file, after_each_read, write):
+    after_each_read += [lambda: write(file, HEADER + "b.example;mx2.example\n")] * (MAX_READS - 1)
+    after_each_read[0] = lambda: write(file, HEADER + "b.example;m")
+    assert read(file, HEADER + "b.example;mx\n").find("b.example") == to("mx2.example")
+
+
+def test_a_file_that_is_never_at_rest_keeps_the_old_table_and_is_tried_later(file, after_each_read):
+    mapping = read(file, HEADER + "b.example;mx1\n")
+
+    def append() -> None:
+        with file.open("a") as more:
+            more.write("# another line\n")
+
+    append()
+    after_each_read += [append] * MAX_READS
+    with pytest.raises(CsvError) as failure:
+        mapping.load()
+    assert str(failure.value) == f"{file}: written while it was read, {MAX_READS} times"
+    assert mapping.find("b.example") == to("mx1")
+    assert changed(mapping)
+    mapping.load()
+    assert not changed(mapping)
+
+
+def test_a_long_reading_pauses_and_the_old_table_answers_to_its_end(file):
+    answers: list[Route | None] = []
+    mapping = read(file, HEADER + "b.example;mx1\n", pause=lambda: answers.append(mapping.find("b.example")))
+    file.write_text(HEADER + "b.example;mx2\n" + "# comment\n" * 3 * PAUSE_LINES)
+    mapping.load()
+    assert answers == [to("mx1")] * 3
+    assert mapping.find("b.example") == to("mx2")

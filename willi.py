@@ -1,0 +1,85 @@
+#!/usr/bin/env python3
+"""Willi, an SMTP proxy that chooses the upstream by the recipient.
+
+Usage:
+  willi.py [-c FILE] [--debug]
+  willi.py check [-c FILE]
+  willi.py lookup [-c FILE] ADDRESS...
+  willi.py (-h | --help | -V | --version)
+
+Commands:
+  (none)          Serve in the foreground until SIGTERM or Ctrl-C.
+  check           Try the file, the mappings, the certificates and the upstreams.
+  lookup          Show each key asked in each mapping for an address, and its route.
+
+Options:
+  -c FILE         The configuration. Default: ./willi.conf, then /opt/willi/etc/willi.conf.
+  --debug         One process, and the whole dialogue in the log on the terminal.
+  -h --help       Show this text.
+  -V --version    Show the version.
+
+Exit status: 0 good, 1 something is wrong with the configuration, 2 wrong usage, 3 cannot listen.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from pathlib import Path
+
+from docopt import DocoptExit, docopt
+
+from willi_lib import VERSION, log, master
+from willi_lib.config import ConfigError, Settings, load
+
+DEFAULT_FILES = ("willi.conf", "/opt/willi/etc/willi.conf")
+GOOD, BAD_CONFIGURATION, BAD_USAGE, CANNOT_BIND = range(4)
+
+
+def main() -> int:
+    """Do what the command line says; the exit status."""
+    try:
+        arguments = docopt(__doc__, version=f"willi {VERSION}")
+    except DocoptExit as wrong:
+        print(wrong, file=sys.stderr)
+        return BAD_USAGE
+    try:
+        settings = load(arguments["-c"] or default_file())
+        if arguments["check"] or arguments["lookup"]:
+            from willi_lib import check  # not before: it brings gevent
+
+            return check.lookup(settings, arguments["ADDRESS"]) if arguments["lookup"] else check.check(settings)
+        return serve(settings, arguments["--debug"])
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        return BAD_CONFIGURATION
+
+
+def default_file() -> str:
+    """The first of the default files that exists. Raises ConfigError."""
+    for path in DEFAULT_FILES:
+        if Path(path).exists():
+            return path
+    raise ConfigError([f"no configuration: neither {' nor '.join(DEFAULT_FILES)} exists; copy willi.conf.example"])
+
+
+def serve(settings: Settings, debug: bool) -> int:
+    """Run the proxy; the exit status."""
+    if debug:
+        settings = dataclasses.replace(settings, loglevel="debug", log="stdout", workers=1)
+    log.set_up(settings.loglevel, settings.log)
+    log.info("Starting", version=VERSION, config=settings.path)
+    try:
+        master.run(settings)
+    except master.CannotBind as error:
+        log.error("Cannot start", error=str(error))
+        return CANNOT_BIND
+    except master.Unusable as error:
+        for fault in str(error).splitlines():
+            log.error("Cannot start", error=fault)
+        return BAD_CONFIGURATION
+    return GOOD
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,184 @@
+"""`willi.py check` and `willi.py lookup`: the questions of somebody at a terminal."""
+
+# ruff: noqa: E402, T201
+
+from __future__ import annotations
+
+from gevent import monkey
+
+monkey.patch_all()  # before the imports below, as in worker.py
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from datetime import datetime, timezone
+
+from gevent.pool import Pool
+
+from . import log
+from .config import Settings
+from .dns import Resolver
+from .mappings import MappingError, open_mappings
+from .routing import Mapping, Route, Server, Step, search
+from .routing.csv_file import CsvError, CsvFile
+from .routing.static import Static
+from .smtp.reply import Reject
+from .smtp.syntax import parse_rcpt
+from .smtp.wire import Clock
+from .tls import CertificateError, certificate_facts
+from .upstream import Client, Connector, Refused, Upstream, UpstreamFailed
+
+PROBES_AT_A_TIME = 20
+WARN_DAYS = 14  # before a certificate ends
+GOOD, WRONG = 0, 1
+
+
+class Report:
+    """One line per finding; the exit status follows from the worst."""
+
+    def __init__(self) -> None:
+        self.status = GOOD
+
+    def ok(self, what: str) -> None:
+        """As it should be."""
+        print(f"ok     {what}")
+
+    def warn(self, what: str) -> None:
+        """It works, and may not be what was meant."""
+        print(f"warn   {what}")
+
+    def wrong(self, what: str) -> None:
+        """It does not work."""
+        print(f"wrong  {what}")
+        self.status = WRONG
+
+
+def check(settings: Settings) -> int:
+    """Try all that the file names; the exit status. (The file itself has been read without fault.)"""
+    log.set_up("error", "stdout")
+    report = Report()
+    report.ok(f"{settings.path}: {len(settings.mappings)} mappings, domain {settings.domain}")
+    _check_certificates(settings, report)
+    _check_upstreams(settings, _check_mappings(settings, report), report)
+    return report.status
+
+
+def _check_certificates(settings: Settings, report: Report) -> None:
+    if not settings.certificates:
+        report.warn("no tls_cert: STARTTLS is not offered, mail comes in clear")
+    for pair in settings.certificates:
+        try:
+            facts = certificate_facts(pair)
+        except CertificateError as error:
+            report.wrong(str(error))
+            continue
+        days = (facts.expires - datetime.now(timezone.utc)).days
+        text = f"{pair.cert}: for {', '.join(facts.names) or 'no name'}, until {facts.expires:%Y-%m-%d} ({days} days)"
+        (report.wrong if days < 0 else report.warn if days < WARN_DAYS else report.ok)(text)
+
+
+def _check_mappings(settings: Settings, report: Report) -> list[Route]:
+    """The routes of all mappings that know theirs beforehand, each once."""
+    routes: dict[Route, None] = {}
+    for one in settings.mappings:
+        try:
+            mapping = _open_one(settings, one.name)
+        except (MappingError, CsvError) as error:
+            for fault in str(error).splitlines():
+                report.wrong(fault)
+            continue
+        if isinstance(mapping, CsvFile):
+            report.ok(f"{mapping.name}: {len(mapping)} patterns")
+            routes.update(dict.fromkeys(mapping.routes()))
+        elif isinstance(mapping, Static):
+            report.warn(f"{mapping.name}: takes every recipient, so {mapping.route} must refuse foreign ones itself")
+            routes[mapping.route] = None
+    return list(routes)
+
+
+def _open_one(settings: Settings, name: str) -> Mapping:
+    """Raises MappingError, CsvError."""
+    chosen = tuple(mapping for mapping in settings.mappings if mapping.name == name)
+    mapping = open_mappings(replace(settings, mappings=chosen))[0]
+    if isinstance(mapping, CsvFile):
+        mapping.load()
+    return mapping
+
+
+def _check_upstreams(settings: Settings, routes: Iterable[Route], report: Report) -> None:
+    """Talk to every upstream as far as MAIL."""
+    connector = Connector(settings, Resolver(settings.dns_timeout))
+    probes = [(replace(route, servers=(server,)), server) for route in routes for server in route.servers]
+    pool = Pool(PROBES_AT_A_TIME)
+    for good, text in pool.imap(lambda probe: _probe(settings, connector, *probe), probes):
+        (report.ok if good else report.wrong)(text)
+
+
+def _probe(settings: Settings, connector: Connector, route: Route, server: Server) -> tuple[bool, str]:
+    client = Client("127.0.0.1", 25, own=lambda: ("127.0.0.1", 25), name=lambda: "localhost")
+    client.helo, client.tls = settings.domain, "as if"  # so that STARTTLS is tried
+    clock = Clock()
+    try:
+        with clock.limit(settings.upstream_timeout, "checking"):
+            upstream = connector.connect(route, client, clock, "check")
+            text = _describe(upstream, route)
+            upstream.quit()
+            return True, f"{server}: {text}"
+    except UpstreamFailed as error:
+        return False, str(error)
+    except (Reject, Refused) as refusal:
+        return False, f"{server}: {refusal.reply}"
+    finally:
+        clock.close()
+
+
+def _describe(upstream: Upstream, route: Route) -> str:
+    version = upstream.wire.tls_version
+    if not version:
+        tls = "no STARTTLS"
+    elif route.tls_verify:
+        tls = f"{version}, certificate verified"
+    else:
+        tls = f"{version}, certificate not verified"
+    xclient = "XCLIENT accepted" if upstream.knows_client else "no XCLIENT: it sees our address as the client's"
+    lacks = [name for name in ("PIPELINING", "8BITMIME", "SMTPUTF8", "CHUNKING") if name not in upstream.features]
+    return f"{tls}, {xclient}" + (f", lacks {' '.join(lacks)}" if lacks else "")
+
+
+def lookup(settings: Settings, addresses: Sequence[str]) -> int:
+    """Show what a session would find for each address; 0 if each has a route."""
+    log.set_up("error", "stdout")
+    try:
+        mappings = open_mappings(settings)
+        for mapping in mappings:
+            if isinstance(mapping, CsvFile):
+                mapping.load()
+    except (MappingError, CsvError) as error:
+        print(error)
+        return WRONG
+    return max([_lookup_one(settings, mappings, address) for address in addresses])
+
+
+def _lookup_one(settings: Settings, mappings: Sequence[Mapping], address: str) -> int:
+    print(address)
+    try:
+        path = parse_rcpt(b"TO:<" + address.encode() + b">", smtputf8=True)
+    except Reject as refusal:
+        print(f"  refused: {refusal.reply}")
+        return WRONG
+    recipient = path.address if path.domain else f"{path.address}@{settings.domain}"
+    for step in search(mappings, recipient, settings.recipient_delimiter):
+        print(f"  {step.mapping}  {step.key}  {_answer(step)}")
+        if step.error:
+            print("  the search ends here, the client gets 451 4.3.0")
+            return WRONG
+        if step.route:
+            print(f"  route: {step.route}, tls_verify = {'yes' if step.route.tls_verify else 'no'}")
+            return GOOD
+    print("  no mapping matches, the client gets 554 5.7.1 Relay access denied")
+    return WRONG
+
+
+def _answer(step: Step) -> str:
+    if step.error:
+        return f"failed: {step.error}"
+    return str(step.route) if step.route else "-"

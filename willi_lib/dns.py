@@ -1,0 +1,163 @@
+"""Names and addresses from DNS: a client's name for XCLIENT, an upstream's addresses, MX hosts.
+
+Names and addresses come through gevent's c-ares resolver, which also reads /etc/hosts;
+MX records, which it does not know, through dnspython. Neither blocks another session.
+Answers are cached for a short time and never longer than `MAX_ENTRIES` of them.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import random
+import socket
+from collections.abc import Callable
+from time import monotonic
+from typing import Generic, TypeVar
+
+import dns.exception
+import dns.resolver
+import gevent
+from gevent.event import AsyncResult
+from gevent.resolver import ares
+
+from .smtp.syntax import is_host_name
+
+UNAVAILABLE = "[UNAVAILABLE]"  # this address has no valid name (XCLIENT_README)
+TEMPUNAVAIL = "[TEMPUNAVAIL]"  # nobody could tell in time
+NAME_TTL = 600.0  # seconds a client's name is kept
+FAILURE_TTL = 10.0  # seconds that a failure to find a name is kept, so that a dead resolver is not asked by everyone
+ADDRESS_TTL = 10.0  # seconds an upstream's addresses are kept: c-ares does not tell their TTL
+MX_TTL = 60.0
+MAX_ENTRIES = 10_000  # per cache
+NO_SUCH_NAME = (1, 4, socket.EAI_NONAME, socket.EAI_NODATA)  # HOST_NOT_FOUND and NO_DATA of herror, then gaierror
+
+Address = tuple[socket.AddressFamily, str]
+T = TypeVar("T")
+
+
+class DnsFailed(Exception):
+    """No answer, or none that is of use; the text says which."""
+
+
+class Cache(Generic[T]):
+    """What is known for a while, at most `MAX_ENTRIES` of it; the oldest goes first."""
+
+    def __init__(self) -> None:
+        self._entries: dict[str, tuple[float, T]] = {}
+
+    def get(self, key: str) -> T | None:
+        """The value, unless it is too old."""
+        entry = self._entries.get(key)
+        return entry[1] if entry and entry[0] > monotonic() else None
+
+    def put(self, key: str, value: T, seconds: float) -> T:
+        """Keep the value for so long, and return it."""
+        self._entries.pop(key, None)
+        if len(self._entries) >= MAX_ENTRIES:
+            del self._entries[next(iter(self._entries))]
+        self._entries[key] = (monotonic() + seconds, value)
+        return value
+
+
+class Resolver:
+    """What one worker knows of DNS."""
+
+    def __init__(self, timeout: float) -> None:
+        """timeout: seconds for one question, retries included (`dns_timeout`)."""
+        self._timeout = timeout
+        self._ares = ares.Resolver(tries=2, timeout=max(1.0, timeout / 2))
+        self._mx_resolver = dns.resolver.Resolver()
+        self._mx_resolver.lifetime = timeout
+        self._names: Cache[str] = Cache()
+        self._addresses: Cache[list[Address]] = Cache()
+        self._mx: Cache[list[str]] = Cache()
+        self._asking: dict[str, AsyncResult[str]] = {}
+
+    def start_name_of(self, address: str) -> Callable[[], str]:
+        """Begin to look for a client's name; the function returned waits for it, until dns_timeout from now.
+
+        It returns a host name, UNAVAILABLE or TEMPUNAVAIL, and never raises.
+        """
+        known = self._names.get(address)
+        if known is not None:
+            return lambda: known
+        asking = self._asking.get(address)
+        if asking is None:
+            asking = self._asking[address] = AsyncResult()
+            gevent.spawn(self._find_name, address)
+        deadline = monotonic() + self._timeout
+        return lambda: self._wait_for_name(asking, deadline)
+
+    def _wait_for_name(self, asking: AsyncResult[str], deadline: float) -> str:
+        try:
+            return asking.get(timeout=max(0.0, deadline - monotonic())) or TEMPUNAVAIL
+        except gevent.Timeout:
+            return TEMPUNAVAIL
+
+    def _find_name(self, address: str) -> None:
+        asking = self._asking[address]
+        too_late = name, seconds = TEMPUNAVAIL, FAILURE_TTL
+        try:
+            name, seconds = gevent.with_timeout(self._timeout, self._verified_name, address, timeout_value=too_late)
+        finally:
+            del self._asking[address]
+            asking.set(self._names.put(address, name, seconds))
+
+    def _verified_name(self, address: str) -> tuple[str, float]:
+        """The PTR name if it is valid and leads back to the address, and how long to keep that."""
+        try:
+            name, aliases, _ = self._ares.gethostbyaddr(address)
+            for candidate in (name, *aliases):
+                candidate = candidate.rstrip(".").lower()
+                if is_host_name(candidate) and self._leads_to(candidate, address):
+                    return candidate, NAME_TTL
+        except OSError as error:
+            if error.args[0] not in NO_SUCH_NAME:
+                return TEMPUNAVAIL, FAILURE_TTL
+        return UNAVAILABLE, NAME_TTL
+
+    def _leads_to(self, name: str, address: str) -> bool:
+        """Raises OSError if DNS does not answer."""
+        wanted = ipaddress.ip_address(address)
+        try:
+            found = self._ares.getaddrinfo(name, 0, socket.AF_UNSPEC, socket.SOCK_STREAM)
+        except OSError as error:
+            if error.args[0] in NO_SUCH_NAME:
+                return False
+            raise
+        return any(ipaddress.ip_address(entry[4][0]) == wanted for entry in found)
+
+    def addresses_of(self, host: str) -> list[Address]:
+        """The addresses of an upstream host, in the order to try them (RFC 6724). Raises DnsFailed."""
+        try:
+            literal = ipaddress.ip_address(host)
+            return [(socket.AF_INET if literal.version == 4 else socket.AF_INET6, host)]
+        except ValueError:
+            known = self._addresses.get(host)
+        if known is not None:
+            return known
+        try:
+            found = self._ares.getaddrinfo(host, 0, socket.AF_UNSPEC, socket.SOCK_STREAM)
+        except OSError as error:
+            raise DnsFailed(f"no address for {host}: {error.args[-1]}") from None
+        addresses = [(socket.AddressFamily(entry[0]), str(entry[4][0])) for entry in found]
+        return self._addresses.put(host, list(dict.fromkeys(addresses)), ADDRESS_TTL)
+
+    def mx_hosts_of(self, domain: str) -> list[str]:
+        """The MX hosts of a domain in the order to try them (RFC 5321 §5.1); the domain itself if it has none.
+
+        Raises DnsFailed, also for a null MX (RFC 7505): a domain that takes no mail.
+        """
+        known = self._mx.get(domain)
+        if known is not None:
+            return known
+        try:
+            answer = self._mx_resolver.resolve(domain, "MX")
+        except dns.resolver.NoAnswer:
+            return self._mx.put(domain, [domain], MX_TTL)
+        except dns.exception.DNSException as error:
+            raise DnsFailed(f"no MX for {domain}: {error}") from None
+        records = sorted((record.preference, random.random(), str(record.exchange).rstrip(".")) for record in answer)
+        if not all(host for _, _, host in records):
+            raise DnsFailed(f"{domain} takes no mail (null MX)")
+        return self._mx.put(domain, [host.lower() for _, _, host in records], MX_TTL)

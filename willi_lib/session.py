@@ -1,0 +1,693 @@
+"""One client, from banner to QUIT: a method named after each verb.
+
+A method returns a reply and never writes; `run` alone writes. `guarded` is the only
+place where an exception becomes a reply. What is under way for one message is in
+`Transaction`; the upstream connection outlives it for the client's next message.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from enum import Enum, auto
+from ssl import SSLContext
+from time import monotonic
+
+from . import log
+from .config import Settings
+from .dns import Resolver
+from .relay import Content, Relay
+from .routing import LookupFailed, Mapping, NoRoute, Route, find_route
+from .smtp import reply as replies
+from .smtp.reply import Reject, Reply
+from .smtp.syntax import (
+    MAX_COMMAND_LINE,
+    Mail,
+    Path,
+    parse_bdat,
+    parse_helo,
+    parse_mail,
+    parse_rcpt,
+    parse_xclient,
+    split_command,
+    xclient_address,
+    xclient_port,
+)
+from .smtp.wire import BadFraming, LineTooLong, TimeLimit, Wire, WireError
+from .upstream import Client, Connector, Refused, Upstream, UpstreamFailed
+
+SESSION_ID_LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"
+XCLIENT_ATTRIBUTES = frozenset(("NAME", "ADDR", "PORT", "PROTO", "HELO"))  # what `xclient_hosts` may tell us
+
+
+class Stage(Enum):
+    """What the client may say next."""
+
+    START = auto()  # no EHLO yet
+    HANDSHAKE = auto()  # STARTTLS was answered with 220
+    GREETED = auto()
+    SENDER = auto()  # MAIL was answered with 250, no recipient was accepted yet
+    RECIPIENT = auto()  # at least one recipient was accepted
+    CONTENT = auto()  # DATA was answered with 354
+    CHUNKS = auto()  # BDAT has begun
+    FAILED = auto()  # the upstream failed in this transaction
+
+
+ANY = frozenset(Stage) - {Stage.HANDSHAKE, Stage.CONTENT}  # the stages in which commands are read
+IDLE = frozenset((Stage.START, Stage.GREETED))  # no transaction
+ENVELOPE = frozenset((Stage.SENDER, Stage.RECIPIENT, Stage.FAILED))
+
+
+class ShuttingDown(Exception):
+    """Willi ends, and this client has no transaction."""
+
+
+@dataclass(frozen=True)
+class Service:
+    """What all sessions of a worker share."""
+
+    settings: Settings
+    mappings: Sequence[Mapping]
+    connector: Connector
+    resolver: Resolver
+    server_tls: SSLContext | None
+
+    def ehlo_reply(self, in_tls: bool, may_xclient: bool) -> Reply:
+        """The answer to EHLO (RFC 5321 §4.1.1.1): what we can keep to with any upstream."""
+        settings = self.settings
+        keywords = [
+            settings.domain,
+            "PIPELINING",
+            f"SIZE {settings.max_message_bytes}",
+            "ENHANCEDSTATUSCODES",
+            *(name for name in ("8BITMIME", "SMTPUTF8", "CHUNKING") if name in settings.extensions),
+        ]
+        if self.server_tls and not in_tls:
+            keywords.append("STARTTLS")
+        if settings.mixed_recipients == "defer":
+            keywords.append(f"LIMITS RCPTMAX={settings.max_recipients} RCPTDOMAINMAX=1")  # RFC 9422
+        if may_xclient:
+            keywords.append("XCLIENT " + " ".join(sorted(XCLIENT_ATTRIBUTES)))
+        return Reply(250, tuple(keyword.encode() for keyword in keywords))
+
+
+@dataclass
+class Transaction:
+    """One message under way (RFC 5321 §3.3)."""
+
+    mail: Mail
+    began: float = field(default_factory=monotonic)
+    recipients: list[Path] = field(default_factory=list)  # those that the upstream accepted
+    refused: bool = False  # at least one recipient was refused
+    refusals: dict[Route, Reject | Refused] = field(default_factory=dict)  # routes that did not work out
+    route: Route | None = None  # the last one asked, for the log
+    upstream: Upstream | None = None  # which accepted MAIL
+    relay: Relay | None = None  # the content has begun
+    verdict: Reply | None = None  # the message was refused before its end: what further chunks get
+
+
+class Session:
+    """The dialogue with one client."""
+
+    def __init__(self, sid: str, service: Service, wire: Wire, client: Client, may_xclient: bool = False) -> None:
+        """sid: `new_session_id`'s, for the log. may_xclient: the client may say who it really is."""
+        self.sid = sid
+        self.service = service
+        self.settings = service.settings
+        self.wire = wire
+        self.clock = wire.clock
+        self.client = client
+        self.may_xclient = may_xclient
+        self.stage = Stage.START
+        self.transaction: Transaction | None = None
+        self.upstream: Upstream | None = None  # the connection, kept from one transaction to the next
+        self.errors = 0  # of the client's own, since its last message
+        self.blame = ("", "")  # who refused last, and why, for the log
+        self.closing = False  # after the reply that is about to be written
+        self.draining = False
+        self.waiting = False  # for a command
+
+    # -- the loop
+
+    def run(self) -> None:
+        """Talk until one side has enough. Nothing that a client does makes it raise."""
+        linger = True
+        try:
+            self.write(self.greeting())
+            while not self.closing:
+                answer = self.step()
+                if answer:
+                    self.write(answer)
+            linger = self.wire.buffered
+        except TimeLimit as limit:
+            self.end_with(replies.TOO_SLOW, str(limit))
+        except ShuttingDown:
+            self.end_with(replies.SHUTTING_DOWN, "shutting down")
+        except BadFraming as error:
+            self.end_with(replies.BARE_NEWLINE_IN_COMMAND, str(error))
+        except WireError as error:
+            log.debug("Client gone", sid=self.sid, client=str(self.client), error=str(error))
+            linger = False
+        finally:
+            self.end(linger)
+
+    def step(self) -> Reply | None:
+        """Do what comes next; the answer to it, if there is one."""
+        if self.stage is Stage.CONTENT:
+            return self.guarded(self.content)
+        if self.stage is Stage.HANDSHAKE:
+            self.handshake()
+            return None
+        if self.draining and self.stage in IDLE:
+            raise ShuttingDown
+        try:
+            self.waiting = True
+            with self.clock.limit(self.settings.read_timeout, "waiting for a command"):
+                line = self.wire.read_line()
+        except LineTooLong:
+            return self.counted(replies.LINE_TOO_LONG)
+        finally:
+            self.waiting = False
+        return self.counted(self.guarded(lambda: self.command(line)))
+
+    def command(self, line: bytes) -> Reply:
+        """Run one command. What it raises, `guarded` turns into a reply."""
+        verb, argument = split_command(line)
+        if verb in OTHER_PROTOCOLS:
+            return replies.NOT_HTTP
+        if verb not in VERBS:
+            return replies.UNKNOWN_COMMAND
+        method, stages = VERBS[verb]
+        if self.stage not in stages:
+            return replies.HELO_FIRST if self.stage is Stage.START else OUT_OF_SEQUENCE[verb]
+        return method(self, argument)
+
+    def guarded(self, work: Callable[[], Reply]) -> Reply:
+        """Do something: the only place where an exception becomes a reply."""
+        try:
+            return work()
+        except Reject as refusal:
+            return self.refuse(refusal.reply)
+        except Refused as refusal:
+            self.blame = ("upstream", str(refusal))
+            return refusal.reply
+        except NoRoute:
+            return self.refuse(replies.NO_ROUTE)
+        except LookupFailed as failure:
+            log.error("Lookup failed", sid=self.sid, client=str(self.client), error=str(failure))
+            return self.refuse(replies.LOOKUP_FAILED, str(failure))
+        except UpstreamFailed as failure:
+            return self.fail(failure)
+        except (WireError, ShuttingDown):  # run() closes; there is nobody left to answer
+            raise
+        except Exception as bug:  # noqa: BLE001 -- our fault: it may try again, elsewhere its octets may be no commands
+            log.bug("Internal error", sid=self.sid, client=str(self.client))
+            self.closing = True
+            return self.refuse(replies.OUR_FAULT, f"internal error: {bug!r}")
+
+    def refuse(self, answer: Reply, why: str = "") -> Reply:
+        """Note for the log that this refusal is our own."""
+        self.blame = ("internal", why or str(answer))
+        return answer
+
+    def counted(self, answer: Reply) -> Reply:
+        """Hang up on who makes too many errors. What an upstream refuses is for the upstream to count."""
+        if answer.permanent and answer in replies.OWN_REFUSALS:
+            self.errors += 1
+            if self.errors >= self.settings.max_errors:
+                log.info("Too many errors", sid=self.sid, client=str(self.client), reply=str(answer))
+                return replies.TOO_MANY_ERRORS
+        return answer
+
+    def write(self, answer: Reply) -> None:
+        """Write a reply. A 421 is the last word, whoever said it first (RFC 5321 §3.8)."""
+        self.wire.write(answer.octets)
+        if answer.code == 421:
+            self.closing = True
+
+    def end_with(self, answer: Reply, why: str) -> None:
+        """Say why we hang up, if the client still listens."""
+        log.info("Hanging up", sid=self.sid, client=str(self.client), error=why)
+        try:
+            self.wire.write(answer.octets)
+        except WireError as error:
+            log.debug("Client gone", sid=self.sid, error=str(error))
+
+    def end(self, linger: bool) -> None:
+        """Leave nothing behind. A message that was not finished is dropped with its connection."""
+        try:
+            self.forget_transaction()
+            self.wire.hang_up(linger)
+            self.quit_upstream()
+        finally:
+            self.drop_upstream()
+            self.clock.close()
+
+    def drain(self) -> None:
+        """End after the running transaction; at once if there is none. Called from another greenlet."""
+        self.draining = True
+        self.clock.interrupt(ShuttingDown(), unless=lambda: not self.waiting or self.stage not in IDLE)
+
+    def stop(self) -> None:
+        """End now, whatever is under way: drain_timeout is over."""
+        self.clock.interrupt(ShuttingDown(), unless=lambda: False)
+
+    # -- verbs: the introduction
+
+    def greeting(self) -> Reply:
+        """What a client hears first."""
+        return Reply(220, (f"{self.settings.domain} ESMTP Willi".encode(),))
+
+    def ehlo(self, argument: bytes) -> Reply:
+        """EHLO (RFC 5321 §4.1.1.1)."""
+        self.introduce(argument, esmtp=True)
+        return self.service.ehlo_reply(self.client.tls is not None, self.may_xclient)
+
+    def helo(self, argument: bytes) -> Reply:
+        """HELO, without extensions, for the client and for the upstream."""
+        self.introduce(argument, esmtp=False)
+        return Reply(250, (self.settings.domain.encode(),))
+
+    def introduce(self, argument: bytes, esmtp: bool) -> None:
+        """Take a new name; an upstream connection that knows the old one is of no more use."""
+        name = parse_helo(argument)
+        self.forget_transaction()
+        self.quit_upstream()
+        self.client.helo, self.client.esmtp = name, esmtp
+        self.stage = Stage.GREETED
+
+    def starttls(self, argument: bytes) -> Reply:
+        """STARTTLS (RFC 3207 §4). The handshake follows when the 220 has been written."""
+        if argument:
+            return replies.NO_PARAMETERS
+        if self.client.tls:
+            return replies.TLS_ALREADY
+        if not self.service.server_tls:
+            return replies.NOT_IMPLEMENTED
+        self.stage = Stage.HANDSHAKE
+        return replies.READY_FOR_TLS
+
+    def handshake(self) -> None:
+        """What came along with STARTTLS is thrown away, and all that was said before is forgotten (RFC 3207 §4.2)."""
+        assert self.service.server_tls
+        if self.wire.buffered:
+            log.warn("Clear text after STARTTLS dropped", sid=self.sid, client=str(self.client))
+        with self.clock.limit(self.settings.read_timeout, "TLS handshake"):
+            self.wire.start_tls(self.service.server_tls, server_side=True)
+        self.client.tls = self.wire.tls_version
+        self.start_over()
+
+    def xclient(self, argument: bytes) -> Reply:
+        """XCLIENT from a proxy or test tool that the administrator trusts (XCLIENT_README)."""
+        if not self.may_xclient:
+            return replies.XCLIENT_DENIED
+        attributes = parse_xclient(argument)
+        if not attributes.keys() <= XCLIENT_ATTRIBUTES:
+            return replies.BAD_XCLIENT
+        client = self.client
+        address = xclient_address(attributes["ADDR"]) if "ADDR" in attributes else None
+        port = xclient_port(attributes["PORT"]) if "PORT" in attributes else None
+        if address:
+            client.address, client.port = address, port or 0
+            client.name = self.service.resolver.start_name_of(address)
+        if "NAME" in attributes:
+            name = attributes["NAME"]
+            client.name = lambda: name
+        self.start_over()
+        return self.greeting()
+
+    def start_over(self) -> None:
+        """Back to the greeting."""
+        self.quit_upstream()
+        self.client.helo = ""
+        self.stage = Stage.START
+
+    # -- verbs: the transaction
+
+    def mail(self, argument: bytes) -> Reply:
+        """MAIL (RFC 5321 §4.1.1.2). It is kept until a recipient says which upstream shall hear it."""
+        mail = parse_mail(argument, self.settings.extensions)
+        if mail.size is not None and mail.size > self.settings.max_message_bytes:
+            return replies.TOO_BIG
+        self.forget_transaction()
+        self.transaction = Transaction(mail)
+        self.stage = Stage.SENDER
+        return replies.SENDER_KEPT
+
+    def rcpt(self, argument: bytes) -> Reply:
+        """RCPT (RFC 5321 §4.1.1.3). The first recipient chooses the upstream."""
+        transaction = self.current()
+        recipient = parse_rcpt(argument, transaction.mail.smtputf8)
+        answer = self.guarded(lambda: self.offer(transaction, recipient))
+        if answer.positive:
+            transaction.recipients.append(recipient)
+            self.stage = Stage.RECIPIENT
+        else:
+            transaction.refused = True
+            self.log_message(transaction, answer, recipient)
+        return answer
+
+    def offer(self, transaction: Transaction, recipient: Path) -> Reply:
+        """Have the upstream take a recipient; find and open the upstream first if need be."""
+        if len(transaction.recipients) >= self.settings.max_recipients:
+            raise Reject(replies.TOO_MANY_RECIPIENTS)
+        if self.stage is Stage.FAILED and transaction.recipients:
+            raise Reject(replies.UPSTREAM_LOST)
+        line = _rcpt_line(recipient)
+        with self.clock.limit(self.settings.upstream_timeout, "asking the upstream"):
+            upstream = transaction.upstream
+            if upstream is None:
+                upstream = self.choose_upstream(transaction, recipient)
+            elif not self.may_share(upstream.route, recipient):
+                raise Reject(replies.OTHER_DESTINATION)
+            elif not upstream.is_ahead():
+                upstream.send_ahead([line, *self.lines_ahead(transaction, upstream.route)])
+            answer = upstream.ask(line)
+        if answer.code < 400 and not answer.positive:
+            raise UpstreamFailed(f"{upstream.server}: RCPT: {answer}")
+        if not answer.positive:
+            raise Refused(answer)
+        return answer
+
+    def data(self, argument: bytes) -> Reply:
+        """DATA (RFC 5321 §4.1.1.4): the 354 is the upstream's own, and `content` follows it."""
+        transaction = self.current()
+        upstream = transaction.upstream
+        if argument:
+            return replies.NO_PARAMETERS
+        if self.stage is Stage.FAILED:
+            return replies.UPSTREAM_LOST
+        if upstream is None or not (transaction.recipients or upstream.is_ahead(b"DATA")):
+            return replies.NO_VALID_RECIPIENTS if transaction.refused else replies.RCPT_FIRST
+        with self.clock.limit(self.settings.upstream_timeout, "asking the upstream"):
+            answer = upstream.ask(b"DATA")
+        if answer.code < 400 and answer.code != 354:
+            raise UpstreamFailed(f"{upstream.server}: DATA: {answer}")
+        if answer.code != 354:
+            self.blame = ("upstream", str(answer))
+            if transaction.recipients:
+                self.log_message(transaction, answer)
+            return answer
+        if not transaction.recipients:
+            self.drop_upstream()  # it waits for a message that the client will not send
+            return replies.NO_VALID_RECIPIENTS
+        transaction.relay = Relay(self.settings, self.wire, upstream)
+        self.stage = Stage.CONTENT
+        return answer
+
+    def content(self) -> Reply:
+        """The message after 354."""
+        transaction = self.current()
+        relay = transaction.relay
+        assert relay
+        return self.relayed(transaction, relay, relay.data)
+
+    def bdat(self, argument: bytes) -> Reply:
+        """BDAT (RFC 3030 §2). A chunk that is not wanted is read to its end all the same."""
+        try:
+            size, last = parse_bdat(argument)
+        except Reject:
+            self.closing = True  # how many octets follow that are no commands?
+            raise
+        transaction = self.transaction
+        if transaction is None or transaction.upstream is None or not transaction.recipients:
+            refusal = self.bdat_refusal(transaction)
+            Content(self.settings, self.wire).skip(size)
+            if last and self.stage is Stage.CHUNKS:
+                self.finish_transaction()
+            return refusal
+        relay = transaction.relay = transaction.relay or Relay(self.settings, self.wire, transaction.upstream)
+        self.stage = Stage.CHUNKS
+        return self.relayed(transaction, relay, lambda: relay.chunk(size, last), last)
+
+    def bdat_refusal(self, transaction: Transaction | None) -> Reply:
+        """Why a chunk is not wanted."""
+        if transaction is None:
+            return replies.HELO_FIRST if self.stage is Stage.START else replies.MAIL_FIRST
+        if transaction.verdict:
+            return transaction.verdict
+        if self.stage is Stage.FAILED:
+            return replies.UPSTREAM_LOST
+        return replies.NO_VALID_RECIPIENTS if transaction.refused else replies.RCPT_FIRST
+
+    def relayed(self, transaction: Transaction, relay: Relay, work: Callable[[], Reply], last: bool = True) -> Reply:
+        """Pass on message content, and draw the consequences.
+
+        last: this is the end of the message.
+        """
+        try:
+            answer = work()
+        except (WireError, ShuttingDown) as error:
+            self.blame = ("client", f"message not finished: {error}")
+            self.log_message(transaction, None)
+            raise
+        if last or relay.refusal is not None:
+            self.blame = relay.blame or ("upstream", str(answer))
+            self.log_message(transaction, answer)
+        if relay.failed:
+            log.error("Upstream failed", sid=self.sid, client=str(self.client), error=self.blame[1])
+        if relay.refusal is not None:  # and the upstream was dropped
+            self.upstream = transaction.upstream = None
+            transaction.verdict = relay.refusal
+        if last:
+            self.finish_transaction()
+        elif relay.failed:
+            self.stage = Stage.FAILED
+        if answer.positive:
+            self.errors = 0
+        return answer
+
+    # -- verbs: the rest
+
+    def rset(self, argument: bytes) -> Reply:
+        """RSET (RFC 5321 §4.1.1.5). The upstream hears of it if it is needed again."""
+        if argument:
+            return replies.NO_PARAMETERS
+        self.forget_transaction()
+        if self.stage is not Stage.START:
+            self.stage = Stage.GREETED
+        return replies.RESET
+
+    def noop(self, _argument: bytes) -> Reply:
+        """NOOP (RFC 5321 §4.1.1.9)."""
+        return replies.NOOP
+
+    def vrfy(self, argument: bytes) -> Reply:
+        """VRFY: neither yes nor no (RFC 5321 §3.5.3)."""
+        return replies.CANNOT_VRFY if argument else replies.SYNTAX
+
+    def help(self, _argument: bytes) -> Reply:
+        """HELP (RFC 5321 §4.1.1.8)."""
+        return replies.HELP
+
+    def not_implemented(self, _argument: bytes) -> Reply:
+        """EXPN, AUTH, TURN and the like: known, and not for an MX."""
+        return replies.NOT_IMPLEMENTED
+
+    def quit(self, argument: bytes) -> Reply:
+        """QUIT (RFC 5321 §4.1.1.10). The upstream hears it when the client has its answer."""
+        if argument:
+            return replies.NO_PARAMETERS
+        self.closing = True
+        return replies.BYE
+
+    # -- the upstream
+
+    def choose_upstream(self, transaction: Transaction, recipient: Path) -> Upstream:
+        """The upstream for a recipient, which has accepted MAIL. A route is not tried twice in a transaction."""
+        route = transaction.route = self.route_of(recipient)
+        if route in transaction.refusals:
+            raise transaction.refusals[route]
+        try:
+            upstream, answer = self.begin(transaction, route, recipient)
+            if not answer.positive:
+                self.settle(upstream)
+                raise Refused(answer)
+        except (Reject, Refused) as refusal:
+            transaction.refusals[route] = refusal
+            raise
+        except UpstreamFailed:
+            transaction.refusals[route] = Reject(replies.UPSTREAM_FAILED)
+            raise
+        transaction.upstream = upstream
+        return upstream
+
+    def begin(self, transaction: Transaction, route: Route, recipient: Path) -> tuple[Upstream, Reply]:
+        """Say MAIL on the kept connection if it is of this route and still of use, else on a new one."""
+        if self.upstream and self.upstream.route != route:
+            self.quit_upstream()
+        if self.upstream:
+            try:
+                self.upstream.reset()
+                answer = self.say_mail(self.upstream, transaction, recipient)
+                if answer.code != 421:
+                    return self.upstream, answer
+            except UpstreamFailed as failure:
+                log.debug("Kept upstream connection is gone", sid=self.sid, error=str(failure))
+            self.drop_upstream()
+        self.upstream = self.service.connector.connect(route, self.client, self.clock, self.sid)
+        return self.upstream, self.say_mail(self.upstream, transaction, recipient)
+
+    def say_mail(self, upstream: Upstream, transaction: Transaction, recipient: Path) -> Reply:
+        """MAIL, and behind it in the same write what the client has sent in one group with this RCPT."""
+        mail = transaction.mail
+        if mail.smtputf8 and "SMTPUTF8" not in upstream.features:
+            raise Reject(replies.NO_SMTPUTF8)
+        if mail.body == "8BITMIME" and self.settings.strict_8bitmime and "8BITMIME" not in upstream.features:
+            raise Reject(replies.NO_8BITMIME)
+        line = mail.line(upstream.features)
+        upstream.send_ahead([line, _rcpt_line(recipient), *self.lines_ahead(transaction, upstream.route)])
+        upstream.in_transaction = True
+        return upstream.ask(line)
+
+    def lines_ahead(self, transaction: Transaction, route: Route) -> list[bytes]:
+        """The RCPT commands that the client has sent already, and DATA after them (RFC 2920).
+
+        Only what will be passed on without fail when its turn comes; it stays in the
+        buffer until then.
+        """
+        lines: list[bytes] = []
+        room = self.settings.max_recipients - len(transaction.recipients) - 1
+        for octets in self.wire.peek_lines():
+            try:
+                verb, argument = split_command(octets)
+                if verb == b"RCPT" and len(lines) < room and len(octets) + 2 <= MAX_COMMAND_LINE:
+                    recipient = parse_rcpt(argument, transaction.mail.smtputf8)
+                    if not self.may_share(route, recipient):
+                        break
+                    lines.append(_rcpt_line(recipient))
+                    continue
+                if verb == b"DATA" and not argument:
+                    lines.append(b"DATA")
+            except (Reject, NoRoute, LookupFailed):  # its turn will come, and its reply
+                pass
+            break
+        return lines
+
+    def route_of(self, recipient: Path) -> Route:
+        """Raises NoRoute, LookupFailed. A bare postmaster is the postmaster of our own domain."""
+        address = recipient.address if recipient.domain else f"{recipient.address}@{self.settings.domain}"
+        return find_route(self.service.mappings, address, self.settings.recipient_delimiter)
+
+    def may_share(self, route: Route, recipient: Path) -> bool:
+        """Whether a later recipient may go to the upstream of the first one. Raises NoRoute, LookupFailed."""
+        return self.settings.mixed_recipients == "first" or self.route_of(recipient) == route
+
+    def settle(self, upstream: Upstream) -> None:
+        """After a refused MAIL: fetch what else was asked in the same write."""
+        try:
+            upstream.settle()
+        except UpstreamFailed as failure:
+            log.debug("Upstream dropped", sid=self.sid, error=str(failure))
+            self.drop_upstream()
+
+    def fail(self, failure: UpstreamFailed) -> Reply:
+        """The upstream is of no more use: the transaction has failed, and is not forgotten."""
+        transaction = self.transaction
+        log.error("Upstream failed", sid=self.sid, client=str(self.client), error=str(failure))
+        self.drop_upstream()
+        if transaction:
+            self.stage = Stage.FAILED
+        lost = transaction and transaction.recipients
+        return self.refuse(replies.UPSTREAM_LOST if lost else replies.UPSTREAM_FAILED, str(failure))
+
+    def drop_upstream(self) -> None:
+        """Close the upstream connection: an unfinished message stays unfinished."""
+        if self.upstream:
+            self.upstream.drop()
+            self.upstream = None
+        if self.transaction:
+            self.transaction.upstream = None
+
+    def quit_upstream(self) -> None:
+        """Say goodbye to the upstream."""
+        if self.upstream:
+            self.upstream.quit()
+            self.upstream = None
+
+    # -- the transaction
+
+    def current(self) -> Transaction:
+        """The transaction: VERBS lets nobody come here without one."""
+        assert self.transaction
+        return self.transaction
+
+    def finish_transaction(self) -> None:
+        """It has come to its end; the upstream waits for the next MAIL."""
+        self.transaction = None
+        self.stage = Stage.GREETED
+        if self.upstream:
+            self.upstream.in_transaction = False
+
+    def forget_transaction(self) -> None:
+        """It comes to no end. Where content has begun, only dropping the connection keeps it from being delivered."""
+        transaction = self.transaction
+        if transaction and self.upstream and (transaction.relay or self.upstream.is_ahead()):
+            self.drop_upstream()
+        self.transaction = None
+
+    def log_message(self, transaction: Transaction, answer: Reply | None, recipient: Path | None = None) -> None:
+        """The one line for a message or a refused recipient; the fields of the Go program, and four more.
+
+        answer: what the client was told; None: nothing, it has gone.
+        """
+        accepted = answer is not None and answer.positive
+        recipients = [recipient] if recipient else transaction.recipients
+        route, relay = transaction.route, transaction.relay
+        upstream = transaction.upstream
+        source, error = (None, None) if accepted else self.blame
+        log.info(
+            "Message accepted" if accepted else "Message rejected",
+            sid=self.sid,
+            client=str(self.client),
+            client_helo=self.client.helo,
+            client_tls=self.client.tls is not None,
+            **{"from": transaction.mail.path.address},
+            to=",".join(path.address for path in recipients),
+            upstream=str(upstream.server if upstream else route or ""),
+            upstream_tls=upstream is not None and upstream.wire.tls_version is not None,
+            error=error,
+            error_src=source,
+            reply=str(answer) if answer else None,
+            bytes=relay.octets if relay else 0,
+            duration=monotonic() - transaction.began,
+            mapping=route.mapping if route else None,
+        )
+
+
+def new_session_id() -> str:
+    """What all log lines of a session have in common."""
+    return "".join(random.choices(SESSION_ID_LETTERS, k=10))
+
+
+def _rcpt_line(recipient: Path) -> bytes:
+    return b"RCPT TO:" + recipient.octets
+
+
+VERBS: dict[bytes, tuple[Callable[[Session, bytes], Reply], frozenset[Stage]]] = {
+    # verb: (method, the stages in which the client may send it)
+    b"EHLO": (Session.ehlo, ANY),
+    b"HELO": (Session.helo, ANY),
+    b"STARTTLS": (Session.starttls, frozenset((Stage.GREETED,))),
+    b"XCLIENT": (Session.xclient, IDLE),
+    b"MAIL": (Session.mail, frozenset((Stage.GREETED, Stage.FAILED))),
+    b"RCPT": (Session.rcpt, ENVELOPE),
+    b"DATA": (Session.data, ENVELOPE),
+    b"BDAT": (Session.bdat, ANY),
+    b"RSET": (Session.rset, ANY),
+    b"NOOP": (Session.noop, ANY),
+    b"VRFY": (Session.vrfy, ANY),
+    b"EXPN": (Session.not_implemented, ANY),
+    b"AUTH": (Session.not_implemented, ANY),
+    b"HELP": (Session.help, ANY),
+    b"QUIT": (Session.quit, ANY),
+}
+OUT_OF_SEQUENCE = {
+    b"MAIL": replies.NESTED_MAIL,
+    b"RCPT": replies.MAIL_FIRST,
+    b"DATA": replies.MAIL_FIRST,
+    b"STARTTLS": replies.BAD_SEQUENCE,
+    b"XCLIENT": replies.BAD_SEQUENCE,
+}
+OTHER_PROTOCOLS = frozenset((b"GET", b"POST", b"PUT", b"HEAD", b"OPTIONS", b"CONNECT", b"DELETE", b"TRACE", b"PATCH"))

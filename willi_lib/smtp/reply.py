@@ -1,0 +1,136 @@
+"""SMTP replies as values (RFC 5321 §4.2), and every reply that Willi itself gives.
+
+An upstream's reply travels to the client through `Reply` unchanged. What Willi
+says in its own name is in the catalogue at the end, so that an administrator who
+greps for a text finds one line.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+MAX_REPLY_LINES = 200  # a bound on what we keep of an upstream's reply; real ones have under 20
+
+
+@dataclass(frozen=True)
+class Reply:
+    """One SMTP reply: a code and at least one line of text.
+
+    Lines are octets, without code and CRLF; an enhanced status code (RFC 2034)
+    is part of the text.
+    """
+
+    code: int
+    lines: tuple[bytes, ...]
+
+    @property
+    def positive(self) -> bool:
+        """2yz: the command was carried out (RFC 5321 §4.2.1)."""
+        return 200 <= self.code < 300
+
+    @property
+    def permanent(self) -> bool:
+        """5yz: do not try again in this form."""
+        return self.code >= 500
+
+    @cached_property
+    def octets(self) -> bytes:
+        """The reply as it goes over the wire, CRLF included."""
+        code = b"%d" % self.code
+        continued = b"".join(b"%s-%s\r\n" % (code, line) for line in self.lines[:-1])
+        return b"%s%s %s\r\n" % (continued, code, self.lines[-1])
+
+    def __str__(self) -> str:
+        """One line for the log: code and text."""
+        text = b" / ".join(self.lines).decode("utf-8", "backslashreplace")
+        return f"{self.code} {text}"
+
+
+class BadReply(Exception):
+    """What the upstream sent is not a reply line."""
+
+
+class Reject(Exception):
+    """The client's command is refused with this reply."""
+
+    def __init__(self, reply: Reply) -> None:
+        super().__init__(str(reply))
+        self.reply = reply
+
+
+def parse_reply_line(line: bytes) -> tuple[int, bool, bytes]:
+    """Split a reply line without its CRLF: code, whether it is the last line, text.
+
+    Raises BadReply. A line of three digits alone is accepted (RFC 5321 §4.2).
+    """
+    code, separator = line[:3], line[3:4]
+    if not (code.isdigit() and b"200" <= code < b"600" and separator in (b"", b" ", b"-")):
+        raise BadReply(f"not an SMTP reply: {line[:80]!r}")
+    return int(code), separator != b"-", line[4:]
+
+
+def own(code: int, enhanced: str, text: str) -> Reply:
+    """A reply in Willi's own name."""
+    return Reply(code, (f"{enhanced} {text}".strip().encode("ascii"),))
+
+
+# 2yz
+RESET = own(250, "2.0.0", "Ok")
+NOOP = own(250, "2.0.0", "Ok")
+SENDER_KEPT = own(250, "2.1.0", "Ok")
+BYE = own(221, "2.0.0", "Bye")
+READY_FOR_TLS = own(220, "2.0.0", "Ready to start TLS")
+CANNOT_VRFY = own(252, "2.5.2", "Cannot VRFY user, but will take a message for him")  # RFC 5321 §3.5.3
+HELP = own(214, "2.0.0", "See RFC 5321; ask postmaster for help")
+
+# 4yz: try again
+SHUTTING_DOWN = own(421, "4.3.2", "Service is shutting down, try again")
+TOO_SLOW = own(421, "4.4.2", "Timeout, closing connection")
+TOO_MANY_CONNECTIONS = own(421, "4.3.2", "Too many connections, try again later")
+TOO_MANY_CONNECTIONS_FROM_YOU = own(421, "4.7.0", "Too many connections from your address")
+TOO_FAST = own(421, "4.7.0", "Too many connections from your address in a minute")
+TOO_MANY_ERRORS = own(421, "4.7.0", "Too many errors")
+NOT_HTTP = own(421, "4.7.0", "This is an SMTP server")
+LOOKUP_FAILED = own(451, "4.3.0", "Cannot look up this address now")
+UPSTREAM_FAILED = own(451, "4.4.1", "No answer from the server for this recipient, try again")
+UPSTREAM_LOST = own(451, "4.4.2", "Lost the server for this recipient, try again")
+OTHER_DESTINATION = own(451, "4.3.0", "Different destination, please send separately")
+OUR_FAULT = own(451, "4.3.0", "Internal error, try again")
+XCLIENT_NEEDED = own(451, "4.3.5", "Server for this recipient does not accept our XCLIENT, try again")
+TOO_MANY_RECIPIENTS = own(452, "4.5.3", "Too many recipients")  # RFC 5321 §4.5.3.1.10
+TLS_UNAVAILABLE = own(454, "4.7.0", "TLS not available now")  # RFC 3207 §4
+
+# 5yz: do not try again
+LINE_TOO_LONG = own(500, "5.5.2", "Line too long")  # RFC 5321 §4.5.3.1.4
+UNKNOWN_COMMAND = own(500, "5.5.2", "Command not recognized")
+BARE_NEWLINE_IN_COMMAND = own(500, "5.5.2", "Bare CR or LF in a command")
+CONTROL_CHARACTER = own(501, "5.5.2", "Control or 8-bit character in a command")
+SYNTAX = own(501, "5.5.4", "Syntax error in parameters")
+BAD_HELO = own(501, "5.5.4", "Syntax: EHLO or HELO and your host name")
+BAD_SENDER = own(501, "5.1.7", "Bad sender address syntax")
+BAD_RECIPIENT = own(501, "5.1.3", "Bad recipient address syntax")
+NO_PARAMETERS = own(501, "5.5.4", "No parameters allowed")
+BAD_BDAT = own(501, "5.5.4", "Syntax: BDAT size [LAST]")
+BAD_XCLIENT = own(501, "5.5.4", "Bad XCLIENT attribute")
+NOT_IMPLEMENTED = own(502, "5.5.1", "Command not implemented")
+BAD_SEQUENCE = own(503, "5.5.1", "Bad sequence of commands")
+HELO_FIRST = own(503, "5.5.1", "Send EHLO first")
+MAIL_FIRST = own(503, "5.5.1", "Need MAIL command")
+RCPT_FIRST = own(503, "5.5.1", "Need RCPT command")
+NESTED_MAIL = own(503, "5.5.1", "Nested MAIL command")
+TLS_ALREADY = own(503, "5.5.1", "TLS is already active")
+DATA_AFTER_BDAT = own(503, "5.5.1", "DATA after BDAT, send RSET first")  # RFC 3030 §2
+XCLIENT_DENIED = own(550, "5.7.0", "XCLIENT is not allowed from your address")
+NO_SMTPUTF8 = own(550, "5.6.7", "Server for this recipient does not support SMTPUTF8")  # RFC 6531 §3.5
+NO_8BITMIME = own(550, "5.6.3", "Server for this recipient does not support 8BITMIME")
+BARE_NEWLINE = own(550, "5.5.2", "Message has a bare CR or LF")
+TOO_BIG = own(552, "5.3.4", "Message is too big")  # RFC 1870 §6.1
+NO_DOMAIN = own(553, "5.1.3", "Recipient address needs a domain")
+NEEDS_SMTPUTF8 = own(553, "5.6.7", "Non-ASCII address needs SMTPUTF8")  # RFC 6531 §3.5
+NO_VALID_RECIPIENTS = own(554, "5.5.1", "No valid recipients")  # RFC 5321 §3.3
+NO_ROUTE = own(554, "5.7.1", "Relay access denied")
+MAIL_LOOP = own(554, "5.4.6", "Mail loops back to me")
+UNKNOWN_PARAMETER = own(555, "5.5.4", "MAIL or RCPT parameter not recognized")  # RFC 5321 §4.1.1.11
+
+OWN_REFUSALS = frozenset(value for value in list(globals().values()) if isinstance(value, Reply) and value.permanent)

@@ -1,0 +1,266 @@
+"""Command lines, paths, parameters and the like: the only crossing between octets and text.
+
+Grammar: RFC 5321 §4.1.2, widened where well-known servers are wider (each place says so),
+since the upstream has the last word on an address. Never widened: control octets, spaces,
+and whatever else could make the upstream see another command than we did.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from . import reply as replies
+from .reply import Reject, Reply
+
+MAX_COMMAND_LINE = 2048  # octets with CRLF: RFC 5321 §4.5.3.1.4 asks for 512 and more; Postfix's line_length_limit
+MAX_HELO = 255  # octets, RFC 5321 §4.5.3.1.2; Postfix refuses longer XCLIENT values
+MAX_XCLIENT_LINE = 512  # octets with CRLF, XCLIENT_README
+POSTMASTER = "postmaster"  # the one recipient without a domain, RFC 5321 §4.5.1
+
+_CONTROL = re.compile(rb"[\x00-\x1f\x7f]")
+_ATOM = rb'[^\x00-\x20\x7f"()<>\[\]:;@\\,]'  # atext, dots anywhere (Postfix takes a..b@c too), and non-ASCII
+_LOCAL_PART = rb'(?:%s+|"(?:[^\x00-\x1f\x7f"\\]|\\[\x20-\x7e])*")' % _ATOM
+_DOMAIN = rb"(?:[0-9A-Za-z._\x80-\xff-]+|\[[0-9A-Za-z.:-]+\])"
+_ADDRESS = rb"%s(?:@(%s))?" % (_LOCAL_PART, _DOMAIN)
+_SOURCE_ROUTE = rb"(?:@%s(?:,@%s)*:)?" % (_DOMAIN, _DOMAIN)  # to be ignored, RFC 5321 §4.1.1.3
+_PATH = re.compile(
+    # A space after the colon and a path without brackets are common; Postfix takes both.
+    rb" ?(?:<(?:%s(?P<path>%s))?>|(?P<bare>%s))(?: +(?P<parameters>.*))?"
+    % (_SOURCE_ROUTE, _ADDRESS, _ADDRESS)
+)
+_PARAMETER = re.compile(rb"([0-9A-Za-z][0-9A-Za-z-]*)(?:=([\x21-\x3c\x3e-\x7e]+))?")
+_HELO = re.compile(rb"[\x21-\x7e]{1,%d}" % MAX_HELO)
+_HOST_NAME = re.compile(r"(?=.{1,253}\Z)(?!-)[0-9A-Za-z_-]{1,63}(?<!-)(?:\.(?!-)[0-9A-Za-z_-]{1,63}(?<!-))*\.?")
+_XTEXT_PLAIN = frozenset(range(0x21, 0x7F)) - frozenset(b"+=")  # RFC 3461 §4
+_XTEXT_CODE = re.compile(rb"\+([0-9A-F]{2})")
+
+Body = Literal["7BIT", "8BITMIME"]
+
+
+@dataclass(frozen=True)
+class Path:
+    """A reverse- or forward-path without its brackets and without a source route."""
+
+    address: str  # empty: the null reverse-path
+    domain: str | None  # as sent; None: there is none
+
+    @property
+    def octets(self) -> bytes:
+        """The path as it goes into a command, with brackets."""
+        return b"<%s>" % self.address.encode()
+
+
+@dataclass(frozen=True)
+class Mail:
+    """What a MAIL command says (RFC 5321 §4.1.1.2, RFC 1870, RFC 6152, RFC 6531)."""
+
+    path: Path
+    size: int | None = None  # octets
+    body: Body | None = None
+    smtputf8: bool = False
+
+    def line(self, features: Mapping[str, str]) -> bytes:
+        """The command for an upstream with these EHLO keywords: parameters that it does not know are left out."""
+        parts = [b"MAIL FROM:", self.path.octets]
+        if self.size is not None and "SIZE" in features:
+            parts.append(b" SIZE=%d" % self.size)
+        if self.body and "8BITMIME" in features:
+            parts.append(b" BODY=%s" % self.body.encode())
+        if self.smtputf8:
+            parts.append(b" SMTPUTF8")
+        return b"".join(parts)
+
+
+def split_command(line: bytes) -> tuple[bytes, bytes]:
+    """Verb in upper case, and argument; both may be empty.
+
+    Raises Reject for control octets, which must never reach the upstream.
+    """
+    if _CONTROL.search(line):
+        raise Reject(replies.CONTROL_CHARACTER)
+    verb, _, argument = line.partition(b" ")
+    return verb.upper(), argument.rstrip(b" ")
+
+
+def parse_helo(argument: bytes) -> str:
+    """The name a client gives in EHLO or HELO.
+
+    Names that are no host names are the upstream's to refuse. Raises Reject.
+    """
+    if not _HELO.fullmatch(argument):
+        raise Reject(replies.BAD_HELO)
+    return argument.decode("ascii")
+
+
+def parse_mail(argument: bytes, extensions: frozenset[str]) -> Mail:
+    """MAIL's argument. extensions: which of SMTPUTF8 and 8BITMIME are offered. Raises Reject."""
+    path, parameters = _split_path(argument, b"FROM:", replies.BAD_SENDER)
+    size: int | None = None
+    body: Body | None = None
+    smtputf8 = False
+    for key, value in _parse_parameters(parameters).items():
+        if key == "SIZE" and value.isdigit() and len(value) <= 20:  # RFC 1870 §4
+            size = int(value)
+        elif key == "BODY" and value.upper() == "7BIT" and "8BITMIME" in extensions:
+            body = "7BIT"
+        elif key == "BODY" and value.upper() == "8BITMIME" and "8BITMIME" in extensions:
+            body = "8BITMIME"
+        elif key == "SMTPUTF8" and not value and "SMTPUTF8" in extensions:
+            smtputf8 = True
+        elif key == "SIZE":
+            raise Reject(replies.SYNTAX)
+        else:
+            raise Reject(replies.UNKNOWN_PARAMETER)
+    return Mail(_make_path(path, smtputf8, replies.BAD_SENDER), size, body, smtputf8)
+
+
+def parse_rcpt(argument: bytes, smtputf8: bool) -> Path:
+    """RCPT's argument. smtputf8: the MAIL command said so. Raises Reject."""
+    octets, parameters = _split_path(argument, b"TO:", replies.BAD_RECIPIENT)
+    if not octets:
+        raise Reject(replies.BAD_RECIPIENT)
+    if _parse_parameters(parameters):
+        raise Reject(replies.UNKNOWN_PARAMETER)
+    path = _make_path(octets, smtputf8, replies.BAD_RECIPIENT)
+    if path.domain is None and path.address.lower() != POSTMASTER:
+        raise Reject(replies.NO_DOMAIN)
+    return path
+
+
+def _split_path(argument: bytes, keyword: bytes, refusal: Reply) -> tuple[bytes, bytes]:
+    """The address and the parameters of MAIL or RCPT, as octets."""
+    if argument[: len(keyword)].upper() != keyword:
+        raise Reject(replies.SYNTAX)
+    match = _PATH.fullmatch(argument, len(keyword))
+    if not match:
+        raise Reject(refusal)
+    return match["path"] or match["bare"] or b"", match["parameters"] or b""
+
+
+def _make_path(octets: bytes, smtputf8: bool, refusal: Reply) -> Path:
+    try:
+        address = octets.decode("utf-8")
+    except UnicodeDecodeError:
+        raise Reject(refusal) from None
+    if not smtputf8 and not address.isascii():
+        raise Reject(replies.NEEDS_SMTPUTF8)
+    if not address.isprintable():  # C1 controls, line separators: nothing a terminal or log should meet
+        raise Reject(refusal)
+    quoted_end = address.rfind('"')
+    at = address.rfind("@")
+    return Path(address, address[at + 1 :] if at > quoted_end else None)
+
+
+def _parse_parameters(octets: bytes) -> dict[str, str]:
+    """`KEY=value KEY` by key in upper case; empty value: none was given. Raises Reject."""
+    parameters: dict[str, str] = {}
+    for word in octets.split():
+        match = _PARAMETER.fullmatch(word)
+        if not match:
+            raise Reject(replies.SYNTAX)
+        key = match[1].decode("ascii").upper()
+        if key in parameters:
+            raise Reject(replies.SYNTAX)
+        parameters[key] = (match[2] or b"").decode("ascii")
+    return parameters
+
+
+def parse_bdat(argument: bytes) -> tuple[int, bool]:
+    """Size of the chunk in octets, and whether it is the LAST (RFC 3030 §2). Raises Reject."""
+    size, _, last = argument.partition(b" ")
+    if not (size.isdigit() and len(size) <= 20 and last.upper() in (b"", b"LAST")):
+        raise Reject(replies.BAD_BDAT)
+    return int(size), bool(last)
+
+
+def parse_features(ehlo: Reply) -> dict[str, str]:
+    """EHLO's keywords in upper case and their parameters; the first line is a greeting (RFC 5321 §4.1.1.1)."""
+    features = {}
+    for line in ehlo.lines[1:]:
+        # "AUTH=LOGIN" and the like: old servers put = in place of the space.
+        keyword, _, parameters = line.decode("ascii", "replace").replace("=", " ", 1).partition(" ")
+        features[keyword.upper()] = parameters.strip()
+    return features
+
+
+def xtext(text: str) -> bytes:
+    """Encode as xtext (RFC 3461 §4): upper-case hex for what is not printable ASCII, and for + and =."""
+    return b"".join(bytes((c,)) if c in _XTEXT_PLAIN else b"+%02X" % c for c in text.encode())
+
+
+def from_xtext(octets: bytes) -> str:
+    """Decode xtext. Raises Reject."""
+    plain = _XTEXT_CODE.sub(lambda match: bytes((int(match[1], 16),)), octets)
+    try:
+        return plain.decode("utf-8")
+    except UnicodeDecodeError:
+        raise Reject(replies.BAD_XCLIENT) from None
+
+
+def parse_xclient(argument: bytes) -> dict[str, str]:
+    """Attributes of an XCLIENT command by upper-case name, decoded (XCLIENT_README).
+
+    Raises Reject.
+    """
+    attributes = {}
+    for word in argument.split():
+        name, equals, value = word.partition(b"=")
+        text = from_xtext(value)
+        if not equals or not value or len(text) > MAX_HELO or not text.isprintable() or not text.isascii():
+            raise Reject(replies.BAD_XCLIENT)
+        attributes[name.decode("ascii", "replace").upper()] = text
+    if not attributes:
+        raise Reject(replies.BAD_XCLIENT)
+    return attributes
+
+
+def xclient_address(text: str) -> str | None:
+    """The address in XCLIENT's ADDR, normalised; None: [UNAVAILABLE]. Raises Reject."""
+    if text.upper() in ("[UNAVAILABLE]", "[TEMPUNAVAIL]"):
+        return None
+    try:
+        if text[:5].upper() == "IPV6:":
+            return str(ipaddress.IPv6Address(text[5:]))
+        return str(ipaddress.IPv4Address(text))
+    except ValueError:
+        raise Reject(replies.BAD_XCLIENT) from None
+
+
+def xclient_port(text: str) -> int:
+    """The port in XCLIENT's PORT; 0: [UNAVAILABLE]. Raises Reject."""
+    if text.upper() == "[UNAVAILABLE]":
+        return 0
+    if not (text.isdigit() and len(text) <= 5 and int(text) <= 65535):
+        raise Reject(replies.BAD_XCLIENT)
+    return int(text)
+
+
+def xclient_lines(attributes: Sequence[tuple[str, str]]) -> list[bytes]:
+    """XCLIENT commands for these attributes, in this order, PORT and ADDR last and together.
+
+    Each command has at most 512 octets with CRLF (XCLIENT_README); an attribute that
+    would not fit a command of its own is left out.
+    """
+    words = [b" %s=%s" % (name.encode("ascii"), xtext(value)) for name, value in attributes]
+    if len(words) > 1 and words[-2].startswith(b" PORT=") and words[-1].startswith(b" ADDR="):
+        words[-2:] = [words[-2] + words[-1]]
+    lines: list[bytes] = []
+    room = 0
+    for word in words:
+        if len(b"XCLIENT") + len(word) + 2 > MAX_XCLIENT_LINE:
+            continue
+        if len(word) > room:
+            lines.append(b"XCLIENT")
+            room = MAX_XCLIENT_LINE - len(b"XCLIENT") - 2
+        lines[-1] += word
+        room -= len(word)
+    return lines
+
+
+def is_host_name(text: str) -> bool:
+    """Whether a name from DNS is one that a server takes as XCLIENT NAME (Postfix: valid_hostname)."""
+    return bool(_HOST_NAME.fullmatch(text)) and not text.replace(".", "").isdigit()

@@ -1,0 +1,467 @@
+"""Bounded, time-limited lines and octets on one socket, with the upgrade to TLS.
+
+Built for few system calls, as measured on a plain session of 0.33 ms CPU: the raw
+non-blocking socket (-5 %), TLS over memory BIOs in place of gevent's SSLSocket (-5 to
+-14 %), one loop timer per session in place of a gevent.Timeout per read (-11 %), waiting
+before the first recv of a command (-12 %), large reads for message octets (-35 % a GB).
+"""
+
+from __future__ import annotations
+
+import socket as stdlib_socket
+import ssl
+from _socket import socket as Socket  # gevent replaces socket.socket; here we wait on the loop ourselves
+from collections.abc import Callable
+from time import monotonic
+from types import TracebackType
+from typing import Any
+
+from gevent import get_hub, getcurrent
+
+from . import reply as replies
+from .reply import BadReply, Reply, parse_reply_line
+from .syntax import MAX_COMMAND_LINE
+
+READ_EVENT, WRITE_EVENT = 1, 2  # libev's EV_READ and EV_WRITE
+COMMAND_READ = 16 << 10  # octets a recv when lines are expected
+FIRST_BODY_READ = 64 << 10  # octets a recv of message content, doubled while the peer fills it ...
+LARGEST_BODY_READ = 512 << 10  # ... up to this
+ENCRYPTED_READ = 64 << 10  # octets a recv under TLS; OpenSSL's buffer grows to this and stays
+MAX_PENDING_OUTPUT = 64 << 10  # octets of replies kept back for one write
+MAX_REPLY_LINE = 4096  # octets with CRLF; RFC 5321 §4.5.3.1.5 asks for 512
+LINGER = 2.0  # seconds for the peer to read our last words before the socket goes
+LINGER_OCTETS = 1 << 20  # what we throw away meanwhile
+FOREVER = float("inf")
+
+
+class WireError(Exception):
+    """The connection is of no further use."""
+
+
+class TimeLimit(WireError):
+    """A step took longer than it may."""
+
+
+class PeerGone(WireError):
+    """The peer closed or reset the connection, or it broke."""
+
+
+class BadFraming(WireError):
+    """CR or LF alone where CRLF ends a line, or a line without an end."""
+
+
+class TlsFailed(WireError):
+    """The TLS handshake or a record of TLS was wrong."""
+
+
+class LineTooLong(Exception):
+    """The line was longer than its limit; it has been read to its end and dropped."""
+
+
+class Clock:
+    """The time limits of one greenlet, on one loop timer that is re-armed only for a nearer deadline."""
+
+    __slots__ = ("_deadline", "_doing", "_fires", "_greenlet", "_timer")
+
+    def __init__(self) -> None:
+        self._greenlet = getcurrent()
+        self._timer: Any = None  # gevent's stubs have no public name for a loop's timer and io
+        self._fires = FOREVER
+        self._deadline = FOREVER
+        self._doing = ""
+
+    def limit(self, seconds: float, doing: str) -> Limit:
+        """Context: raise TimeLimit in this greenlet if the block takes longer. An outer limit stays in force."""
+        return Limit(self, monotonic() + seconds, doing)
+
+    def until(self, deadline: float, doing: str) -> Limit:
+        """The same with a point in time, as of time.monotonic()."""
+        return Limit(self, deadline, doing)
+
+    def interrupt(self, error: Exception, unless: Callable[[], bool]) -> None:
+        """Raise in the greenlet from outside, unless it has meanwhile come to do something else."""
+        get_hub().loop.run_callback(lambda: None if unless() else self._greenlet.throw(error))
+
+    def overdue(self) -> bool:
+        """Whether the limit in force has passed."""
+        return monotonic() >= self._deadline
+
+    def close(self) -> None:
+        """Stop the timer."""
+        if self._timer is not None:
+            self._timer.close()
+            self._timer = None
+            self._fires = FOREVER
+
+    def _set(self, deadline: float, doing: str) -> None:
+        self._deadline = deadline
+        self._doing = doing
+        if deadline < self._fires:
+            self._arm(deadline)
+
+    def _arm(self, deadline: float) -> None:
+        self.close()
+        self._fires = deadline
+        self._timer = get_hub().loop.timer(max(0.0, deadline - monotonic()))
+        self._timer.start(self._on_timer, update=True)
+
+    def _on_timer(self) -> None:
+        self.close()
+        if monotonic() >= self._deadline:
+            self._greenlet.throw(TimeLimit(self._doing))
+        elif self._deadline < FOREVER:
+            self._arm(self._deadline)
+
+
+class Limit:
+    """One block under a time limit. A class, since a generator costs four times as much."""
+
+    __slots__ = ("_clock", "_deadline", "_doing", "_outer")
+
+    def __init__(self, clock: Clock, deadline: float, doing: str) -> None:
+        self._clock = clock
+        self._deadline = deadline
+        self._doing = doing
+
+    def __enter__(self) -> None:
+        clock = self._clock
+        self._outer = (clock._deadline, clock._doing)
+        if self._deadline < clock._deadline:
+            clock._set(self._deadline, self._doing)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._clock._deadline, self._clock._doing = self._outer
+
+
+class Wire:
+    """One connection. Every call that waits does so under the limits of `clock`.
+
+    trace: called with a direction (`<` from the peer, `>` to it) and the octets of
+        each line and reply, for a debug log.
+    """
+
+    __slots__ = (
+        "_at", "_body_read", "_buffer", "_clear_in", "_clear_out", "_output", "_output_size",
+        "_readable", "_socket", "_tls", "_writable", "clock", "trace",
+    )  # fmt: skip
+
+    def __init__(self, socket: Socket, clock: Clock, trace: Callable[[str, bytes], None] | None = None) -> None:
+        self._socket = socket
+        self.clock = clock
+        self.trace = trace
+        self._readable = get_hub().loop.io(socket.fileno(), READ_EVENT)
+        self._writable: Any = None  # made when a write has to wait, which is rare
+        self._buffer = b""  # what was received and not yet taken ...
+        self._at = 0  # ... from here on
+        self._body_read = FIRST_BODY_READ
+        self._output: list[bytes] = []
+        self._output_size = 0
+        self._tls: ssl.SSLObject | None = None
+        self._clear_in: ssl.MemoryBIO | None = None
+        self._clear_out: ssl.MemoryBIO | None = None
+
+    # -- reading
+
+    @property
+    def buffered(self) -> bool:
+        """Whether octets were received that nobody has taken yet."""
+        return self._at < len(self._buffer)
+
+    def peek_lines(self) -> list[bytes]:
+        """The complete lines that are buffered, without CRLF; they stay where they are."""
+        end = self._buffer.rfind(b"\r\n")
+        return self._buffer[self._at : end].split(b"\r\n") if end >= self._at else []
+
+    def read_line(self, limit: int = MAX_COMMAND_LINE) -> bytes:
+        """The next line without its CRLF. Only CRLF ends a line (RFC 5321 §2.3.8).
+
+        limit: octets, CRLF included.
+        Raises WireError, and LineTooLong once the long line has been read to its end.
+        """
+        while True:
+            end = self._buffer.find(b"\r\n", self._at)
+            if end >= 0:
+                break
+            _refuse_bare_newline(self._buffer[self._at :].removesuffix(b"\r"))  # its LF may be on the way
+            if len(self._buffer) - self._at > limit:
+                return self._drop_long_line()
+            self._receive(COMMAND_READ)
+        line = self._buffer[self._at : end]
+        self._at = end + 2
+        _refuse_bare_newline(line)
+        if self.trace:
+            self.trace("<", line)
+        if len(line) + 2 > limit:
+            raise LineTooLong
+        return line
+
+    def read_some(self, most: int | None = None) -> bytes:
+        """At least one octet of what comes next, at the most `most` octets. Raises WireError."""
+        if not self.buffered:
+            self._receive(self._body_read, eager=True)
+            if self._body_read // 2 <= len(self._buffer) and self._body_read < LARGEST_BODY_READ:
+                self._body_read *= 2
+        if self._at or (most is not None and len(self._buffer) > most):
+            end = len(self._buffer) if most is None else min(len(self._buffer), self._at + most)
+            octets = self._buffer[self._at : end]
+            self._at = end
+            return octets
+        octets, self._buffer = self._buffer, b""
+        return octets
+
+    def unread(self, octets: bytes) -> None:
+        """Give back what followed the end of a message: the peer's next commands."""
+        if octets:
+            self._buffer = octets + self._buffer[self._at :]
+            self._at = 0
+
+    def read_reply(self) -> Reply:
+        """The peer's next reply, all its lines (RFC 5321 §4.2.1).
+
+        Raises WireError; BadReply for what is no reply.
+        """
+        lines = []
+        while True:
+            try:
+                code, last, text = parse_reply_line(self.read_line(MAX_REPLY_LINE))
+            except LineTooLong:
+                raise BadReply(f"a reply line of more than {MAX_REPLY_LINE} octets") from None
+            lines.append(text)
+            if last:
+                return Reply(code, tuple(lines))
+            if len(lines) >= replies.MAX_REPLY_LINES:
+                raise BadReply(f"a reply of more than {replies.MAX_REPLY_LINES} lines")
+
+    def pending(self) -> bool:
+        """Whether the peer has sent something, or closed, that is not yet taken. Does not wait."""
+        if self.buffered:
+            return True
+        try:
+            octets = self._receive_now(COMMAND_READ)
+        except PeerGone:
+            return True
+        if octets:
+            self._buffer, self._at = octets, 0
+        return octets is not None
+
+    def _drop_long_line(self) -> bytes:
+        """Read on to the end of the line, keeping nothing of it, and raise LineTooLong."""
+        while True:
+            end = self._buffer.find(b"\r\n", self._at)
+            if end >= 0:
+                self._at = end + 2
+                raise LineTooLong
+            self._buffer = b"\r" if self._buffer.endswith(b"\r") else b""
+            self._at = 0
+            self._receive(COMMAND_READ)
+
+    def _receive(self, size: int, eager: bool = False) -> None:
+        """Wait for more octets and add them to the buffer.
+
+        eager: try to receive before waiting: right for content, which mostly is
+            there already, wrong for commands, which mostly are not.
+        """
+        if self._output:
+            self.flush()
+        octets = None
+        if eager or self._tls is not None:
+            octets = self._receive_now(size)
+        while octets is None:
+            get_hub().wait(self._readable)
+            octets = self._receive_now(size)
+        if not octets:
+            raise PeerGone("connection closed")
+        self._buffer = self._buffer[self._at :] + octets if self.buffered else octets
+        self._at = 0
+
+    def _receive_now(self, size: int) -> bytes | None:
+        """What can be had without waiting; None: nothing; b"": the peer closed. Raises PeerGone, TlsFailed."""
+        try:
+            if self._tls is None:
+                return self._socket.recv(size)
+            return self._decrypt(size)
+        except BlockingIOError:
+            return None
+        except ssl.SSLError as error:
+            raise TlsFailed(f"TLS: {error.reason or error}") from None
+        except OSError as error:
+            raise PeerGone(error.strerror or str(error)) from None
+
+    def _decrypt(self, size: int) -> bytes:
+        """All that can be had, several TLS records at once. Raises BlockingIOError if that is nothing."""
+        assert self._tls and self._clear_in
+        records: list[bytes] = []
+        while True:
+            try:
+                while size > 0:
+                    record = self._tls.read(size)
+                    if not record:
+                        break
+                    records.append(record)
+                    size -= len(record)
+                return b"".join(records)
+            except ssl.SSLWantReadError:
+                self._send_encrypted()  # e.g. the answer to a key update
+                if records:
+                    return b"".join(records)
+                octets = self._socket.recv(ENCRYPTED_READ)
+                if not octets:
+                    return b""  # also without close_notify: SMTP says itself where a message ends
+                self._clear_in.write(octets)
+            except (ssl.SSLZeroReturnError, ssl.SSLEOFError):
+                return b"".join(records)
+
+    # -- writing
+
+    def write(self, octets: bytes) -> None:
+        """Keep octets back for one write together with what follows; reading flushes. Raises WireError."""
+        if self.trace:
+            self.trace(">", octets)
+        self._output.append(octets)
+        self._output_size += len(octets)
+        if self._output_size > MAX_PENDING_OUTPUT:
+            self.flush()
+
+    def flush(self) -> None:
+        """Send what was kept back. Raises WireError."""
+        if self._output:
+            octets = b"".join(self._output)
+            self._output.clear()
+            self._output_size = 0
+            self.send(octets)
+
+    def send(self, octets: bytes) -> None:
+        """Send message content at once, past the trace. Raises WireError."""
+        try:
+            if self._tls is None:
+                self._send_raw(octets)
+            else:
+                self._tls.write(octets)
+                self._send_encrypted()
+        except ssl.SSLError as error:
+            raise TlsFailed(f"TLS: {error.reason or error}") from None
+        except OSError as error:
+            raise PeerGone(error.strerror or str(error)) from None
+
+    def _send_encrypted(self) -> None:
+        assert self._clear_out
+        if self._clear_out.pending:
+            self._send_raw(self._clear_out.read())
+
+    def _send_raw(self, octets: bytes) -> None:
+        rest: bytes | memoryview = octets
+        while rest:
+            try:
+                sent = self._socket.send(rest)
+            except BlockingIOError:
+                if self._writable is None:
+                    self._writable = get_hub().loop.io(self._socket.fileno(), WRITE_EVENT)
+                get_hub().wait(self._writable)
+                continue
+            if sent == len(rest):
+                return
+            rest = memoryview(rest)[sent:]
+
+    # -- TLS and the end
+
+    @property
+    def tls_version(self) -> str | None:
+        """`TLSv1.3` and the like; None: the connection is in clear."""
+        return self._tls.version() if self._tls else None
+
+    def start_tls(self, context: ssl.SSLContext, server_side: bool, server_name: str | None = None) -> None:
+        """Shake hands (RFC 3207). What was buffered in clear is thrown away, never executed.
+
+        Raises WireError.
+        """
+        self.flush()
+        self._buffer, self._at = b"", 0
+        self._clear_in, self._clear_out = ssl.MemoryBIO(), ssl.MemoryBIO()
+        tls = context.wrap_bio(self._clear_in, self._clear_out, server_side, server_name)
+        try:
+            while True:
+                try:
+                    tls.do_handshake()
+                    break
+                except ssl.SSLWantReadError:
+                    self._send_encrypted()
+                    self._clear_in.write(self._receive_raw())
+            self._send_encrypted()
+        except ssl.SSLError as error:
+            self._say_alert()
+            raise TlsFailed(f"TLS handshake: {getattr(error, 'verify_message', '') or error.reason or error}") from None
+        except OSError as error:
+            raise PeerGone(f"TLS handshake: {error.strerror or error}") from None
+        self._tls = tls
+
+    def _receive_raw(self) -> bytes:
+        while True:
+            try:
+                octets = self._socket.recv(COMMAND_READ)
+            except BlockingIOError:
+                get_hub().wait(self._readable)
+                continue
+            if not octets:
+                raise PeerGone("connection closed in the TLS handshake")
+            return octets
+
+    def _say_alert(self) -> None:
+        """Tell the peer why its handshake failed; it may be gone, which is no further news."""
+        assert self._clear_out
+        try:
+            self._socket.send(self._clear_out.read())
+        except OSError as error:
+            if self.trace:
+                self.trace(">", f"TLS alert not sent: {error}".encode())
+
+    def close(self) -> None:
+        """End the connection at once. Nothing more is sent: an unfinished message stays unfinished."""
+        self._readable.close()
+        if self._writable is not None:
+            self._writable.close()
+        self._socket.close()
+
+    def hang_up(self, linger: bool = False) -> None:
+        """Send what was kept back, say goodbye to TLS, and close.
+
+        linger: the peer may still be sending; a close would then reset the
+            connection and take our last words away from it.
+        """
+        try:
+            with self.clock.limit(LINGER, "closing"):
+                self.flush()
+                self._close_tls()
+                self._socket.shutdown(stdlib_socket.SHUT_WR)
+                dropped = 0
+                while linger and dropped < LINGER_OCTETS:
+                    octets = self._receive_raw()
+                    dropped += len(octets)
+        except (WireError, OSError) as error:
+            if self.trace:
+                self.trace(">", f"closed: {error}".encode())
+        finally:
+            self.close()
+
+    def _close_tls(self) -> None:
+        if self._tls is not None:
+            try:
+                self._tls.unwrap()
+            except ssl.SSLError:  # wants the peer's close_notify, which we need not wait for (RFC 8446 §6.1)
+                self._send_encrypted()
+
+
+def _refuse_bare_newline(line: bytes) -> None:
+    """A lenient reader and a strict one next to each other is what SMTP smuggling lives on."""
+    if b"\n" in line or b"\r" in line:
+        raise BadFraming("bare CR or LF in a line")
+
+
+def wait_writable(socket: Socket) -> None:
+    """Wait until a non-blocking connect has come to an end, good or bad."""
+    event = get_hub().loop.io(socket.fileno(), WRITE_EVENT)
+    try:
+        get_hub().wait(event)
+    finally:
+        event.close()

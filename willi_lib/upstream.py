@@ -1,0 +1,415 @@
+"""Our client side: connect, EHLO, STARTTLS, XCLIENT, then the client's commands, and QUIT.
+
+A `Connector` (one per worker) finds a host of a route that answers and returns an
+`Upstream` that knows the client and waits for MAIL. All waits run on the session's clock.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket as stdlib_socket
+import ssl
+from _socket import socket as Socket
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from time import monotonic
+
+from . import log
+from .config import Settings
+from .dns import TEMPUNAVAIL, Address, DnsFailed, Resolver
+from .routing import Policy, Route, Server
+from .smtp import proxy_protocol
+from .smtp import reply as replies
+from .smtp.body import END_OF_DATA
+from .smtp.reply import BadReply, Reject, Reply
+from .smtp.syntax import parse_features, xclient_lines
+from .smtp.wire import Clock, PeerGone, Wire, WireError, wait_writable
+from .tls import client_context
+
+DOWN_TIME = 60.0  # seconds that a host that failed is tried last
+QUIT_TIMEOUT = 5.0  # seconds for the answer to QUIT, on which nothing depends
+ONE_WRITE = 64 << 10  # octets up to which copying the end of a message costs less than a second write
+
+
+class UpstreamFailed(Exception):
+    """No upstream, or no further use of this one; the text is for the log. The client gets a 451."""
+
+
+class Refused(Exception):
+    """The upstream's verdict on the client or the message, outside the answer to one of its commands."""
+
+    def __init__(self, reply: Reply) -> None:
+        super().__init__(str(reply))
+        self.reply = reply
+
+
+@dataclass
+class Client:
+    """Who the client is, as far as the upstream may know."""
+
+    address: str
+    port: int
+    own: Callable[[], tuple[str, int]]  # address and port at which it reached us; an IPv6 address has two fields more
+    name: Callable[[], str] = lambda: TEMPUNAVAIL  # waits for DNS, at most until dns_timeout after the accept
+    helo: str = ""
+    esmtp: bool = True  # it said EHLO
+    tls: str | None = None  # version; None: in clear
+
+    def __str__(self) -> str:
+        """`address:port` for the log, an IPv6 address in brackets."""
+        return f"[{self.address}]:{self.port}" if ":" in self.address else f"{self.address}:{self.port}"
+
+
+class Upstream:
+    """One connection to an upstream, after its last EHLO."""
+
+    def __init__(self, wire: Wire, server: Server, route: Route) -> None:
+        self.wire = wire
+        self.server = server
+        self.route = route
+        self.features: dict[str, str] = {}
+        self.knows_client = False  # by XCLIENT or a PROXY header
+        self.in_transaction = False  # it heard MAIL, and no end of that
+        self._ahead: deque[bytes] = deque()  # sent in a group, answers still to come
+
+    # -- commands
+
+    def ask(self, line: bytes) -> Reply:
+        """Send one command and return its answer. A command of the group sent ahead is not sent again.
+
+        Raises UpstreamFailed.
+        """
+        try:
+            if self._ahead:
+                if self._ahead.popleft() != line:
+                    raise UpstreamFailed(f"{self.server}: sent ahead something else than {line!r}")  # a bug of ours
+            else:
+                self._send_group([line])
+            return self.wire.read_reply()
+        except (WireError, BadReply) as error:
+            raise UpstreamFailed(f"{self.server}: {error}") from None
+
+    def send_ahead(self, lines: Sequence[bytes]) -> None:
+        """Send commands whose answers `ask` will fetch, in one write if the upstream offers PIPELINING.
+
+        If it does not, nothing is sent, and `ask` sends one by one. Raises UpstreamFailed.
+        """
+        if len(lines) > 1 and "PIPELINING" in self.features and not self._ahead:
+            try:
+                self._send_group(lines)
+            except WireError as error:
+                raise UpstreamFailed(f"{self.server}: {error}") from None
+            self._ahead.extend(lines)
+
+    def is_ahead(self, line: bytes | None = None) -> bool:
+        """Whether this command, or any, is already under way."""
+        return bool(self._ahead) if line is None else line in self._ahead
+
+    def _send_group(self, lines: Sequence[bytes]) -> None:
+        """Raises WireError; UpstreamFailed if the upstream spoke out of turn: its answers could not be told apart."""
+        if self.wire.buffered:
+            raise UpstreamFailed(f"{self.server}: spoke out of turn: {self.wire.read_reply()}")
+        self.wire.write(b"".join(line + b"\r\n" for line in lines))
+        self.wire.flush()
+
+    # -- the message
+
+    def send(self, octets: bytes, seconds: float) -> None:
+        """Pass on message content. Raises Refused, UpstreamFailed."""
+        try:
+            with self.wire.clock.limit(seconds, f"sending to {self.server}"):
+                self.wire.send(octets)
+        except WireError as error:
+            self._last_words()
+            raise UpstreamFailed(f"{self.server}: {error}") from None
+
+    def finish(self, octets: bytes, write_seconds: float, verdict_seconds: float) -> Reply:
+        """Pass on the last content of DATA, end it, and return the verdict. Raises Refused, UpstreamFailed."""
+        if len(octets) > ONE_WRITE:
+            self.send(octets, write_seconds)
+            octets = b""
+        return self.finish_chunk(octets + END_OF_DATA, write_seconds, verdict_seconds)
+
+    def finish_chunk(self, octets: bytes, write_seconds: float, verdict_seconds: float) -> Reply:
+        """The same for a chunk of BDAT, which ends by its length."""
+        if self.wire.pending():  # an answer before its question must not be taken for the verdict
+            self._last_words()
+            raise UpstreamFailed(f"{self.server}: spoke or hung up inside the message")
+        self.send(octets, write_seconds)
+        try:
+            with self.wire.clock.limit(verdict_seconds, f"waiting for the verdict of {self.server}"):
+                verdict = self.wire.read_reply()
+        except (WireError, BadReply) as error:
+            raise UpstreamFailed(f"{self.server}: {error}") from None
+        if 300 <= verdict.code < 400:
+            raise UpstreamFailed(f"{self.server}: no verdict: {verdict}")
+        return verdict
+
+    def _last_words(self) -> None:
+        """Raise Refused if the upstream has said why it wants no more of the message."""
+        try:
+            with self.wire.clock.limit(0.1, "last words"):
+                words = self.wire.read_reply() if self.wire.pending() and self.wire.buffered else None
+        except (WireError, BadReply) as error:
+            log.debug("No last words", upstream=str(self.server), error=str(error))
+            return
+        if words and words.code >= 400:
+            raise Refused(words)
+
+    # -- the end of a transaction or of the connection
+
+    def settle(self) -> None:
+        """Fetch the answers to what was sent ahead in vain. Raises UpstreamFailed."""
+        while self._ahead:
+            line = self._ahead[0]
+            if self.ask(line).code == 354:
+                raise UpstreamFailed(f"{self.server}: wants a message that nobody will get")
+
+    def reset(self) -> None:
+        """Make it ready for the next MAIL. Raises UpstreamFailed, also if it has hung up meanwhile."""
+        if self._ahead or self.wire.pending():
+            raise UpstreamFailed(f"{self.server}: kept connection is of no use")
+        if self.in_transaction and not self.ask(b"RSET").positive:
+            raise UpstreamFailed(f"{self.server}: RSET refused")
+        self.in_transaction = False
+
+    def quit(self) -> None:
+        """Say QUIT and close; an answer is awaited for politeness only (RFC 5321 §4.1.1.10)."""
+        try:
+            with self.wire.clock.limit(QUIT_TIMEOUT, "waiting for the answer to QUIT"):
+                self.ask(b"QUIT")
+                self.wire.hang_up()
+        except UpstreamFailed as error:
+            log.debug("No answer to QUIT", error=str(error))
+            self.drop()
+
+    def drop(self) -> None:
+        """Close at once: no dot, no QUIT, so that an unfinished message stays unfinished."""
+        self.wire.close()
+
+
+class Connector:
+    """Opens upstream connections; remembers for a while which hosts failed."""
+
+    def __init__(self, settings: Settings, resolver: Resolver) -> None:
+        self._settings = settings
+        self._resolver = resolver
+        self._down: dict[tuple[str, int], float] = {}  # host and port: down until (monotonic)
+
+    def connect(self, route: Route, client: Client, clock: Clock, sid: str) -> Upstream:
+        """The first host of the route that answers, ready for MAIL.
+
+        Raises UpstreamFailed with what was wrong with each; Refused, the upstream's
+        verdict on the client; Reject: the upstream is ourselves, or will not take XCLIENT.
+        """
+        failures: list[str] = []
+        for server in self._by_state(self._hosts(route, failures)):
+            try:
+                for address in self._addresses(server, clock):
+                    try:
+                        upstream = self._open(route, server, address, client, clock, sid)
+                        self._down.pop((server.host, server.port), None)
+                        return upstream
+                    except (UpstreamFailed, WireError, BadReply) as error:
+                        failures.append(f"{server}: {error}")
+            except UpstreamFailed as error:
+                failures.append(str(error))
+            if clock.overdue():
+                break
+            self._mark_down(server)
+        raise UpstreamFailed("; ".join(failures))
+
+    def _hosts(self, route: Route, failures: list[str]) -> Iterator[Server]:
+        """The route's servers, with `mx:domain` replaced by its MX hosts."""
+        for server in route.servers:
+            if not server.mx:
+                yield server
+                continue
+            try:
+                yield from (Server(host, server.port) for host in self._resolver.mx_hosts_of(server.host))
+            except DnsFailed as error:
+                failures.append(str(error))
+
+    def _by_state(self, servers: Iterator[Server]) -> list[Server]:
+        """Those that failed in the last `DOWN_TIME` go to the end."""
+        if not self._down:
+            return list(servers)
+        now = monotonic()
+        return sorted(servers, key=lambda server: self._down.get((server.host, server.port), 0.0) > now)
+
+    def _mark_down(self, server: Server) -> None:
+        now = monotonic()
+        self._down = {key: until for key, until in self._down.items() if until > now}
+        self._down[server.host, server.port] = now + DOWN_TIME
+
+    def _addresses(self, server: Server, clock: Clock) -> list[Address]:
+        try:
+            with clock.limit(self._settings.dns_timeout, f"looking up {server.host}"):
+                return self._resolver.addresses_of(server.host)
+        except (DnsFailed, WireError) as error:
+            raise UpstreamFailed(f"{server}: {error}") from None
+
+    def _open(
+        self, route: Route, server: Server, address: Address, client: Client, clock: Clock, sid: str
+    ) -> Upstream:
+        """One attempt at one address. Raises UpstreamFailed, WireError, BadReply, Refused, Reject."""
+        with clock.limit(self._settings.connect_timeout, f"connecting to {server}"):
+            wire = Wire(_connect(address, server.port), clock, log.tracer(sid, "upstream"))
+            upstream = Upstream(wire, server, route)
+            try:
+                if route.policy.send_proxy != "no":
+                    wire.write(_proxy_header(route.policy, client))
+                    wire.flush()
+                self._expect_greeting(upstream)
+            except BaseException:
+                upstream.drop()
+                raise
+        try:
+            self._introduce(upstream, client, sid)
+        except BaseException:  # TimeLimit and the like too: nobody else knows this connection yet
+            upstream.drop()
+            raise
+        return upstream
+
+    def _expect_greeting(self, upstream: Upstream) -> None:
+        greeting = upstream.wire.read_reply()
+        if greeting.positive:
+            return
+        if upstream.route.policy.send_proxy != "no" and greeting.permanent:
+            raise Refused(greeting)  # by the PROXY header it knew whom it was talking to
+        raise UpstreamFailed(f"greeting: {greeting}")
+
+    def _introduce(self, upstream: Upstream, client: Client, sid: str) -> None:
+        """EHLO, STARTTLS, EHLO, XCLIENT, EHLO: as many of them as apply."""
+        policy = upstream.route.policy
+        told = policy.send_proxy != "no"  # it knows the client already, so the client's name belongs into EHLO
+        name = client.helo if told else self._settings.domain
+        self._hello(upstream, name)
+        if self._wants_tls(upstream, client):
+            self._start_tls(upstream)
+            self._hello(upstream, name)
+        elif policy.upstream_tls == "require":
+            raise UpstreamFailed("STARTTLS is required and not offered")
+        upstream.knows_client = told
+        if policy.xclient != "no" and self._send_xclient(upstream, client, sid):
+            upstream.knows_client = True
+            self._hello_for(upstream, client, client.helo)
+        elif not client.esmtp:
+            self._hello_for(upstream, client, name)
+
+    def _hello(self, upstream: Upstream, name: str) -> None:
+        """EHLO in our own affair, HELO if that is refused: what comes back is about us."""
+        answer = upstream.ask(b"EHLO " + name.encode())
+        if answer.permanent:
+            answer = upstream.ask(b"HELO " + name.encode())
+            upstream.features = {}
+        else:
+            upstream.features = parse_features(answer)
+        if not answer.positive:
+            raise UpstreamFailed(f"EHLO: {answer}")
+        who = answer.lines[0].partition(b" ")[0].decode("ascii", "replace")
+        if who.lower() == self._settings.domain.lower():
+            raise Reject(replies.MAIL_LOOP)
+
+    def _hello_for(self, upstream: Upstream, client: Client, name: str) -> None:
+        """EHLO or HELO as the client said it: what comes back is the verdict on the client."""
+        answer = upstream.ask((b"EHLO " if client.esmtp else b"HELO ") + name.encode())
+        if not answer.positive:
+            raise Refused(answer)
+        upstream.features = parse_features(answer) if client.esmtp else {}
+
+    def _wants_tls(self, upstream: Upstream, client: Client) -> bool:
+        wish = upstream.route.policy.upstream_tls
+        wanted = wish in ("always", "require") or (wish == "auto" and client.tls is not None)
+        return wanted and "STARTTLS" in upstream.features
+
+    def _start_tls(self, upstream: Upstream) -> None:
+        """Raises UpstreamFailed if it does not work: there is no way back to clear text (RFC 3207)."""
+        answer = upstream.ask(b"STARTTLS")
+        if answer.code != 220:
+            raise UpstreamFailed(f"STARTTLS: {answer}")
+        if upstream.wire.buffered:
+            raise UpstreamFailed("STARTTLS: clear text after the 220")  # response injection
+        route = upstream.route
+        context = _context(route.tls_verify, route.policy.upstream_tls_ca)
+        upstream.wire.start_tls(context, server_side=False, server_name=upstream.server.host)
+
+    def _send_xclient(self, upstream: Upstream, client: Client, sid: str) -> bool:
+        """Tell the upstream who the client is. False: it was not told, and may remain so.
+
+        Raises Refused, Reject, UpstreamFailed.
+        """
+        required = upstream.route.policy.xclient == "require"
+        if "XCLIENT" not in upstream.features:
+            if required:
+                log.error("XCLIENT is required and not offered", sid=sid, upstream=str(upstream.server))
+                raise Reject(replies.XCLIENT_NEEDED)
+            return False
+        told = False
+        for line in xclient_lines(_attributes(upstream.features["XCLIENT"], client)):
+            answer = upstream.ask(line)
+            if answer.positive:
+                told = True
+            elif _is_about_us(answer):
+                log.error("XCLIENT refused", sid=sid, upstream=str(upstream.server), error=str(answer))
+                if required:
+                    raise Reject(replies.XCLIENT_NEEDED)
+                return told
+            else:
+                raise Refused(answer)
+        return told
+
+
+def _is_about_us(answer: Reply) -> bool:
+    """Whether a refusal of XCLIENT says that we may not use it, not that the client is unwelcome."""
+    return 500 <= answer.code <= 504 or (answer.code == 550 and b"authori" in b" ".join(answer.lines).lower())
+
+
+def _attributes(offered: str, client: Client) -> list[tuple[str, str]]:
+    """The XCLIENT attributes that the upstream listed, in the order to send them: ADDR ends our authority."""
+    listed = set(offered.upper().split())
+    address = f"IPV6:{client.address}" if ":" in client.address else client.address
+    values: list[tuple[str, Callable[[], str]]] = [
+        ("PROTO", lambda: "ESMTP" if client.esmtp else "SMTP"),
+        ("HELO", lambda: client.helo),
+        ("NAME", client.name),
+        ("PORT", lambda: str(client.port)),
+        ("ADDR", lambda: address),
+    ]
+    return [(name, value()) for name, value in values if name in listed]
+
+
+def _proxy_header(policy: Policy, client: Client) -> bytes:
+    own_address, own_port = client.own()[:2]
+    endpoints = proxy_protocol.Endpoints(client.address, client.port, own_address, own_port)
+    build = proxy_protocol.build_v1 if policy.send_proxy == "v1" else proxy_protocol.build_v2
+    return build(endpoints)
+
+
+@lru_cache(maxsize=64)
+def _context(verify: bool, ca_file: str) -> ssl.SSLContext:
+    return client_context(verify, ca_file)
+
+
+def _connect(address: Address, port: int) -> Socket:
+    """A non-blocking connected socket. Raises WireError.
+
+    gevent's own connect asks the resolver even for an address, which costs 23 % of a session.
+    """
+    family, host = address
+    connection = Socket(family, stdlib_socket.SOCK_STREAM | stdlib_socket.SOCK_NONBLOCK | stdlib_socket.SOCK_CLOEXEC)
+    try:
+        connection.setsockopt(stdlib_socket.IPPROTO_TCP, stdlib_socket.TCP_NODELAY, 1)
+        code = connection.connect_ex((host, port))
+        if code == errno.EINPROGRESS:
+            wait_writable(connection)
+            code = connection.getsockopt(stdlib_socket.SOL_SOCKET, stdlib_socket.SO_ERROR)
+        if code:
+            raise PeerGone(os.strerror(code))
+    except BaseException:
+        connection.close()
+        raise
+    return connection

@@ -1,0 +1,230 @@
+"""One process that serves clients: gevent, TLS, limits, CSV files read again, and the end of it all."""
+
+# ruff: noqa: E402
+
+from __future__ import annotations
+
+from gevent import monkey
+
+monkey.patch_all()  # before the imports below: dnspython keeps the socket class that it finds
+
+import gc
+import os
+import pwd
+import signal
+import socket as stdlib_socket
+from _socket import socket as Socket
+from collections.abc import Sequence
+from grp import getgrnam
+from ipaddress import IPv4Network, IPv6Network, ip_address
+
+import gevent
+from gevent.event import Event
+from gevent.server import StreamServer
+
+from . import log
+from .config import Address, Settings
+from .dns import Resolver
+from .limits import Limits
+from .mappings import MappingError, open_mappings
+from .routing.csv_file import CsvError, CsvFile
+from .session import Service, Session, new_session_id
+from .smtp import proxy_protocol
+from .smtp.reply import Reply
+from .smtp.wire import Clock, Wire, WireError
+from .tls import CertificateError, server_context
+from .upstream import Client, Connector
+
+PROXY_HEADER_TIMEOUT = 3.0  # seconds; the least that its specification allows
+CSV_INTERVAL = 2.0  # seconds between looks at the CSV files
+LAST_WORDS_TIMEOUT = 5.0  # seconds for sessions that are ended at drain_timeout to say so
+STARTUP_FAULTS = (MappingError, CsvError, CertificateError)
+GARBAGE_THRESHOLD = 50_000  # allocations between collections: -3 to -8 % CPU a session, measured
+
+
+class Listener(StreamServer):
+    """gevent's server, handing out the raw non-blocking socket: one object and two watchers less a connection."""
+
+    def do_read(self) -> tuple[Socket, tuple[str, int]] | None:  # type: ignore[override]
+        """Accept one connection; None: there is none just now."""
+        try:
+            descriptor, address = self.socket._accept()  # type: ignore[attr-defined]
+        except (BlockingIOError, ConnectionAbortedError):
+            return None
+        connection = Socket(fileno=descriptor)
+        connection.setblocking(False)
+        return connection, address
+
+    def do_close(self, connection: Socket, *_: object) -> None:
+        """Called when the handler has come to its end, however."""
+        connection.close()
+
+
+class Worker:
+    """Everything that one process holds."""
+
+    def __init__(self, settings: Settings, listeners: Sequence[stdlib_socket.socket]) -> None:
+        """Raises MappingError, CsvError, CertificateError: whatever is wrong is wrong before the first client."""
+        self._settings = settings
+        self._mappings = open_mappings(settings, pause=lambda: gevent.sleep(0))
+        for csv_file in self._csv_files():
+            csv_file.load()
+        resolver = Resolver(settings.dns_timeout)
+        self._service = Service(
+            settings,
+            self._mappings,
+            Connector(settings, resolver),
+            resolver,
+            server_context(settings.certificates, settings.tls_min_version),
+        )
+        self._limits = Limits(
+            settings.max_connections, settings.max_connections_per_ip, settings.max_connection_rate
+        )
+        self._servers = [Listener(listener, self._serve) for listener in listeners]
+        self._sessions: set[Session] = set()
+        self._wants_names = any(mapping.policy.xclient != "no" for mapping in settings.mappings)
+        self._asked_to_end = Event()
+        self._all_gone = Event()
+
+    def run(self) -> None:
+        """Serve until SIGTERM or SIGINT, then let running transactions finish; a second signal ends at once."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            gevent.signal_handler(number, self._on_signal)
+        drop_privileges(self._settings)
+        gc.collect()
+        gc.freeze()
+        gc.set_threshold(GARBAGE_THRESHOLD, 20, 20)
+        for server in self._servers:
+            server.start()
+        watcher = gevent.spawn(self._watch_csv_files)
+        log.info("Ready", listen=",".join(str(Address(*server.address[:2])) for server in self._servers), pid=os.getpid())
+        self._asked_to_end.wait()
+        log.info("Draining", sessions=len(self._sessions), drain_timeout=self._settings.drain_timeout)
+        watcher.kill()
+        self._drain()
+        log.info("Stopped")
+
+    def _on_signal(self) -> None:
+        if self._asked_to_end.is_set():
+            log.warn("Ended at once", sessions=len(self._sessions))
+            os._exit(0)
+        self._asked_to_end.set()
+
+    def _drain(self) -> None:
+        for server in self._servers:
+            server.close()
+        for session in list(self._sessions):
+            session.drain()
+        if self._sessions and not self._all_gone.wait(self._settings.drain_timeout):
+            log.warn("drain_timeout is over, ending sessions", sessions=len(self._sessions))
+            for session in list(self._sessions):
+                session.stop()
+            self._all_gone.wait(LAST_WORDS_TIMEOUT)
+
+    def _csv_files(self) -> list[CsvFile]:
+        return [mapping for mapping in self._mappings if isinstance(mapping, CsvFile)]
+
+    def _watch_csv_files(self) -> None:
+        """Read a CSV file again when it has changed; a bad one leaves the old table in force."""
+        while True:
+            gevent.sleep(CSV_INTERVAL)
+            for csv_file in self._csv_files():
+                try:
+                    if csv_file.changed():
+                        csv_file.load()
+                        log.info("CSV file read again", mapping=csv_file.name, patterns=len(csv_file))
+                except CsvError as error:
+                    for fault in error.faults:
+                        log.error("CSV file not read, the old table stays", mapping=csv_file.name, error=fault)
+
+    # -- connections
+
+    def _serve(self, connection: Socket, address: tuple[str, int]) -> None:
+        """One connection, in its own greenlet."""
+        sid = new_session_id()
+        wire = Wire(connection, Clock(), log.tracer(sid, "client"))
+        try:
+            refusal = self._limits.enter()
+            if refusal:
+                self._turn_away(wire, sid, address[0], refusal)
+                return
+            connection.setsockopt(stdlib_socket.IPPROTO_TCP, stdlib_socket.TCP_NODELAY, 1)
+            self._admit(sid, wire, connection, address)
+        except (WireError, proxy_protocol.BadHeader, OSError) as error:
+            log.warn("Connection dropped", sid=sid, client=address[0], error=str(error))
+        except Exception:  # noqa: BLE001 -- nobody above us could answer for it
+            log.bug("Internal error", sid=sid, client=address[0])
+        finally:
+            self._limits.leave()
+            wire.close()
+            wire.clock.close()
+
+    def _admit(self, sid: str, wire: Wire, connection: Socket, address: tuple[str, int]) -> None:
+        """Find out who it is, and whether that client may have one more connection."""
+        peer, port = address[0], address[1]
+        client = Client(peer, port, own=connection.getsockname)
+        if is_in(peer, self._settings.proxy_protocol_hosts):
+            self._read_proxy_header(wire, client)
+        trusted = is_in(peer, self._settings.xclient_hosts)
+        if trusted:  # a proxy in front brings many clients
+            self._talk(sid, wire, client, may_xclient=True)
+            return
+        counted = client.address
+        refusal = self._limits.enter_address(counted)
+        if refusal:
+            self._turn_away(wire, sid, counted, refusal)
+            return
+        try:
+            self._talk(sid, wire, client, may_xclient=False)
+        finally:
+            self._limits.leave_address(counted)
+
+    def _talk(self, sid: str, wire: Wire, client: Client, may_xclient: bool) -> None:
+        if self._wants_names:
+            client.name = self._service.resolver.start_name_of(client.address)
+        session = Session(sid, self._service, wire, client, may_xclient)
+        self._sessions.add(session)
+        if self._asked_to_end.is_set():
+            session.drain()
+        try:
+            session.run()
+        finally:
+            self._sessions.discard(session)
+            if self._asked_to_end.is_set() and not self._sessions:
+                self._all_gone.set()
+
+    def _read_proxy_header(self, wire: Wire, client: Client) -> None:
+        """What the load balancer says of the client (nothing, for a health check). Raises BadHeader, WireError."""
+        header = b""
+        with wire.clock.limit(PROXY_HEADER_TIMEOUT, "waiting for the PROXY header"):
+            parsed = None
+            while parsed is None:
+                header += wire.read_some()
+                parsed = proxy_protocol.parse(header)
+        endpoints, length = parsed
+        wire.unread(header[length:])
+        if endpoints:
+            client.address, client.port = endpoints.source, endpoints.source_port
+            client.own = lambda: (endpoints.destination, endpoints.destination_port)
+
+    def _turn_away(self, wire: Wire, sid: str, address: str, refusal: Reply) -> None:
+        log.info("Connection refused", sid=sid, client=address, reply=str(refusal))
+        wire.write(refusal.octets)
+        wire.hang_up(linger=True)
+
+
+def is_in(address: str, networks: Sequence[IPv4Network | IPv6Network]) -> bool:
+    """Whether an address belongs to one of the networks."""
+    return bool(networks) and any(ip_address(address) in network for network in networks)
+
+
+def drop_privileges(settings: Settings) -> None:
+    """Become `user` and `group`, for good. Does nothing if Willi was not started as root."""
+    if os.geteuid() != 0 or not settings.user:
+        return
+    account = pwd.getpwnam(settings.user)
+    group = getgrnam(settings.group).gr_gid if settings.group else account.pw_gid
+    os.initgroups(settings.user, group)
+    os.setgid(group)
+    os.setuid(account.pw_uid)
+
