@@ -3,7 +3,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-CHECKED := $(wildcard willi.py) willi_lib tests
+CHECKED := $(wildcard willi.py demo.py) willi_lib tests
 
 .DEFAULT_GOAL := help
 .PHONY: help venv demo check test clean

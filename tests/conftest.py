@@ -80,9 +80,10 @@ def upstream(start_upstream: StartUpstream) -> ScriptedUpstream:
 def start_willi(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[StartWilli]:
     """Start the real willi.py with a configuration from the test, and hold it to its good manners at the end.
 
-    server: a catch-all route; csv: the text of a CSV mapping (willi.csv is its path); mappings: sections for
-    [mappings], asked after the CSV and before `server`; dns: its only resolver; probe: whether to wait for its
-    first 220 (not possible where everyone must send a PROXY header). All else: settings of willi.conf.
+    server: a catch-all route; csv: the text of a CSV mapping, header included (willi.csv is its path);
+    mappings: sections for [mappings], asked after the CSV and before `server`; dns: its only resolver;
+    probe: whether to wait for its first 220 (not possible where everyone must send a PROXY header).
+    All else: settings of willi.conf.
     """
     numbers = itertools.count(1)
     ends = ExitStack()

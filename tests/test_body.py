@@ -147,7 +147,7 @@ octet_strings = st.lists(st.sampled_from(PIECES), max_size=24).map(b"".join)
 cut_lists = st.lists(st.integers(0, 60), max_size=6)
 
 
-@settings(max_examples=1000, deadline=None)
+@settings(max_examples=1000)
 @given(octet_strings, cut_lists)
 @example(b"\r\n.\n", [])
 @example(b".\r\r\n", [])
@@ -158,14 +158,14 @@ def test_data_keeps_its_promises_however_it_arrives(message: bytes, cuts: list[i
     assert len({check_data(octets, chunks) for chunks in ways}) == 1
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(octet_strings, cut_lists)
 def test_data_that_is_never_ended_keeps_its_promises(octets: bytes, cuts: list[int]):
     for chunks in ([octets], octet_by_octet(octets), split_at(octets, cuts)):
         check_data(octets, chunks)
 
 
-@settings(max_examples=1000, deadline=None)
+@settings(max_examples=1000)
 @given(octet_strings, cut_lists)
 def test_stuffing_keeps_its_promises_however_the_content_arrives(content: bytes, cuts: list[int]):
     ways = [[content], octet_by_octet(content), split_at(content, cuts)]
@@ -180,7 +180,7 @@ def test_every_short_message_keeps_its_promises():
             check_stuffer(octets, octet_by_octet(octets))
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(octet_strings, cut_lists)
 def test_what_was_stuffed_comes_out_of_a_reader_as_it_is(content: bytes, cuts: list[int]):
     _, wire = stuffed(split_at(content, cuts))
@@ -188,7 +188,7 @@ def test_what_was_stuffed_comes_out_of_a_reader_as_it_is(content: bytes, cuts: l
     assert (out, reader.malformed) == (wire, False)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(octet_strings, cut_lists)
 def test_reject_mode_finds_the_same_end_and_lets_nothing_malformed_out(message: bytes, cuts: list[int]):
     octets = message + b"\r\n.\r\n" + NEXT_COMMAND
@@ -319,6 +319,15 @@ def test_a_line_that_goes_on_in_the_next_chunk_is_one_line():
     assert stuffed([b"a", b".b\r", b"\n", b".", b"c"])[1] == b"a.b\r\n..c\r\n"
 
 
+def test_malformed_octets_are_not_passed_on_when_they_are_to_be_rejected():
+    reader = DataReader(reject_bare_newline=True)
+    assert reader.feed(b"a\r\n") == b"a\r\n"
+    assert reader.feed(b"b\nc") == b""
+    assert reader.malformed
+    assert reader.feed(b"d\r\n.\r\nQUIT\r\n") == b""
+    assert (reader.done, reader.rest) == (True, b"QUIT\r\n")
+
+
 def test_malformed_content_is_not_passed_on_when_it_is_to_be_rejected():
     stuffer = Stuffer(reject_bare_newline=True)
     assert stuffer.feed(b"a\r\n") == b"a\r\n"
@@ -363,7 +372,7 @@ long_lines = st.lists(st.sampled_from([*PIECES, *OVERLONG]), max_size=8).map(b""
 long_cuts = st.lists(st.integers(0, 5 * MAX_HELD), max_size=6)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(long_lines, long_cuts)
 def test_lines_too_long_to_be_held_never_look_like_an_end(message: bytes, cuts: list[int]):
     octets = message + b"\r\n.\r\n" + NEXT_COMMAND
@@ -388,7 +397,17 @@ def check_up_to_doubled_dots(decoded: bytes, expected: bytes) -> None:
 
 
 @pytest.mark.parametrize(
-    "line", [b"\0" * 5000, b" " * 5000 + b"a", b"." + b"\0" * 5000, b"\0" * 5000 + b". a", b"." * 5000]
+    "line",
+    [
+        b"\0" * 5000,
+        b"\0" * MAX_HELD,
+        b"\0" * MAX_HELD + b".a",
+        b"." + b"\0" * 5000,
+        b"\0" * 5000 + b". a",
+        b"\0" * 600 + b"." + b"\0" * 600 + b".",
+        b" " * 5000 + b"a",
+        b"." * 5000,
+    ],
 )
 def test_lines_too_long_to_be_held_arrive_identical(line: bytes):
     octets = line + b"\r\n.\r\n"

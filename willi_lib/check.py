@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from gevent import monkey
 
-monkey.patch_all()  # before the imports below, as in worker.py
+monkey.patch_all(ssl=False)  # before the imports below, as in worker.py
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace

@@ -443,6 +443,8 @@ class Reader:
         if certs != private_keys and {"tls_cert", "tls_key"} & lines.keys() <= values.keys():
             line = lines.get("tls_key") or lines["tls_cert"]
             self.fault(line, "tls_key", f"must be as many files as tls_cert: {private_keys}, not {certs}")
+        if values.get("group") and not values.get("user", "user" in lines):  # a wrong user is a fault already
+            self.fault(lines["group"], "group", "needs user as well: only then are the workers somebody else")
         policy = Policy(**{name: values[name] for name in POLICY_FIELDS if name in values})
         mappings = self.read_mappings(top, policy)
         self.give_up_if_faulty()

@@ -52,6 +52,7 @@ def _bind(family: socket.AddressFamily, host: str, port: int) -> socket.socket:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if family == socket.AF_INET6:
             listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # inherited by every connection (Linux)
         listener.bind((host, port))
         listener.listen(BACKLOG)
         listener.setblocking(False)

@@ -207,6 +207,9 @@ def test_postfix_delivers_through_a_relay(start_postfix: StartPostfix, upstream:
     assert message.recipients == (b"bob@b.example",)
     assert message.content.endswith(b"\r\n\r\nhello\r\n")
     assert b"EHLO sender.example" in upstream.commands
+    sender.stop()
+    with pytest.raises(ConnectionRefusedError):
+        sender.client()
 
 
 LOOK_UPS = """

@@ -115,6 +115,11 @@ class Willi:
             assert client.command(b"QUIT").code == 221
             client.expect_eof()
 
+    @property
+    def csv(self) -> Path:
+        """The file of the CSV mapping that start_willi(csv=...) wrote."""
+        return self.directory / "upstream_servers.csv"
+
     # Clients
 
     def connect(self, source: str = "", greeting: bool = True) -> Client:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import re
 import shutil
+import signal
 import smtplib
 import subprocess
 import tempfile
@@ -155,11 +158,17 @@ class Postfix:
         self._command("postqueue", "-f")
 
     def stop(self) -> None:
-        """Stop all its processes and remove its files."""
-        self._process.terminate()  # master takes its children with it
-        try:
-            self._process.wait(PATIENCE)
-        except subprocess.TimeoutExpired:
+        """Stop all its processes and remove its files. A second time does nothing."""
+        if not self.home.exists():
+            return
+        pid_file = self.home / "queue" / "pid" / "master.pid"
+        if self._process.poll() is None and pid_file.exists():
+            master = int(pid_file.read_text())  # it leads a process group of its own
+            os.killpg(master, signal.SIGTERM)
+            self._process.wait(PATIENCE)  # the start-up script, which waits for master
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(master, signal.SIGKILL)  # whoever has not obeyed yet
+        else:
             self._process.kill()
             self._process.wait()
         shutil.rmtree(self.home, ignore_errors=True)

@@ -1,11 +1,190 @@
+"""HAProxy's PROXY protocol, versions 1 and 2: who the client is, said before the first octet of SMTP.
+
+Section numbers are those of https://www.haproxy.org/download/2.8/doc/proxy-protocol.txt. A
+header is expected from configured networks only and never guessed (section 5): the caller's part.
+"""
+
+from __future__ import annotations
+
+import re
+import struct
 from dataclasses import dataclass
+from ipaddress import IPv4Address, IPv6Address, ip_address
+
+MAX_V1_LINE = 107  # octets with CRLF, section 2.1
+MAX_V2_BLOCK = 2048  # octets after the first 16. The field can say 65,535; addresses and the usual TLVs take under 600
+
+Address = IPv4Address | IPv6Address
+
+_V1_START = b"PROXY "
+_V1_FAMILIES: dict[bytes, type[Address]] = {b"TCP4": IPv4Address, b"TCP6": IPv6Address}
+_V1_PORT = re.compile(rb"0|[1-9][0-9]{0,4}")
+
+_V2_SIGNATURE = b"\r\n\r\n\0\r\nQUIT\n"
+_V2_START = struct.Struct("!12sBBH")  # signature, version and command, family and protocol, length of the block
+_V2_LOCAL, _V2_PROXY = 0x20, 0x21
+_V2_TCP4, _V2_TCP6 = 0x11, 0x21
+_V2_ADDRESSES = {_V2_TCP4: struct.Struct("!4s4sHH"), _V2_TCP6: struct.Struct("!16s16sHH")}
+
+# With anything but TCP (UNSPEC, datagrams, unix sockets) the receiver "is free to accept the connection anyway and use
+# the real endpoint addresses", and HAProxy and nginx do. Values outside of this table are invalid (section 2.2).
+_V2_FAMILIES = {family | protocol for family in (0x00, 0x10, 0x20, 0x30) for protocol in (0, 1, 2)}
+
+_TLV_START = struct.Struct("!BH")
+_TLV_CRC32C = 0x03
+
+
 @dataclass(frozen=True)
 class Endpoints:
+    """Both ends of the client's connection, as the proxy sees it; addresses as ipaddress writes them."""
+
     source: str
     source_port: int
     destination: str
     destination_port: int
-class BadHeader(Exception): pass
-def parse(buffer: bytes) -> "tuple[Endpoints | None, int] | None": raise BadHeader
-def build_v1(e: Endpoints) -> bytes: raise BadHeader
-def build_v2(e: Endpoints) -> bytes: raise BadHeader
+
+
+class BadHeader(Exception):
+    """These octets are not the beginning of a PROXY header."""
+
+
+def parse(buffer: bytes) -> tuple[Endpoints | None, int] | None:
+    """Read the header with which a connection begins: the endpoints, and how many octets it took.
+
+    None: it is not complete, read more. Endpoints None (LOCAL, UNKNOWN, not TCP): use the
+    real ones. ::ffff:192.0.2.1, from a proxy that listens on both families, is 192.0.2.1.
+
+    Raises BadHeader: at the first octet that is not of the frame, and for the fields of a
+    v1 line when it is complete. No header is longer than 16 + MAX_V2_BLOCK octets.
+    """
+    if buffer.startswith(_V1_START[: len(buffer)]):
+        return _parse_v1(buffer)
+    if buffer.startswith(_V2_SIGNATURE[: len(buffer)]):
+        return _parse_v2(buffer)
+    raise BadHeader(f"not a PROXY header: {buffer[:16]!r}")
+
+
+def build_v1(endpoints: Endpoints) -> bytes:
+    """The header as a line of text (section 2.1). Addresses of two families go as IPv6."""
+    source, destination = _of_one_family(endpoints)
+    family = "TCP4" if source.version == 4 else "TCP6"
+    ports = f"{endpoints.source_port} {endpoints.destination_port}"
+    return f"PROXY {family} {source} {destination} {ports}\r\n".encode("ascii")
+
+
+def build_v2(endpoints: Endpoints) -> bytes:
+    """The binary header (section 2.2), without TLVs. Addresses of two families go as IPv6."""
+    source, destination = _of_one_family(endpoints)
+    family = _V2_TCP4 if source.version == 4 else _V2_TCP6
+    form = _V2_ADDRESSES[family]
+    block = form.pack(source.packed, destination.packed, endpoints.source_port, endpoints.destination_port)
+    return _V2_START.pack(_V2_SIGNATURE, _V2_PROXY, family, len(block)) + block
+
+
+def _parse_v1(buffer: bytes) -> tuple[Endpoints | None, int] | None:
+    line, crlf, _ = buffer.partition(b"\r\n")
+    text = line if crlf else line.removesuffix(b"\r")
+    if len(text) + 2 > MAX_V1_LINE:
+        raise BadHeader("PROXY line too long")
+    if b"\r" in text or b"\n" in text:
+        raise BadHeader("CR or LF alone in a PROXY line")
+    if not crlf:
+        return None
+    fields = text.split(b" ")
+    endpoints = None if fields[1] == b"UNKNOWN" else _v1_endpoints(fields)  # whatever comes after UNKNOWN
+    return endpoints, len(line) + len(crlf)
+
+
+def _v1_endpoints(fields: list[bytes]) -> Endpoints:
+    try:
+        _, family, source, destination, source_port, destination_port = fields
+        address = _V1_FAMILIES[family]
+        if b"%" in source + destination:  # a zone, for ipaddress
+            raise ValueError
+        return Endpoints(
+            _as_text(address(source.decode("ascii"))),
+            _port(source_port),
+            _as_text(address(destination.decode("ascii"))),
+            _port(destination_port),
+        )
+    except (KeyError, ValueError):
+        raise BadHeader(f"bad PROXY line: {b' '.join(fields)!r}") from None
+
+
+def _port(digits: bytes) -> int:
+    if not _V1_PORT.fullmatch(digits) or int(digits) > 65535:
+        raise ValueError
+    return int(digits)
+
+
+def _parse_v2(buffer: bytes) -> tuple[Endpoints | None, int] | None:
+    if len(buffer) > 12 and buffer[12] not in (_V2_LOCAL, _V2_PROXY):
+        raise BadHeader(f"bad PROXY version or command: {buffer[12]:#04x}")
+    local = buffer[12:13] == bytes([_V2_LOCAL])  # a health check of the proxy's own: the rest is not looked at
+    if len(buffer) > 13 and not local and buffer[13] not in _V2_FAMILIES:
+        raise BadHeader(f"bad PROXY family or protocol: {buffer[13]:#04x}")
+    if len(buffer) < _V2_START.size:
+        return None
+    _, _, family, length = _V2_START.unpack_from(buffer)
+    form = None if local else _V2_ADDRESSES.get(family)
+    if length > MAX_V2_BLOCK or (form and length < form.size):
+        raise BadHeader(f"bad length of a PROXY header: {length}")
+    end = _V2_START.size + length
+    if len(buffer) < end:
+        return None
+    return (_v2_endpoints(buffer[:end], form) if form else None), end
+
+
+def _v2_endpoints(header: bytes, form: struct.Struct) -> Endpoints:
+    source, destination, source_port, destination_port = form.unpack_from(header, _V2_START.size)
+    _check_tlvs(header, _V2_START.size + form.size)
+    return Endpoints(_as_text(ip_address(source)), source_port, _as_text(ip_address(destination)), destination_port)
+
+
+def _check_tlvs(header: bytes, position: int) -> None:
+    """Type, length, value, to the end of the header (section 2.2.1 and on); only CRC32C says anything to us."""
+    while position < len(header):
+        value = position + _TLV_START.size
+        if value > len(header):
+            raise BadHeader("PROXY TLV cut off")
+        kind, length = _TLV_START.unpack_from(header, position)
+        position = value + length
+        if position > len(header):
+            raise BadHeader("PROXY TLV cut off")
+        if kind == _TLV_CRC32C:
+            without = header[:value] + bytes(length) + header[position:]
+            if header[value:position] != _crc32c(without).to_bytes(4, "big"):
+                raise BadHeader("PROXY checksum does not match")
+
+
+def _crc32c(octets: bytes) -> int:
+    """The checksum of RFC 4960 appendix B, bit by bit: a header is short, and few have one."""
+    crc = 0xFFFFFFFF
+    for octet in octets:
+        crc ^= octet
+        for _ in range(8):
+            crc = (crc >> 1) ^ (0x82F63B78 & -(crc & 1))
+    return crc ^ 0xFFFFFFFF
+
+
+def _as_text(address: Address) -> str:
+    return str(_unmapped(address))
+
+
+def _unmapped(address: Address) -> Address:
+    """IPv4 written as IPv6, which a socket for both families gives, as IPv4."""
+    return address.ipv4_mapped or address if isinstance(address, IPv6Address) else address
+
+
+def _of_one_family(endpoints: Endpoints) -> tuple[Address, Address]:
+    """The two addresses, without zones; if only one is IPv6, the other one is mapped."""
+    source, destination = (
+        _unmapped(ip_address(text.partition("%")[0])) for text in (endpoints.source, endpoints.destination)
+    )
+    if source.version == destination.version:
+        return source, destination
+    return _mapped(source), _mapped(destination)
+
+
+def _mapped(address: Address) -> IPv6Address:
+    return address if isinstance(address, IPv6Address) else IPv6Address(f"::ffff:{address}")

@@ -433,16 +433,20 @@ class Wire:
             with self.clock.limit(LINGER, "closing"):
                 self.flush()
                 self._close_tls()
-                self._socket.shutdown(stdlib_socket.SHUT_WR)
-                dropped = 0
-                while linger and dropped < LINGER_OCTETS:
-                    octets = self._receive_raw()
-                    dropped += len(octets)
+                if linger:
+                    self._drain()
         except (WireError, OSError) as error:
             if self.trace:
                 self.trace(">", f"closed: {error}".encode())
         finally:
             self.close()
+
+    def _drain(self) -> None:
+        """Say that nothing more comes from us, and read until the peer has seen it."""
+        self._socket.shutdown(stdlib_socket.SHUT_WR)
+        dropped = 0
+        while dropped < LINGER_OCTETS:
+            dropped += len(self._receive_raw())
 
     def _close_tls(self) -> None:
         if self._tls is not None:
