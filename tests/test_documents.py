@@ -6,8 +6,12 @@ import re
 
 import pytest
 
+from tests.support.daemon import parse_logfmt
 from tests.support.loopback import ROOT
 from willi_lib import config
+from willi_lib.mappings import open_mappings
+from willi_lib.routing.csv_file import CsvFile
+from willi_lib.smtp import reply as replies
 
 EXAMPLE = (ROOT / "etc" / "willi.conf.example").read_text(encoding="utf-8")
 MAPPING = "[mappings]\n[[all]]\ntype = static\nserver = mail.example.org\n"
@@ -72,3 +76,85 @@ def test_a_mapping_of_the_example_has_the_defaults_without_its_hashes(tmp_path, 
         if line.startswith("[[") or config.key_of(config.MAPPING_FIELDS[kind][line.split(" =")[0]]).default is None
     )
     assert load(tmp_path, f"[mappings]\n{whole}\n") == load(tmp_path, f"[mappings]\n{required}\n")
+
+
+# README.md and CHANGES.md
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+CHANGES = (ROOT / "CHANGES.md").read_text(encoding="utf-8")
+QUOTED = re.findall(r"`([^`\n]+)`", README + CHANGES)  # all that stands between backticks in a line
+LOG_LINES = [parse_logfmt(line) for line in re.findall(r"^t=.*", README, re.MULTILINE)]
+LOG_FIELDS = {field for line in LOG_LINES for field in line}
+REPLIES = {str(reply) for reply in vars(replies).values() if isinstance(reply, replies.Reply)}
+
+
+def typed(program: str) -> set[str]:
+    """The first arguments of this program, in quoted commands and in indented lines."""
+    before = r"(?:^    |`)(?:\$ |\w+=\S+ |\S*python )?(?:\S*/)?"
+    return set(re.findall(rf"{before}{re.escape(program)} (-{{0,2}}\w+)", README, re.MULTILINE))
+
+
+def rows(text: str) -> list[list[str]]:
+    """The cells of the tables, backticks taken off, without the lines of names and dashes."""
+    lines = re.findall(r"^\| (`.*) \|$", text, re.MULTILINE)
+    return [[cell.strip("`") for cell in line.split(" | ")] for line in lines]
+
+
+def section(title: str) -> str:
+    return README.partition(f"\n## {title}\n")[2].partition("\n## ")[0]
+
+
+def test_the_readme_names_make_targets_that_exist():
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+    assert {"demo", "check", "test"} <= typed("make") <= targets
+
+
+def test_the_readme_names_commands_and_options_that_exist():
+    usage = (ROOT / "willi.py").read_text(encoding="utf-8").split('"""')[1]
+    assert {"check", "lookup", "--debug"} <= typed("willi.py") <= set(re.findall(r"(?<!\S)-{0,2}\w+", usage))
+
+
+def test_the_readme_names_files_that_exist():
+    named = set(re.findall(r"\]\((?!http)([^)]+)\)", README)) | set(re.findall(r"`((?:tests|etc)/[^` ]*)`", README))
+    named |= set(re.findall(r"^    cp -\w+ (\S+)", README, re.MULTILINE))
+    assert [name for name in named if not (ROOT / name).exists()] == []
+
+
+@pytest.mark.parametrize("name", sorted({text for text in QUOTED if re.fullmatch("[a-z][a-z0-9_]*", text)}))
+def test_a_quoted_name_is_a_setting_or_a_field_of_the_log(name):
+    assert name in config.ALL_KEYS | LOG_FIELDS
+
+
+@pytest.mark.parametrize("line", sorted({text for text in QUOTED if re.fullmatch("[a-z_0-9]+ = .+", text)}))
+def test_a_quoted_setting_is_right(tmp_path, line):
+    name, _, value = line.partition(" = ")
+    if name == "type":
+        assert value in config.TYPES
+    else:
+        load(tmp_path, f"{line}\n{MAPPING}")
+
+
+@pytest.mark.parametrize("text", sorted({text for text in QUOTED if re.match(r"\d{3} \d\.\d\.\d ", text)}))
+def test_a_quoted_reply_is_one_that_willi_gives(text):
+    assert text in REPLIES
+
+
+def test_the_limits_of_the_readme_have_their_defaults():
+    shown_defaults = {name: default for name, default, _ in rows(section("Limits and times"))}
+    assert len(shown_defaults) > 10
+    assert shown_defaults == {name: config.key_of(config.TOP_FIELDS[name]).default for name in shown_defaults}
+
+
+def test_the_readme_explains_each_field_of_its_log_lines():
+    assert [field for field, _ in rows(section("Watch"))] == [*max(LOG_LINES, key=lambda line: len(line))]
+    assert {line["msg"] for line in LOG_LINES} == {"Message accepted", "Message rejected"}
+
+
+def test_the_configuration_of_the_readme_can_be_used(tmp_path):
+    [settings] = re.findall(r"^```ini\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+    [table] = re.findall(r"^```\n(pattern;.*?)^```$", README, re.MULTILINE | re.DOTALL)
+    (tmp_path / "upstream_servers.csv").write_text(table, encoding="utf-8")
+    [mapping] = open_mappings(load(tmp_path, settings))
+    assert isinstance(mapping, CsvFile)
+    mapping.load()
+    assert len(mapping) == 3

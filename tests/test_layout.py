@@ -32,7 +32,7 @@ WORLD = {
     "ssl", "subprocess", "sys", "syslog", "threading", "time",
 }  # fmt: skip
 # `dns` asks c-ares by way of gevent; `check` is a process of its own and patches it as the worker does.
-KNOW_GEVENT = {"smtp.wire", "dns", "routing.mysql", "check", "worker", "status"}
+KNOW_GEVENT = {"smtp.wire", "dns", "routing.mysql", "routing.database", "check", "worker", "status"}
 
 
 def modules() -> dict[str, Path]:

@@ -1,6 +1,6 @@
 """`willi.py check` and `willi.py lookup`: the questions of somebody at a terminal."""
 
-# ruff: noqa: E402, T201
+# ruff: noqa: E402
 
 from __future__ import annotations
 
@@ -11,15 +11,17 @@ monkey.patch_all(ssl=False)  # before the imports below, as in worker.py
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from datetime import datetime, timezone
+from time import monotonic
 
 from gevent.pool import Pool
 
 from . import log
-from .config import Settings
+from .config import MysqlSettings, Settings
 from .dns import Resolver
-from .mappings import MappingError, open_mappings
-from .routing import Mapping, Route, Server, Step, search
+from .mappings import MappingError, open_database, open_mappings, others_can_read
+from .routing import LookupFailed, Mapping, Route, Server, Step, search
 from .routing.csv_file import CsvError, CsvFile
+from .routing.database import Down
 from .routing.static import Static
 from .smtp.reply import Reject
 from .smtp.syntax import parse_rcpt
@@ -29,6 +31,7 @@ from .upstream import Client, Connector, Refused, Upstream, UpstreamFailed
 
 PROBES_AT_A_TIME = 20
 WARN_DAYS = 14  # before a certificate ends
+ORIGINS = {"": "", "asked": "", "cache": ", from the cache", "stale": ", from the cache, since the database is down"}
 GOOD, WRONG = 0, 1
 
 
@@ -56,7 +59,7 @@ def check(settings: Settings) -> int:
     """Try all that the file names; the exit status. (The file itself has been read without fault.)"""
     log.set_up("error", "stdout")
     report = Report()
-    report.ok(f"{settings.path}: {len(settings.mappings)} mappings, domain {settings.domain}")
+    report.ok(f"{settings.path}: mappings: {len(settings.mappings)}, domain {settings.domain}")
     _check_certificates(settings, report)
     _check_upstreams(settings, _check_mappings(settings, report), report)
     return report.status
@@ -80,6 +83,9 @@ def _check_mappings(settings: Settings, report: Report) -> list[Route]:
     """The routes of all mappings that know theirs beforehand, each once."""
     routes: dict[Route, None] = {}
     for one in settings.mappings:
+        if isinstance(one, MysqlSettings):
+            _check_database(one, report)
+            continue
         try:
             mapping = _open_one(settings, one.name)
         except (MappingError, CsvError) as error:
@@ -95,6 +101,26 @@ def _check_mappings(settings: Settings, report: Report) -> list[Route]:
     return list(routes)
 
 
+def _check_database(mapping: MysqlSettings, report: Report) -> None:
+    """Connect to each host and have it prepare the query. The routes in it stay unknown: they may be millions."""
+    name = f"mysql:{mapping.name}"
+    if others_can_read(mapping.password_file):
+        report.warn(f"{name}: others than its owner can read {mapping.password_file}: chmod 600")
+    try:
+        database = open_database(mapping)
+    except ValueError as fault:
+        report.wrong(f"{name}: {fault}")
+        return
+    for host in database.hosts:
+        try:
+            facts = database.inspect(host)
+        except (Down, LookupFailed) as error:
+            report.wrong(f"{name}: {database.name_of(host)}: {error}")
+            continue
+        tls = f"{facts.tls}, certificate verified" if facts.tls else "no TLS"
+        report.ok(f"{name}: {database.name_of(host)}: {facts.version}, {tls}, columns {', '.join(facts.columns)}")
+
+
 def _open_one(settings: Settings, name: str) -> Mapping:
     """Raises MappingError, CsvError."""
     chosen = tuple(mapping for mapping in settings.mappings if mapping.name == name)
@@ -107,7 +133,8 @@ def _open_one(settings: Settings, name: str) -> Mapping:
 def _check_upstreams(settings: Settings, routes: Iterable[Route], report: Report) -> None:
     """Talk to every upstream as far as MAIL."""
     connector = Connector(settings, Resolver(settings.dns_timeout))
-    probes = [(replace(route, servers=(server,)), server) for route in routes for server in route.servers]
+    # Each once, although many routes may share it: equal routes differ in nothing that matters to a server.
+    probes = dict.fromkeys((replace(route, servers=(server,)), server) for route in routes for server in route.servers)
     pool = Pool(PROBES_AT_A_TIME)
     for good, text in pool.imap(lambda probe: _probe(settings, connector, *probe), probes):
         (report.ok if good else report.wrong)(text)
@@ -134,7 +161,7 @@ def _probe(settings: Settings, connector: Connector, route: Route, server: Serve
 def _describe(upstream: Upstream, route: Route) -> str:
     version = upstream.wire.tls_version
     if not version:
-        tls = "no STARTTLS"
+        tls = "no STARTTLS" + (", though tls_verify is on" if route.tls_verify else "")
     elif route.tls_verify:
         tls = f"{version}, certificate verified"
     else:
@@ -166,9 +193,11 @@ def _lookup_one(settings: Settings, mappings: Sequence[Mapping], address: str) -
         print(f"  refused: {refusal.reply}")
         return WRONG
     recipient = path.address if path.domain else f"{path.address}@{settings.domain}"
+    began = monotonic()
     for step in search(mappings, recipient, settings.recipient_delimiter):
-        print(f"  {step.mapping}  {step.key}  {_answer(step)}")
-        if step.error:
+        print(f"  {step.mapping}  {step.key}  {_answer(step)}{_origin(step, monotonic() - began)}")
+        began = monotonic()
+        if step.failure is not None:
             print("  the search ends here, the client gets 451 4.3.0")
             return WRONG
         if step.route:
@@ -178,7 +207,14 @@ def _lookup_one(settings: Settings, mappings: Sequence[Mapping], address: str) -
     return WRONG
 
 
+def _origin(step: Step, seconds: float) -> str:
+    """Where a database's answer comes from, and how long it took."""
+    if not step.origin and step.failure is None:
+        return ""
+    return f"  ({seconds * 1000:.1f} ms{ORIGINS[step.origin]})"
+
+
 def _answer(step: Step) -> str:
-    if step.error:
-        return f"failed: {step.error}"
+    if step.failure is not None:
+        return f"failed: {step.failure}"
     return str(step.route) if step.route else "-"

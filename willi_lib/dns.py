@@ -12,10 +12,11 @@ import random
 import socket
 from collections.abc import Callable
 from time import monotonic
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import dns.exception
 import dns.resolver
+import dns.reversename
 import gevent
 from gevent.event import AsyncResult
 from gevent.resolver import ares
@@ -28,8 +29,9 @@ NAME_TTL = 600.0  # seconds a client's name is kept
 FAILURE_TTL = 10.0  # seconds that a failure to find a name is kept, so that a dead resolver is not asked by everyone
 ADDRESS_TTL = 10.0  # seconds an upstream's addresses are kept: c-ares does not tell their TTL
 MX_TTL = 60.0
+MAX_NAMES = 5  # PTR records of one address that are tried
 MAX_ENTRIES = 10_000  # per cache
-NO_SUCH_NAME = (1, 4, socket.EAI_NONAME, socket.EAI_NODATA)  # HOST_NOT_FOUND and NO_DATA of herror, then gaierror
+NO_SUCH_NAME = (socket.EAI_NONAME, socket.EAI_NODATA)
 
 Address = tuple[socket.AddressFamily, str]
 T = TypeVar("T")
@@ -62,12 +64,20 @@ class Cache(Generic[T]):
 class Resolver:
     """What one worker knows of DNS."""
 
-    def __init__(self, timeout: float) -> None:
-        """timeout: seconds for one question, retries included (`dns_timeout`)."""
+    def __init__(self, timeout: float, server: tuple[str, int] | None = None) -> None:
+        """timeout: seconds for one question, retries included (`dns_timeout`).
+
+        server: address and port of the only name server to ask, in place of resolv.conf's.
+        """
         self._timeout = timeout
-        self._ares = ares.Resolver(tries=2, timeout=max(1.0, timeout / 2))
-        self._mx_resolver = dns.resolver.Resolver()
-        self._mx_resolver.lifetime = timeout
+        self._dnspython: dns.resolver.Resolver | None = None  # None: the one of resolv.conf, read at first use
+        options: dict[str, Any] = {}
+        if server:
+            address, port = server
+            options = {"servers": [address], "udp_port": port, "tcp_port": port}
+            self._dnspython = dns.resolver.Resolver(configure=False)
+            self._dnspython.nameservers, self._dnspython.port = [address], port
+        self._ares = ares.Resolver(tries=2, timeout=max(1.0, timeout / 2), **options)
         self._names: Cache[str] = Cache()
         self._addresses: Cache[list[Address]] = Cache()
         self._mx: Cache[list[str]] = Cache()
@@ -106,15 +116,30 @@ class Resolver:
     def _verified_name(self, address: str) -> tuple[str, float]:
         """The PTR name if it is valid and leads back to the address, and how long to keep that."""
         try:
-            name, aliases, _ = self._ares.gethostbyaddr(address)
-            for candidate in (name, *aliases):
+            for candidate in self._names_of(address)[:MAX_NAMES]:
                 candidate = candidate.rstrip(".").lower()
                 if is_host_name(candidate) and self._leads_to(candidate, address):
                     return candidate, NAME_TTL
-        except OSError as error:
-            if error.args[0] not in NO_SUCH_NAME:
-                return TEMPUNAVAIL, FAILURE_TTL
+        except (OSError, dns.exception.DNSException):
+            return TEMPUNAVAIL, FAILURE_TTL
         return UNAVAILABLE, NAME_TTL
+
+    def _names_of(self, address: str) -> list[str]:
+        """What the PTR records say. Raises DNSException if DNS does not answer."""
+        try:
+            name, aliases, _ = self._ares.gethostbyaddr(address)
+            return list(dict.fromkeys((name, *aliases)))
+        except OSError:
+            pass  # gevent says "unknown host" whatever c-ares has met; dnspython tells a failure from no name
+        try:
+            answer = self._ask(dns.reversename.from_address(address).to_text(), "PTR")
+        except (dns.resolver.NXDOMAIN, dns.resolver.NoAnswer):
+            return []
+        return [str(record.target) for record in answer]
+
+    def _ask(self, name: str, kind: str) -> dns.resolver.Answer:
+        """By dnspython. Raises DNSException."""
+        return (self._dnspython or dns.resolver.get_default_resolver()).resolve(name, kind, lifetime=self._timeout)
 
     def _leads_to(self, name: str, address: str) -> bool:
         """Raises OSError if DNS does not answer."""
@@ -129,16 +154,18 @@ class Resolver:
 
     def addresses_of(self, host: str) -> list[Address]:
         """The addresses of an upstream host, in the order to try them (RFC 6724). Raises DnsFailed."""
-        try:
-            literal = ipaddress.ip_address(host)
-            return [(socket.AF_INET if literal.version == 4 else socket.AF_INET6, host)]
-        except ValueError:
-            known = self._addresses.get(host)
+        known = self._addresses.get(host)
         if known is not None:
             return known
         try:
+            version = ipaddress.ip_address(host).version
+            family = socket.AF_INET if version == 4 else socket.AF_INET6
+            return self._addresses.put(host, [(family, host)], ADDRESS_TTL)
+        except ValueError:  # it is a name
+            pass
+        try:
             found = self._ares.getaddrinfo(host, 0, socket.AF_UNSPEC, socket.SOCK_STREAM)
-        except OSError as error:
+        except (OSError, UnicodeError) as error:  # UnicodeError: an MX host that no host can be called
             raise DnsFailed(f"no address for {host}: {error.args[-1]}") from None
         addresses = [(socket.AddressFamily(entry[0]), str(entry[4][0])) for entry in found]
         return self._addresses.put(host, list(dict.fromkeys(addresses)), ADDRESS_TTL)
@@ -152,7 +179,7 @@ class Resolver:
         if known is not None:
             return known
         try:
-            answer = self._mx_resolver.resolve(domain, "MX")
+            answer = self._ask(domain, "MX")
         except dns.resolver.NoAnswer:
             return self._mx.put(domain, [domain], MX_TTL)
         except dns.exception.DNSException as error:

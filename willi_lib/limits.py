@@ -30,12 +30,14 @@ class Limits:
         self._swept = monotonic()
 
     def enter(self) -> Reply | None:
-        """Count a connection in; the refusal if there are too many. Call `leave` for each one, also if refused."""
+        """Count a connection in; the refusal if there are too many: then it is not counted."""
+        if self.total >= self._most:
+            return replies.TOO_MANY_CONNECTIONS
         self.total += 1
-        return replies.TOO_MANY_CONNECTIONS if self.total > self._most else None
+        return None
 
     def leave(self) -> None:
-        """Count a connection out."""
+        """Count out a connection that `enter` counted in."""
         self.total -= 1
 
     def enter_address(self, address: str) -> Reply | None:
@@ -74,4 +76,5 @@ def client_of(address: str) -> str:
     """What counts as one client: an IPv4 address, or the /64 of an IPv6 address."""
     if ":" not in address:
         return address
-    return str(ipaddress.ip_network((address, IPV6_PREFIX), strict=False))
+    mapped = ipaddress.IPv6Address(address).ipv4_mapped  # on an inherited socket that serves both families
+    return str(mapped or ipaddress.ip_network((address, IPV6_PREFIX), strict=False))

@@ -67,7 +67,7 @@ def error(message: str, **fields: Value) -> None:
 
 def bug(message: str, **fields: Value) -> None:
     """An exception that nobody expected, with its traceback on the same line. Call it in an except block."""
-    _log("error", message, {**fields, "traceback": traceback.format_exc()})
+    _log("error", message, fields, traceback.format_exc())
 
 
 def tracer(sid: str, peer: str) -> Callable[[str, bytes], None] | None:
@@ -89,10 +89,12 @@ def quote(value: Value) -> str:
     if isinstance(value, float):
         return f"{value:.3f}"
     text = str(value)
-    if _PLAIN.fullmatch(text) and len(text) <= MAX_VALUE:
-        return text
-    if len(text) > MAX_VALUE and not text.startswith("Traceback"):
+    if len(text) > MAX_VALUE:
         text = text[:MAX_VALUE] + "..."
+    return text if _PLAIN.fullmatch(text) else _in_quotes(text)
+
+
+def _in_quotes(text: str) -> str:
     return '"' + "".join(map(_escape, text)) + '"'
 
 
@@ -101,14 +103,18 @@ def _escape(character: str) -> str:
         return "\\" + character
     if character.isprintable():
         return character
-    return character.encode("unicode_escape").decode("ascii") if character.isascii() else f"\\u{ord(character):04x}"
+    if character.isascii():
+        return character.encode("unicode_escape").decode("ascii")
+    return f"\\u{ord(character):04x}" if character <= "\uffff" else f"\\U{ord(character):08x}"
 
 
-def _log(level: str, message: str, fields: dict[str, Value]) -> None:
+def _log(level: str, message: str, fields: dict[str, Value], trace: str = "") -> None:
     if LEVELS[level] < _sink.threshold:
         return
     words = [f"lvl={level}", f"msg={quote(message)}"]
     words += [f"{key}={quote(value)}" for key, value in fields.items() if value is not None]
+    if trace:
+        words.append(f"traceback={_in_quotes(trace)}")
     try:
         if _sink.lost:
             _sink.write("error", f'lvl=error msg="Log lines lost" lines={_sink.lost}')

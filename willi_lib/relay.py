@@ -26,16 +26,18 @@ class Content:
         self._settings = settings
         self._client = client
         self._progress = LEAST_PROGRESS  # octets since read_timeout was renewed
-        self._deadline = FOREVER  # for the next progress
-        self._patience = FOREVER  # for all of it, once it is only thrown away
+        self._waited = 0.0  # seconds for the client since then: what the upstream takes is not his
+        self._patience = FOREVER  # until when at all, once it is only thrown away
 
     def read(self, most: int | None = None) -> bytes:
         """More octets, at least one. Raises WireError, so also if no line end or 1,000 octets come in time."""
         if self._progress >= LEAST_PROGRESS:
-            self._deadline = monotonic() + self._settings.read_timeout
-            self._progress = 0
-        with self._client.clock.until(min(self._deadline, self._patience), "waiting for message content"):
+            self._progress, self._waited = 0, 0.0
+        began = monotonic()
+        deadline = began + self._settings.read_timeout - self._waited
+        with self._client.clock.until(min(deadline, self._patience), "waiting for message content (read_timeout)"):
             octets = self._client.read_some(most)
+        self._waited += monotonic() - began
         self._progress += LEAST_PROGRESS if b"\n" in octets else len(octets)
         return octets
 
@@ -81,7 +83,7 @@ class Relay:
             self.octets = reader.octets
             self._check(reader.malformed)
         self._client.unread(reader.rest)
-        return self._conclude(lambda: self._upstream.finish(octets, *self._verdict_limits()))
+        return self._conclude(lambda: self._upstream.finish(octets, self._settings.data_timeout))
 
     def chunk(self, size: int, last: bool) -> Reply:
         """One BDAT command's octets (RFC 3030 §2). Raises WireError if the client does not finish it."""
@@ -104,7 +106,7 @@ class Relay:
             if size:
                 self._pass_on(octets)
                 octets = b""
-        return self._conclude(lambda: self._upstream.finish_chunk(octets, *self._verdict_limits()))
+        return self._conclude(lambda: self._upstream.finish_chunk(octets, self._settings.data_timeout))
 
     def _convert_chunk(self, size: int, last: bool) -> Reply:
         """For an upstream without CHUNKING: DATA, with dots stuffed and a last line end (RFC 5321 §4.5.2)."""
@@ -121,10 +123,10 @@ class Relay:
             return self.refusal or taken
         octets = self._stuffer.finish()
         self._check(self._stuffer.malformed)
-        return self._conclude(lambda: self._upstream.finish(octets, *self._verdict_limits()))
+        return self._conclude(lambda: self._upstream.finish(octets, self._settings.data_timeout))
 
     def _begin_data(self) -> Reply:
-        with self._client.clock.limit(self._settings.upstream_timeout, "asking the upstream"):
+        with self._client.clock.limit(self._settings.upstream_timeout, "asking the upstream (upstream_timeout)"):
             answer = self._upstream.ask(b"DATA")
         if answer.code >= 400:
             raise Refused(answer)
@@ -134,7 +136,7 @@ class Relay:
 
     def _pass_on(self, octets: bytes) -> None:
         if self.refusal is None and octets:
-            self._attempt(lambda: self._upstream.send(octets, self._settings.write_timeout))
+            self._attempt(lambda: self._upstream.send(octets))
 
     def _check(self, malformed: bool) -> None:
         """Refuse a message that is too big, or has what `bare_newline = reject` forbids."""
@@ -173,6 +175,3 @@ class Relay:
 
     def _rejects_bare_newlines(self) -> bool:
         return self._settings.bare_newline == "reject"
-
-    def _verdict_limits(self) -> tuple[float, float]:
-        return self._settings.write_timeout, self._settings.data_timeout

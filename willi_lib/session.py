@@ -34,7 +34,7 @@ from .smtp.syntax import (
     xclient_address,
     xclient_port,
 )
-from .smtp.wire import BadFraming, LineTooLong, TimeLimit, Wire, WireError
+from .smtp.wire import BadFraming, LineTooLong, TimeLimit, TlsFailed, Wire, WireError
 from .upstream import Client, Connector, Refused, Upstream, UpstreamFailed
 
 SESSION_ID_LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"
@@ -125,32 +125,33 @@ class Session:
         self.errors = 0  # of the client's own, since its last message
         self.blame = ("", "")  # who refused last, and why, for the log
         self.closing = False  # after the reply that is about to be written
+        self.has_quit = False
         self.draining = False
         self.waiting = False  # for a command
+        self.ending = False  # nothing is left but to hang up
 
     # -- the loop
 
     def run(self) -> None:
         """Talk until one side has enough. Nothing that a client does makes it raise."""
-        linger = True
         try:
             self.write(self.greeting())
             while not self.closing:
                 answer = self.step()
                 if answer:
                     self.write(answer)
-            linger = self.wire.buffered
         except TimeLimit as limit:
             self.end_with(replies.TOO_SLOW, str(limit))
         except ShuttingDown:
             self.end_with(replies.SHUTTING_DOWN, "shutting down")
+        except TlsFailed as error:
+            log.info("TLS failed", sid=self.sid, client=str(self.client), error=str(error))
         except BadFraming as error:
             self.end_with(replies.BARE_NEWLINE_IN_COMMAND, str(error))
         except WireError as error:
             log.debug("Client gone", sid=self.sid, client=str(self.client), error=str(error))
-            linger = False
         finally:
-            self.end(linger)
+            self.end()
 
     def step(self) -> Reply | None:
         """Do what comes next; the answer to it, if there is one."""
@@ -163,7 +164,7 @@ class Session:
             raise ShuttingDown
         try:
             self.waiting = True
-            with self.clock.limit(self.settings.read_timeout, "waiting for a command"):
+            with self.clock.limit(self.settings.read_timeout, "waiting for a command (read_timeout)"):
                 line = self.wire.read_line()
         except LineTooLong:
             return self.counted(replies.LINE_TOO_LONG)
@@ -180,8 +181,14 @@ class Session:
             return replies.UNKNOWN_COMMAND
         method, stages = VERBS[verb]
         if self.stage not in stages:
-            return replies.HELO_FIRST if self.stage is Stage.START else OUT_OF_SEQUENCE[verb]
+            return self.out_of_sequence(verb)
         return method(self, argument)
+
+    def out_of_sequence(self, verb: bytes) -> Reply:
+        """What is missing."""
+        if self.stage is Stage.START:
+            return replies.HELO_FIRST
+        return OUT_OF_SEQUENCE.get((self.stage, verb), replies.BAD_SEQUENCE)
 
     def guarded(self, work: Callable[[], Reply]) -> Reply:
         """Do something: the only place where an exception becomes a reply."""
@@ -195,7 +202,8 @@ class Session:
         except NoRoute:
             return self.refuse(replies.NO_ROUTE)
         except LookupFailed as failure:
-            log.error("Lookup failed", sid=self.sid, client=str(self.client), error=str(failure))
+            write = log.debug if failure.told else log.error
+            write("Lookup failed", sid=self.sid, client=str(self.client), error=str(failure))
             return self.refuse(replies.LOOKUP_FAILED, str(failure))
         except UpstreamFailed as failure:
             return self.fail(failure)
@@ -234,11 +242,12 @@ class Session:
         except WireError as error:
             log.debug("Client gone", sid=self.sid, error=str(error))
 
-    def end(self, linger: bool) -> None:
+    def end(self) -> None:
         """Leave nothing behind. A message that was not finished is dropped with its connection."""
+        self.ending = True
         try:
             self.forget_transaction()
-            self.wire.hang_up(linger)
+            self.wire.hang_up(linger=self.wire.buffered or not self.has_quit)
             self.quit_upstream()
         finally:
             self.drop_upstream()
@@ -251,7 +260,7 @@ class Session:
 
     def stop(self) -> None:
         """End now, whatever is under way: drain_timeout is over."""
-        self.clock.interrupt(ShuttingDown(), unless=lambda: False)
+        self.clock.interrupt(ShuttingDown(), unless=lambda: self.ending)
 
     # -- verbs: the introduction
 
@@ -293,7 +302,7 @@ class Session:
         assert self.service.server_tls
         if self.wire.buffered:
             log.warn("Clear text after STARTTLS dropped", sid=self.sid, client=str(self.client))
-        with self.clock.limit(self.settings.read_timeout, "TLS handshake"):
+        with self.clock.limit(self.settings.read_timeout, "in the TLS handshake (read_timeout)"):
             self.wire.start_tls(self.service.server_tls, server_side=True)
         self.client.tls = self.wire.tls_version
         self.start_over()
@@ -327,9 +336,14 @@ class Session:
 
     def mail(self, argument: bytes) -> Reply:
         """MAIL (RFC 5321 §4.1.1.2). It is kept until a recipient says which upstream shall hear it."""
-        mail = parse_mail(argument, self.settings.extensions)
-        if mail.size is not None and mail.size > self.settings.max_message_bytes:
-            return replies.TOO_BIG
+        try:
+            mail = parse_mail(argument, self.settings.extensions)
+            if mail.size is not None and mail.size > self.settings.max_message_bytes:
+                raise Reject(replies.TOO_BIG)
+        except Reject as refusal:
+            error = str(refusal.reply)
+            log.info("MAIL refused", sid=self.sid, client=str(self.client), argument=_text(argument), reply=error)
+            raise
         self.forget_transaction()
         self.transaction = Transaction(mail)
         self.stage = Stage.SENDER
@@ -354,21 +368,28 @@ class Session:
             raise Reject(replies.TOO_MANY_RECIPIENTS)
         if self.stage is Stage.FAILED and transaction.recipients:
             raise Reject(replies.UPSTREAM_LOST)
-        line = _rcpt_line(recipient)
-        with self.clock.limit(self.settings.upstream_timeout, "asking the upstream"):
-            upstream = transaction.upstream
-            if upstream is None:
-                upstream = self.choose_upstream(transaction, recipient)
-            elif not self.may_share(upstream.route, recipient):
-                raise Reject(replies.OTHER_DESTINATION)
-            elif not upstream.is_ahead():
-                upstream.send_ahead([line, *self.lines_ahead(transaction, upstream.route)])
-            answer = upstream.ask(line)
-        if answer.code < 400 and not answer.positive:
-            raise UpstreamFailed(f"{upstream.server}: RCPT: {answer}")
+        try:
+            with self.clock.limit(self.settings.upstream_timeout, "asking the upstream (upstream_timeout)"):
+                answer = self.ask_upstream(transaction, recipient)
+        except WireError as error:  # the limit has struck in between, as in a DNS look-up
+            raise UpstreamFailed(str(error)) from None
         if not answer.positive:
             raise Refused(answer)
         return answer
+
+    def ask_upstream(self, transaction: Transaction, recipient: Path) -> Reply:
+        """The upstream's answer to RCPT."""
+        line = _rcpt_line(recipient)
+        upstream = transaction.upstream
+        if upstream and not self.may_share(transaction, upstream.route, recipient):
+            if transaction.recipients or not transaction.refusals:
+                raise Reject(replies.OTHER_DESTINATION)
+            upstream = transaction.upstream = None
+        if upstream is None:
+            upstream = self.choose_upstream(transaction, recipient)
+        elif not upstream.is_ahead():
+            upstream.send_ahead([line, *self.lines_ahead(transaction, upstream)])
+        return upstream.ask(line)
 
     def data(self, argument: bytes) -> Reply:
         """DATA (RFC 5321 §4.1.1.4): the 354 is the upstream's own, and `content` follows it."""
@@ -380,12 +401,8 @@ class Session:
             return replies.UPSTREAM_LOST
         if upstream is None or not (transaction.recipients or upstream.is_ahead(b"DATA")):
             return replies.NO_VALID_RECIPIENTS if transaction.refused else replies.RCPT_FIRST
-        with self.clock.limit(self.settings.upstream_timeout, "asking the upstream"):
-            answer = upstream.ask(b"DATA")
-        if answer.code < 400 and answer.code != 354:
-            raise UpstreamFailed(f"{upstream.server}: DATA: {answer}")
+        answer = self.guarded(lambda: self.ask_for_content(upstream))
         if answer.code != 354:
-            self.blame = ("upstream", str(answer))
             if transaction.recipients:
                 self.log_message(transaction, answer)
             return answer
@@ -394,6 +411,16 @@ class Session:
             return replies.NO_VALID_RECIPIENTS
         transaction.relay = Relay(self.settings, self.wire, upstream)
         self.stage = Stage.CONTENT
+        return answer
+
+    def ask_for_content(self, upstream: Upstream) -> Reply:
+        """DATA upstream; its 354."""
+        with self.clock.limit(self.settings.upstream_timeout, "asking the upstream (upstream_timeout)"):
+            answer = upstream.ask(b"DATA")
+        if answer.code >= 400:
+            raise Refused(answer)
+        if answer.code != 354:
+            raise UpstreamFailed(f"{upstream.server}: DATA: {answer}")
         return answer
 
     def content(self) -> Reply:
@@ -411,8 +438,9 @@ class Session:
             self.closing = True  # how many octets follow that are no commands?
             raise
         transaction = self.transaction
-        if transaction is None or transaction.upstream is None or not transaction.recipients:
-            refusal = self.bdat_refusal(transaction)
+        offered = "CHUNKING" in self.settings.extensions
+        if not offered or transaction is None or transaction.upstream is None or not transaction.recipients:
+            refusal = self.bdat_refusal(transaction) if offered else replies.NOT_IMPLEMENTED
             Content(self.settings, self.wire).skip(size)
             if last and self.stage is Stage.CHUNKS:
                 self.finish_transaction()
@@ -489,7 +517,7 @@ class Session:
         """QUIT (RFC 5321 §4.1.1.10). The upstream hears it when the client has its answer."""
         if argument:
             return replies.NO_PARAMETERS
-        self.closing = True
+        self.closing = self.has_quit = True
         return replies.BYE
 
     # -- the upstream
@@ -502,7 +530,7 @@ class Session:
         try:
             upstream, answer = self.begin(transaction, route, recipient)
             if not answer.positive:
-                self.settle(upstream)
+                self.settle(upstream, answer)
                 raise Refused(answer)
         except (Reject, Refused) as refusal:
             transaction.refusals[route] = refusal
@@ -524,6 +552,8 @@ class Session:
                 if answer.code != 421:
                     return self.upstream, answer
             except UpstreamFailed as failure:
+                if self.clock.overdue():
+                    raise
                 log.debug("Kept upstream connection is gone", sid=self.sid, error=str(failure))
             self.drop_upstream()
         self.upstream = self.service.connector.connect(route, self.client, self.clock, self.sid)
@@ -537,24 +567,26 @@ class Session:
         if mail.body == "8BITMIME" and self.settings.strict_8bitmime and "8BITMIME" not in upstream.features:
             raise Reject(replies.NO_8BITMIME)
         line = mail.line(upstream.features)
-        upstream.send_ahead([line, _rcpt_line(recipient), *self.lines_ahead(transaction, upstream.route)])
+        upstream.send_ahead([line, _rcpt_line(recipient), *self.lines_ahead(transaction, upstream)])
         upstream.in_transaction = True
         return upstream.ask(line)
 
-    def lines_ahead(self, transaction: Transaction, route: Route) -> list[bytes]:
+    def lines_ahead(self, transaction: Transaction, upstream: Upstream) -> list[bytes]:
         """The RCPT commands that the client has sent already, and DATA after them (RFC 2920).
 
         Only what will be passed on without fail when its turn comes; it stays in the
         buffer until then.
         """
         lines: list[bytes] = []
+        if "PIPELINING" not in upstream.features:
+            return lines
         room = self.settings.max_recipients - len(transaction.recipients) - 1
         for octets in self.wire.peek_lines():
             try:
                 verb, argument = split_command(octets)
                 if verb == b"RCPT" and len(lines) < room and len(octets) + 2 <= MAX_COMMAND_LINE:
                     recipient = parse_rcpt(argument, transaction.mail.smtputf8)
-                    if not self.may_share(route, recipient):
+                    if not self.may_share(transaction, upstream.route, recipient):
                         break
                     lines.append(_rcpt_line(recipient))
                     continue
@@ -570,12 +602,19 @@ class Session:
         address = recipient.address if recipient.domain else f"{recipient.address}@{self.settings.domain}"
         return find_route(self.service.mappings, address, self.settings.recipient_delimiter)
 
-    def may_share(self, route: Route, recipient: Path) -> bool:
-        """Whether a later recipient may go to the upstream of the first one. Raises NoRoute, LookupFailed."""
-        return self.settings.mixed_recipients == "first" or self.route_of(recipient) == route
+    def may_share(self, transaction: Transaction, route: Route, recipient: Path) -> bool:
+        """Whether a later recipient may go to the upstream of the first one. Raises NoRoute, LookupFailed.
 
-    def settle(self, upstream: Upstream) -> None:
-        """After a refused MAIL: fetch what else was asked in the same write."""
+        While none is accepted, one whose own upstream has refused MAIL or failed must not be asked of another.
+        """
+        settled = bool(transaction.recipients) or not transaction.refusals
+        return (settled and self.settings.mixed_recipients == "first") or self.route_of(recipient) == route
+
+    def settle(self, upstream: Upstream, answer: Reply) -> None:
+        """After a refused MAIL: fetch what else was asked in the same write. After 421 nothing more comes."""
+        if answer.code == 421:
+            self.drop_upstream()
+            return
         try:
             upstream.settle()
         except UpstreamFailed as failure:
@@ -586,9 +625,11 @@ class Session:
         """The upstream is of no more use: the transaction has failed, and is not forgotten."""
         transaction = self.transaction
         log.error("Upstream failed", sid=self.sid, client=str(self.client), error=str(failure))
-        self.drop_upstream()
         if transaction:
             self.stage = Stage.FAILED
+            if transaction.upstream:
+                transaction.refusals[transaction.upstream.route] = Reject(replies.UPSTREAM_FAILED)
+        self.drop_upstream()
         lost = transaction and transaction.recipients
         return self.refuse(replies.UPSTREAM_LOST if lost else replies.UPSTREAM_FAILED, str(failure))
 
@@ -661,6 +702,10 @@ def new_session_id() -> str:
     return "".join(random.choices(SESSION_ID_LETTERS, k=10))
 
 
+def _text(octets: bytes) -> str:
+    return octets.decode("utf-8", "backslashreplace")
+
+
 def _rcpt_line(recipient: Path) -> bytes:
     return b"RCPT TO:" + recipient.octets
 
@@ -684,10 +729,11 @@ VERBS: dict[bytes, tuple[Callable[[Session, bytes], Reply], frozenset[Stage]]] =
     b"QUIT": (Session.quit, ANY),
 }
 OUT_OF_SEQUENCE = {
-    b"MAIL": replies.NESTED_MAIL,
-    b"RCPT": replies.MAIL_FIRST,
-    b"DATA": replies.MAIL_FIRST,
-    b"STARTTLS": replies.BAD_SEQUENCE,
-    b"XCLIENT": replies.BAD_SEQUENCE,
+    (Stage.GREETED, b"RCPT"): replies.MAIL_FIRST,
+    (Stage.GREETED, b"DATA"): replies.MAIL_FIRST,
+    (Stage.SENDER, b"MAIL"): replies.NESTED_MAIL,
+    (Stage.RECIPIENT, b"MAIL"): replies.NESTED_MAIL,
+    (Stage.CHUNKS, b"MAIL"): replies.NESTED_MAIL,
+    (Stage.CHUNKS, b"DATA"): replies.DATA_AFTER_BDAT,
 }
 OTHER_PROTOCOLS = frozenset((b"GET", b"POST", b"PUT", b"HEAD", b"OPTIONS", b"CONNECT", b"DELETE", b"TRACE", b"PATCH"))

@@ -27,7 +27,7 @@ from .smtp.body import END_OF_DATA
 from .smtp.reply import BadReply, Reject, Reply
 from .smtp.syntax import parse_features, xclient_lines
 from .smtp.wire import Clock, PeerGone, Wire, WireError, wait_writable
-from .tls import client_context
+from .tls import CertificateError, client_context
 
 DOWN_TIME = 60.0  # seconds that a host that failed is tried last
 QUIT_TIMEOUT = 5.0  # seconds for the answer to QUIT, on which nothing depends
@@ -88,9 +88,12 @@ class Upstream:
                     raise UpstreamFailed(f"{self.server}: sent ahead something else than {line!r}")  # a bug of ours
             else:
                 self._send_group([line])
-            return self.wire.read_reply()
+            answer = self.wire.read_reply()
         except (WireError, BadReply) as error:
             raise UpstreamFailed(f"{self.server}: {error}") from None
+        if 300 <= answer.code < 400 and line != b"DATA":
+            raise UpstreamFailed(f"{self.server}: {line.partition(b' ')[0].decode()}: {answer}")
+        return answer
 
     def send_ahead(self, lines: Sequence[bytes]) -> None:
         """Send commands whose answers `ask` will fetch, in one write if the upstream offers PIPELINING.
@@ -100,7 +103,7 @@ class Upstream:
         if len(lines) > 1 and "PIPELINING" in self.features and not self._ahead:
             try:
                 self._send_group(lines)
-            except WireError as error:
+            except (WireError, BadReply) as error:
                 raise UpstreamFailed(f"{self.server}: {error}") from None
             self._ahead.extend(lines)
 
@@ -109,38 +112,48 @@ class Upstream:
         return bool(self._ahead) if line is None else line in self._ahead
 
     def _send_group(self, lines: Sequence[bytes]) -> None:
-        """Raises WireError; UpstreamFailed if the upstream spoke out of turn: its answers could not be told apart."""
-        if self.wire.buffered:
-            raise UpstreamFailed(f"{self.server}: spoke out of turn: {self.wire.read_reply()}")
+        """Raises WireError, BadReply.
+
+        UpstreamFailed if the upstream has spoken out of turn: its answers could not be
+        told apart. Its goodbye inside a transaction is Refused, as if it were the answer.
+        """
+        if self.wire.pending():
+            words = self.wire.read_reply()
+            if words.code == 421 and self.in_transaction:
+                raise Refused(words)
+            raise UpstreamFailed(f"{self.server}: spoke out of turn: {words}")
         self.wire.write(b"".join(line + b"\r\n" for line in lines))
         self.wire.flush()
 
     # -- the message
 
-    def send(self, octets: bytes, seconds: float) -> None:
+    def send(self, octets: bytes) -> None:
         """Pass on message content. Raises Refused, UpstreamFailed."""
         try:
-            with self.wire.clock.limit(seconds, f"sending to {self.server}"):
-                self.wire.send(octets)
+            self.wire.send(octets)
         except WireError as error:
             self._last_words()
             raise UpstreamFailed(f"{self.server}: {error}") from None
 
-    def finish(self, octets: bytes, write_seconds: float, verdict_seconds: float) -> Reply:
-        """Pass on the last content of DATA, end it, and return the verdict. Raises Refused, UpstreamFailed."""
-        if len(octets) > ONE_WRITE:
-            self.send(octets, write_seconds)
-            octets = b""
-        return self.finish_chunk(octets + END_OF_DATA, write_seconds, verdict_seconds)
+    def finish(self, octets: bytes, seconds: float) -> Reply:
+        """Pass on the last content of DATA, end it, and return the verdict.
 
-    def finish_chunk(self, octets: bytes, write_seconds: float, verdict_seconds: float) -> Reply:
+        seconds: for the verdict. Raises Refused, UpstreamFailed.
+        """
+        if len(octets) > ONE_WRITE:
+            self.send(octets)
+            octets = b""
+        return self.finish_chunk(octets + END_OF_DATA, seconds)
+
+    def finish_chunk(self, octets: bytes, seconds: float) -> Reply:
         """The same for a chunk of BDAT, which ends by its length."""
         if self.wire.pending():  # an answer before its question must not be taken for the verdict
             self._last_words()
-            raise UpstreamFailed(f"{self.server}: spoke or hung up inside the message")
-        self.send(octets, write_seconds)
+            did = "spoke" if self.wire.buffered else "hung up"
+            raise UpstreamFailed(f"{self.server}: {did} inside the message")
+        self.send(octets)
         try:
-            with self.wire.clock.limit(verdict_seconds, f"waiting for the verdict of {self.server}"):
+            with self.wire.clock.limit(seconds, "waiting for the verdict (data_timeout)"):
                 verdict = self.wire.read_reply()
         except (WireError, BadReply) as error:
             raise UpstreamFailed(f"{self.server}: {error}") from None
@@ -182,7 +195,7 @@ class Upstream:
             with self.wire.clock.limit(QUIT_TIMEOUT, "waiting for the answer to QUIT"):
                 self.ask(b"QUIT")
                 self.wire.hang_up()
-        except UpstreamFailed as error:
+        except (Refused, UpstreamFailed) as error:
             log.debug("No answer to QUIT", error=str(error))
             self.drop()
 
@@ -209,17 +222,20 @@ class Connector:
         for server in self._by_state(self._hosts(route, failures)):
             try:
                 for address in self._addresses(server, clock):
+                    if clock.overdue():
+                        break
                     try:
                         upstream = self._open(route, server, address, client, clock, sid)
                         self._down.pop((server.host, server.port), None)
                         return upstream
                     except (UpstreamFailed, WireError, BadReply) as error:
-                        failures.append(f"{server}: {error}")
+                        where = "" if address[1] == server.host else f" [{address[1]}]"
+                        failures.append(f"{server}{where}: {str(error).removeprefix(f'{server}: ')}")
             except UpstreamFailed as error:
                 failures.append(str(error))
+            self._mark_down(server)
             if clock.overdue():
                 break
-            self._mark_down(server)
         raise UpstreamFailed("; ".join(failures))
 
     def _hosts(self, route: Route, failures: list[str]) -> Iterator[Server]:
@@ -247,7 +263,7 @@ class Connector:
 
     def _addresses(self, server: Server, clock: Clock) -> list[Address]:
         try:
-            with clock.limit(self._settings.dns_timeout, f"looking up {server.host}"):
+            with clock.limit(self._settings.dns_timeout, "looking up the address (dns_timeout)"):
                 return self._resolver.addresses_of(server.host)
         except (DnsFailed, WireError) as error:
             raise UpstreamFailed(f"{server}: {error}") from None
@@ -256,8 +272,9 @@ class Connector:
         self, route: Route, server: Server, address: Address, client: Client, clock: Clock, sid: str
     ) -> Upstream:
         """One attempt at one address. Raises UpstreamFailed, WireError, BadReply, Refused, Reject."""
-        with clock.limit(self._settings.connect_timeout, f"connecting to {server}"):
-            wire = Wire(_connect(address, server.port), clock, log.tracer(sid, "upstream"))
+        with clock.limit(self._settings.connect_timeout, "connecting (connect_timeout)"):
+            connection = _connect(address, server.port)
+            wire = Wire(connection, clock, log.tracer(sid, "upstream"), self._settings.write_timeout)
             upstream = Upstream(wire, server, route)
             try:
                 if route.policy.send_proxy != "no":
@@ -287,10 +304,10 @@ class Connector:
         policy = upstream.route.policy
         told = policy.send_proxy != "no"  # it knows the client already, so the client's name belongs into EHLO
         name = client.helo if told else self._settings.domain
-        self._hello(upstream, name)
+        self._hello(upstream, name, sid)
         if self._wants_tls(upstream, client):
             self._start_tls(upstream)
-            self._hello(upstream, name)
+            self._hello(upstream, name, sid)
         elif policy.upstream_tls == "require":
             raise UpstreamFailed("STARTTLS is required and not offered")
         upstream.knows_client = told
@@ -300,7 +317,7 @@ class Connector:
         elif not client.esmtp:
             self._hello_for(upstream, client, name)
 
-    def _hello(self, upstream: Upstream, name: str) -> None:
+    def _hello(self, upstream: Upstream, name: str, sid: str) -> None:
         """EHLO in our own affair, HELO if that is refused: what comes back is about us."""
         answer = upstream.ask(b"EHLO " + name.encode())
         if answer.permanent:
@@ -312,11 +329,14 @@ class Connector:
             raise UpstreamFailed(f"EHLO: {answer}")
         who = answer.lines[0].partition(b" ")[0].decode("ascii", "replace")
         if who.lower() == self._settings.domain.lower():
+            log.error("Mail loop: the upstream bears our domain", sid=sid, upstream=str(upstream.server), domain=who)
             raise Reject(replies.MAIL_LOOP)
 
     def _hello_for(self, upstream: Upstream, client: Client, name: str) -> None:
-        """EHLO or HELO as the client said it: what comes back is the verdict on the client."""
+        """EHLO or HELO as the client said it: what comes back is the verdict on the client, if it is known."""
         answer = upstream.ask((b"EHLO " if client.esmtp else b"HELO ") + name.encode())
+        if not answer.positive and not upstream.knows_client:
+            raise UpstreamFailed(f"HELO: {answer}")
         if not answer.positive:
             raise Refused(answer)
         upstream.features = parse_features(answer) if client.esmtp else {}
@@ -334,7 +354,10 @@ class Connector:
         if upstream.wire.buffered:
             raise UpstreamFailed("STARTTLS: clear text after the 220")  # response injection
         route = upstream.route
-        context = _context(route.tls_verify, route.policy.upstream_tls_ca)
+        try:
+            context = _context(route.tls_verify, route.policy.upstream_tls_ca)
+        except CertificateError as error:
+            raise UpstreamFailed(f"upstream_tls_ca: {error}") from None
         upstream.wire.start_tls(context, server_side=False, server_name=upstream.server.host)
 
     def _send_xclient(self, upstream: Upstream, client: Client, sid: str) -> bool:
@@ -400,7 +423,11 @@ def _connect(address: Address, port: int) -> Socket:
     gevent's own connect asks the resolver even for an address, which costs 23 % of a session.
     """
     family, host = address
-    connection = Socket(family, stdlib_socket.SOCK_STREAM | stdlib_socket.SOCK_NONBLOCK | stdlib_socket.SOCK_CLOEXEC)
+    kind = stdlib_socket.SOCK_STREAM | stdlib_socket.SOCK_NONBLOCK | stdlib_socket.SOCK_CLOEXEC
+    try:
+        connection = Socket(family, kind)
+    except OSError as error:  # no more descriptors, or no IPv6
+        raise PeerGone(error.strerror or str(error)) from None
     try:
         connection.setsockopt(stdlib_socket.IPPROTO_TCP, stdlib_socket.TCP_NODELAY, 1)
         code = connection.connect_ex((host, port))

@@ -15,6 +15,7 @@ import os
 import pwd
 import signal
 import socket as stdlib_socket
+import sys
 from _socket import socket as Socket
 from collections.abc import Sequence
 from grp import getgrnam
@@ -30,6 +31,7 @@ from .dns import Resolver
 from .limits import Limits
 from .mappings import MappingError, open_mappings
 from .routing.csv_file import CsvError, CsvFile
+from .routing.mysql import Notice
 from .session import Service, Session, new_session_id
 from .smtp import proxy_protocol
 from .smtp.reply import Reply
@@ -69,7 +71,7 @@ class Worker:
     def __init__(self, settings: Settings, listeners: Sequence[stdlib_socket.socket]) -> None:
         """Raises MappingError, CsvError, CertificateError: whatever is wrong is wrong before the first client."""
         self._settings = settings
-        self._mappings = open_mappings(settings, pause=lambda: gevent.sleep(0))
+        self._mappings = open_mappings(settings, pause=lambda: gevent.sleep(0), tell=_log_notice)
         for csv_file in self._csv_files():
             csv_file.load()
         resolver = Resolver(settings.dns_timeout)
@@ -93,6 +95,8 @@ class Worker:
         """Serve until SIGTERM or SIGINT, then let running transactions finish; a second signal ends at once."""
         for number in (signal.SIGTERM, signal.SIGINT):
             gevent.signal_handler(number, self._on_signal)
+        gevent.signal_handler(signal.SIGHUP, log.warn, "SIGHUP is not for this version: restart Willi to read its file")
+        sys.unraisablehook = _log_unraisable
         drop_privileges(self._settings)
         gc.collect()
         gc.freeze()
@@ -146,12 +150,12 @@ class Worker:
     def _serve(self, connection: Socket, address: tuple[str, int]) -> None:
         """One connection, in its own greenlet."""
         sid = new_session_id()
-        wire = Wire(connection, Clock(), log.tracer(sid, "client"))
+        wire = Wire(connection, Clock(), log.tracer(sid, "client"), self._settings.write_timeout)
+        refusal = self._limits.enter()
+        if refusal:
+            self._turn_away(wire, sid, address[0], refusal, linger=False)
+            return
         try:
-            refusal = self._limits.enter()
-            if refusal:
-                self._turn_away(wire, sid, address[0], refusal)
-                return
             self._admit(sid, wire, connection, address)
         except (WireError, proxy_protocol.BadHeader, OSError) as error:
             log.warn("Connection dropped", sid=sid, client=address[0], error=str(error))
@@ -164,18 +168,18 @@ class Worker:
 
     def _admit(self, sid: str, wire: Wire, connection: Socket, address: tuple[str, int]) -> None:
         """Find out who it is, and whether that client may have one more connection."""
-        peer, port = address[0], address[1]
+        peer, port = address[0].partition("%")[0], address[1]  # without the zone of a link-local address
         client = Client(peer, port, own=connection.getsockname)
         if is_in(peer, self._settings.proxy_protocol_hosts):
             self._read_proxy_header(wire, client)
-        trusted = is_in(peer, self._settings.xclient_hosts)
+        trusted = is_in(client.address, self._settings.xclient_hosts)
         if trusted:  # a proxy in front brings many clients
             self._talk(sid, wire, client, may_xclient=True)
             return
         counted = client.address
         refusal = self._limits.enter_address(counted)
         if refusal:
-            self._turn_away(wire, sid, counted, refusal)
+            self._turn_away(wire, sid, counted, refusal, linger=True)
             return
         try:
             self._talk(sid, wire, client, may_xclient=False)
@@ -210,15 +214,27 @@ class Worker:
             client.address, client.port = endpoints.source, endpoints.source_port
             client.own = lambda: (endpoints.destination, endpoints.destination_port)
 
-    def _turn_away(self, wire: Wire, sid: str, address: str, refusal: Reply) -> None:
+    def _turn_away(self, wire: Wire, sid: str, address: str, refusal: Reply, linger: bool) -> None:
         log.info("Connection refused", sid=sid, client=address, reply=str(refusal))
         wire.write(refusal.octets)
-        wire.hang_up(linger=True)
+        wire.hang_up(linger)
+        wire.clock.close()
+
+
+def _log_unraisable(bug: sys.UnraisableHookArgs) -> None:
+    """An exception in a callback from C, such as for a server name of a TLS client that is no text."""
+    log.warn("Exception ignored", where=repr(bug.object), error=f"{bug.exc_type.__name__}: {bug.exc_value}")
 
 
 def is_in(address: str, networks: Sequence[IPv4Network | IPv6Network]) -> bool:
     """Whether an address belongs to one of the networks."""
     return bool(networks) and any(ip_address(address) in network for network in networks)
+
+
+def _log_notice(notice: Notice) -> None:
+    """What a mapping, which does not log, has to say."""
+    levels = {"info": log.info, "warn": log.warn, "error": log.error}
+    levels[notice.level](notice.text, mapping=notice.mapping, error=notice.error)
 
 
 def drop_privileges(settings: Settings) -> None:

@@ -23,7 +23,7 @@ TIME_TO_STOP = 15.0  # seconds from SIGTERM; a transaction that is running may t
 Setting = str | int | float | bool | Sequence[str] | Mapping[str, "Setting"]
 
 _FIELD = re.compile(r'([A-Za-z0-9_]+)=("(?:[^"\\]|\\.)*"|[^" ]*)(?: |$)')
-_ESCAPE = re.compile(r"\\(?:x([0-9a-f]{2})|u([0-9a-f]{4})|(.))")
+_ESCAPE = re.compile(r"\\(?:x([0-9a-f]{2})|u([0-9a-f]{4})|U([0-9a-f]{8})|(.))")
 _LETTERS = {"n": "\n", "r": "\r", "t": "\t"}
 
 
@@ -42,8 +42,8 @@ def parse_logfmt(line: str) -> dict[str, str]:
 
 
 def _unescape(escape: re.Match[str]) -> str:
-    octet, character, letter = escape.groups()
-    return chr(int(octet or character, 16)) if letter is None else _LETTERS.get(letter, letter)
+    octet, character, far_character, letter = escape.groups()
+    return chr(int(octet or character or far_character, 16)) if letter is None else _LETTERS.get(letter, letter)
 
 
 def write_config(path: Path, settings: Mapping[str, Setting]) -> Path:

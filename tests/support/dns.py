@@ -17,7 +17,7 @@ import dns.rcode
 import dns.rdatatype
 import dns.rrset
 
-from tests.support.loopback import PATIENCE
+from tests.support.loopback import HOST, PATIENCE
 
 TTL = 60
 # Run a command with its own resolv.conf, hosts and nsswitch.conf; nobody else sees them. $1: their directory.
@@ -39,18 +39,23 @@ class Fault(Enum):
 class DnsServer:
     """UDP on port 53 of a loopback address of its own. Names that are not in `zone` do not exist.
 
+    Without a directory (nobody needs its `prefix`) it is any free port of 127.0.0.1, for which root is not needed.
     zone: {"b.example": {"MX": ["10 mx.b.example."], "A": ["127.0.0.1"]}, "slow.example": Fault.SILENCE}
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path | None = None) -> None:
         self.zone: dict[str, dict[str, Sequence[str]] | Fault] = {}
         self.queries: list[tuple[str, str]] = []  # (name, type) in their order
-        self._socket = _bind_to_port_53()
-        self.address: str = self._socket.getsockname()[0]
+        self._socket = _bind_to_port_53() if directory else _bind_to_free_port()
+        self._socket.settimeout(0.1)  # how soon stop() is noticed
+        self.address: str
+        self.port: int
+        self.address, self.port = self._socket.getsockname()
         self._directory = directory
-        (directory / "resolv.conf").write_text(f"nameserver {self.address}\n")
-        (directory / "hosts").write_text("# empty: names and addresses come from the test's zone\n")
-        (directory / "nsswitch.conf").write_text("hosts: files dns\n")
+        if directory:
+            (directory / "resolv.conf").write_text(f"nameserver {self.address}\n")
+            (directory / "hosts").write_text("# empty: names and addresses come from the test's zone\n")
+            (directory / "nsswitch.conf").write_text("hosts: files dns\n")
         self._thread = threading.Thread(target=self._serve, name="dns", daemon=True)
         self._thread.start()
 
@@ -73,7 +78,6 @@ class DnsServer:
         self._thread.join(PATIENCE)
 
     def _serve(self) -> None:
-        self._socket.settimeout(0.1)  # how soon stop() is noticed
         while self._socket.fileno() >= 0:
             with contextlib.suppress(OSError):
                 octets, peer = self._socket.recvfrom(4096)
@@ -96,6 +100,12 @@ class DnsServer:
         elif kind in records:
             response.answer.append(dns.rrset.from_text(question.name, TTL, "IN", kind, *records[kind]))
         return response
+
+
+def _bind_to_free_port() -> socket.socket:
+    server = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    server.bind((HOST, 0))
+    return server
 
 
 def _bind_to_port_53() -> socket.socket:

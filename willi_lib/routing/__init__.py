@@ -1,7 +1,7 @@
 """From a recipient to the upstream that is responsible for it.
 
 `find_route` is the one door: it knows the keys of an address, their case and the
-order of the search. A mapping only answers for one key. Pure: no socket, no log.
+order of the search. A mapping only answers for keys. Pure: no socket, no log.
 """
 
 from __future__ import annotations
@@ -11,8 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from ipaddress import ip_address
-from itertools import product
-from typing import Literal, Protocol
+from typing import Literal, NamedTuple, Protocol
 from unicodedata import normalize
 
 DEFAULT_PORT = 25
@@ -21,6 +20,8 @@ MAX_HOST_NAME = 253  # characters, RFC 1035 §2.3.4 without length octets
 UpstreamTls = Literal["auto", "always", "require", "never"]
 Xclient = Literal["try", "require", "no"]
 SendProxy = Literal["no", "v1", "v2"]
+# Of an answer: "" a table in memory; stale: too old, but there is no other.
+Origin = Literal["", "asked", "cache", "stale"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +69,21 @@ class NoRoute(Exception):
 
 
 class LookupFailed(Exception):
-    """A mapping could not answer: try again later."""
+    """A mapping could not answer: try again later.
+
+    told: the log has this already, so that nobody needs to repeat it for every client.
+    """
+
+    def __init__(self, why: str = "", told: bool = False) -> None:
+        super().__init__(why)
+        self.told = told
+
+
+class Answer(NamedTuple):
+    """What a mapping has for one key."""
+
+    route: Route | None
+    origin: Origin = ""
 
 
 class Mapping(Protocol):
@@ -76,11 +91,11 @@ class Mapping(Protocol):
 
     name: str  # for the log: "csv:/etc/willi/map.csv"
 
-    def find(self, key: str) -> Route | None:
-        """The route stored for exactly this key; None if there is none.
+    def find(self, keys: Sequence[str]) -> Iterator[Answer]:
+        """The answer for exactly each key, in this order; a key is not asked for before its answer is taken.
 
-        key: folded by `keys_of`.
-        Raises LookupFailed, without its own name in the text: `find_route` adds that.
+        keys: of one recipient, folded by `keys_of`. A time limit is for all of them together.
+        The answers raise LookupFailed, without the mapping's name in the text: `find_route` adds that.
         Must not log, must not retry for ever.
         """
 
@@ -90,25 +105,29 @@ class Mapping(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One key asked in one mapping: a route, an error, or neither."""
+    """One key asked in one mapping: a route, a failure, or neither."""
 
     mapping: str
     key: str
     route: Route | None
-    error: str | None
+    failure: LookupFailed | None = None
+    origin: Origin = ""
 
 
 def search(mappings: Sequence[Mapping], recipient: str, delimiter: str = "") -> Iterator[Step]:
     """Ask each mapping for all keys of the recipient, up to the first match or failure."""
-    for mapping, key in product(mappings, keys_of(recipient, delimiter)):
-        try:
-            route = mapping.find(key)
-        except LookupFailed as failure:
-            yield Step(mapping.name, key, None, str(failure))
-            return
-        yield Step(mapping.name, key, route, None)
-        if route is not None:
-            return
+    keys = keys_of(recipient, delimiter)
+    for mapping in mappings:
+        answers = mapping.find(keys)
+        for key in keys:
+            try:
+                route, origin = next(answers)
+            except LookupFailed as failure:
+                yield Step(mapping.name, key, None, failure)
+                return
+            yield Step(mapping.name, key, route, None, origin)
+            if route is not None:
+                return
 
 
 def find_route(mappings: Sequence[Mapping], recipient: str, delimiter: str = "") -> Route:
@@ -118,8 +137,8 @@ def find_route(mappings: Sequence[Mapping], recipient: str, delimiter: str = "")
     ends there, since a later, more general mapping might send the mail elsewhere.
     """
     for step in search(mappings, recipient, delimiter):
-        if step.error is not None:
-            raise LookupFailed(f"{step.mapping}: {step.error}")
+        if step.failure is not None:
+            raise LookupFailed(f"{step.mapping}: {step.failure}", step.failure.told)
         if step.route is not None:
             return step.route
     raise NoRoute(recipient)

@@ -15,10 +15,10 @@ import codecs
 import csv
 import io
 from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from willi_lib.routing import LookupFailed, Policy, Route, fold_pattern, parse_servers, parse_tls_verify
+from willi_lib.routing import Answer, LookupFailed, Policy, Route, fold_pattern, parse_servers, parse_tls_verify
 
 HEADER = "pattern;server;tls_verify"
 MAX_FAULTS = 10  # reported of one file
@@ -60,11 +60,12 @@ class CsvFile:
         """The different routes of the table."""
         return list({id(route): route for route in (self._table or {}).values()}.values())
 
-    def find(self, key: str) -> Route | None:
-        """The route stored for exactly this key; None if there is none. Raises LookupFailed before the first `load`."""
-        if self._table is None:
-            raise LookupFailed("not read yet")
-        return self._table.get(key)
+    def find(self, keys: Sequence[str]) -> Iterator[Answer]:
+        """The answers for exactly these keys. They raise LookupFailed before the first `load`."""
+        for key in keys:
+            if self._table is None:
+                raise LookupFailed("not read yet")
+            yield Answer(self._table.get(key))
 
     def changed(self) -> bool:
         """Whether the file is another one than `load` last tried, and the same as at the previous call.

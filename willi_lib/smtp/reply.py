@@ -8,7 +8,6 @@ greps for a text finds one line.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
 
 MAX_REPLY_LINES = 200  # a bound on what we keep of an upstream's reply; real ones have under 20
 
@@ -34,10 +33,12 @@ class Reply:
         """5yz: do not try again in this form."""
         return self.code >= 500
 
-    @cached_property
+    @property
     def octets(self) -> bytes:
         """The reply as it goes over the wire, CRLF included."""
         code = b"%d" % self.code
+        if len(self.lines) == 1:
+            return b"%s %s\r\n" % (code, self.lines[0])
         continued = b"".join(b"%s-%s\r\n" % (code, line) for line in self.lines[:-1])
         return b"%s%s %s\r\n" % (continued, code, self.lines[-1])
 
@@ -65,7 +66,7 @@ def parse_reply_line(line: bytes) -> tuple[int, bool, bytes]:
     Raises BadReply. A line of three digits alone is accepted (RFC 5321 §4.2).
     """
     code, separator = line[:3], line[3:4]
-    if not (code.isdigit() and b"200" <= code < b"600" and separator in (b"", b" ", b"-")):
+    if not (len(code) == 3 and code.isdigit() and b"200" <= code < b"600" and separator in (b"", b" ", b"-")):
         raise BadReply(f"not an SMTP reply: {line[:80]!r}")
     return int(code), separator != b"-", line[4:]
 

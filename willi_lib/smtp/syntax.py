@@ -34,7 +34,7 @@ _PATH = re.compile(
 )
 _PARAMETER = re.compile(rb"([0-9A-Za-z][0-9A-Za-z-]*)(?:=([\x21-\x3c\x3e-\x7e]+))?")
 _HELO = re.compile(rb"[\x21-\x7e]{1,%d}" % MAX_HELO)
-_HOST_NAME = re.compile(r"(?=.{1,253}\Z)(?!-)[0-9A-Za-z_-]{1,63}(?<!-)(?:\.(?!-)[0-9A-Za-z_-]{1,63}(?<!-))*\.?")
+_HOST_NAME = re.compile(r"(?=.{1,253}\Z)(?!-)[0-9A-Za-z_-]{1,63}(?<!-)(?:\.(?!-)[0-9A-Za-z_-]{1,63}(?<!-))*")
 _XTEXT_PLAIN = frozenset(range(0x21, 0x7F)) - frozenset(b"+=")  # RFC 3461 §4
 _XTEXT_CODE = re.compile(rb"\+([0-9A-F]{2})")
 
@@ -182,8 +182,8 @@ def parse_features(ehlo: Reply) -> dict[str, str]:
     features = {}
     for line in ehlo.lines[1:]:
         # "AUTH=LOGIN" and the like: old servers put = in place of the space.
-        keyword, _, parameters = line.decode("ascii", "replace").replace("=", " ", 1).partition(" ")
-        features[keyword.upper()] = parameters.strip()
+        keyword, *parameters = re.split("[ =]", line.decode("ascii", "replace"), maxsplit=1)
+        features[keyword.upper()] = parameters[0].strip() if parameters else ""
     return features
 
 
@@ -223,6 +223,8 @@ def xclient_address(text: str) -> str | None:
     if text.upper() in ("[UNAVAILABLE]", "[TEMPUNAVAIL]"):
         return None
     try:
+        if "%" in text:  # a zone, for ipaddress
+            raise ValueError
         if text[:5].upper() == "IPV6:":
             return str(ipaddress.IPv6Address(text[5:]))
         return str(ipaddress.IPv4Address(text))
@@ -242,17 +244,17 @@ def xclient_port(text: str) -> int:
 def xclient_lines(attributes: Sequence[tuple[str, str]]) -> list[bytes]:
     """XCLIENT commands for these attributes, in this order, PORT and ADDR last and together.
 
-    Each command has at most 512 octets with CRLF (XCLIENT_README); an attribute that
-    would not fit a command of its own is left out.
+    Each command has at most 512 octets with CRLF (XCLIENT_README). A value of more than
+    255 octets as xtext is left out: Postfix would refuse the whole command, and a client
+    with a hundred + in its EHLO would then speak in our name.
     """
-    words = [b" %s=%s" % (name.encode("ascii"), xtext(value)) for name, value in attributes]
+    values = [(name, xtext(value)) for name, value in attributes]
+    words = [b" %s=%s" % (name.encode("ascii"), value) for name, value in values if len(value) <= MAX_HELO]
     if len(words) > 1 and words[-2].startswith(b" PORT=") and words[-1].startswith(b" ADDR="):
         words[-2:] = [words[-2] + words[-1]]
     lines: list[bytes] = []
     room = 0
     for word in words:
-        if len(b"XCLIENT") + len(word) + 2 > MAX_XCLIENT_LINE:
-            continue
         if len(word) > room:
             lines.append(b"XCLIENT")
             room = MAX_XCLIENT_LINE - len(b"XCLIENT") - 2

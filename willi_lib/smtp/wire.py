@@ -12,10 +12,12 @@ import socket as stdlib_socket
 import ssl
 from _socket import socket as Socket  # gevent replaces socket.socket; here we wait on the loop ourselves
 from collections.abc import Callable
+from contextlib import suppress
 from time import monotonic
 from types import TracebackType
 from typing import Any
 
+import gevent
 from gevent import get_hub, getcurrent
 
 from . import reply as replies
@@ -25,12 +27,14 @@ from .syntax import MAX_COMMAND_LINE
 READ_EVENT, WRITE_EVENT = 1, 2  # libev's EV_READ and EV_WRITE
 COMMAND_READ = 16 << 10  # octets a recv when lines are expected
 FIRST_BODY_READ = 64 << 10  # octets a recv of message content, doubled while the peer fills it ...
-LARGEST_BODY_READ = 512 << 10  # ... up to this
+LARGEST_BODY_READ = 256 << 10  # ... up to this
 ENCRYPTED_READ = 64 << 10  # octets a recv under TLS; OpenSSL's buffer grows to this and stays
 MAX_PENDING_OUTPUT = 64 << 10  # octets of replies kept back for one write
 MAX_REPLY_LINE = 4096  # octets with CRLF; RFC 5321 §4.5.3.1.5 asks for 512
+WRITE_TIMEOUT = 300.0  # seconds, if nobody says otherwise: what RFC 5321 §4.5.3.2 has a server wait
 LINGER = 2.0  # seconds for the peer to read our last words before the socket goes
 LINGER_OCTETS = 1 << 20  # what we throw away meanwhile
+FAIR_READS = 32  # reads without a wait after which the other sessions, and the clock, get their turn
 FOREVER = float("inf")
 
 
@@ -108,7 +112,7 @@ class Clock:
     def _on_timer(self) -> None:
         self.close()
         if monotonic() >= self._deadline:
-            self._greenlet.throw(TimeLimit(self._doing))
+            self._greenlet.throw(TimeLimit(f"timed out {self._doing}"))
         elif self._deadline < FOREVER:
             self._arm(self._deadline)
 
@@ -128,27 +132,40 @@ class Limit:
         self._outer = (clock._deadline, clock._doing)
         if self._deadline < clock._deadline:
             clock._set(self._deadline, self._doing)
+        elif clock._timer is None:  # the limit in force has struck already, and strikes again at the next wait
+            clock._arm(clock._deadline)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._clock._deadline, self._clock._doing = self._outer
+        clock = self._clock
+        clock._deadline, clock._doing = self._outer
+        if clock._timer is None and clock._deadline < FOREVER:  # ours has struck: the outer one still counts
+            clock._arm(clock._deadline)
 
 
 class Wire:
     """One connection. Every call that waits does so under the limits of `clock`.
 
+    write_timeout: seconds for the peer to take what is sent in one go.
     trace: called with a direction (`<` from the peer, `>` to it) and the octets of
         each line and reply, for a debug log.
     """
 
     __slots__ = (
         "_at", "_body_read", "_buffer", "_clear_in", "_clear_out", "_output", "_output_size",
-        "_readable", "_socket", "_tls", "_writable", "clock", "trace",
+        "_readable", "_reads", "_socket", "_tls", "_writable", "_write_timeout", "clock", "trace",
     )  # fmt: skip
 
-    def __init__(self, socket: Socket, clock: Clock, trace: Callable[[str, bytes], None] | None = None) -> None:
+    def __init__(
+        self,
+        socket: Socket,
+        clock: Clock,
+        trace: Callable[[str, bytes], None] | None = None,
+        write_timeout: float = WRITE_TIMEOUT,
+    ) -> None:
         self._socket = socket
+        self._write_timeout = write_timeout
         self.clock = clock
         self.trace = trace
         self._readable = get_hub().loop.io(socket.fileno(), READ_EVENT)
@@ -156,6 +173,7 @@ class Wire:
         self._buffer = b""  # what was received and not yet taken ...
         self._at = 0  # ... from here on
         self._body_read = FIRST_BODY_READ
+        self._reads = 0  # since we last waited
         self._output: list[bytes] = []
         self._output_size = 0
         self._tls: ssl.SSLObject | None = None
@@ -184,9 +202,10 @@ class Wire:
             end = self._buffer.find(b"\r\n", self._at)
             if end >= 0:
                 break
-            _refuse_bare_newline(self._buffer[self._at :].removesuffix(b"\r"))  # its LF may be on the way
-            if len(self._buffer) - self._at > limit:
-                return self._drop_long_line()
+            if self.buffered:
+                _refuse_bare_newline(self._buffer[self._at :].removesuffix(b"\r"))  # its LF may be on the way
+                if len(self._buffer) - self._at > limit:
+                    return self._drop_long_line()
             self._receive(COMMAND_READ)
         line = self._buffer[self._at : end]
         self._at = end + 2
@@ -240,7 +259,7 @@ class Wire:
             return True
         try:
             octets = self._receive_now(COMMAND_READ)
-        except PeerGone:
+        except WireError:  # whoever reads next will learn why
             return True
         if octets:
             self._buffer, self._at = octets, 0
@@ -268,7 +287,12 @@ class Wire:
         octets = None
         if eager or self._tls is not None:
             octets = self._receive_now(size)
+            self._reads += 1
+            if self._reads > FAIR_READS:
+                self._reads = 0
+                gevent.sleep(0)
         while octets is None:
+            self._reads = 0
             get_hub().wait(self._readable)
             octets = self._receive_now(size)
         if not octets:
@@ -333,7 +357,9 @@ class Wire:
             self.send(octets)
 
     def send(self, octets: bytes) -> None:
-        """Send message content at once, past the trace. Raises WireError."""
+        """Send message content at once, past the trace, behind what was kept back. Raises WireError."""
+        if self._output:
+            self.flush()
         try:
             if self._tls is None:
                 self._send_raw(octets)
@@ -351,18 +377,27 @@ class Wire:
             self._send_raw(self._clear_out.read())
 
     def _send_raw(self, octets: bytes) -> None:
-        rest: bytes | memoryview = octets
-        while rest:
-            try:
-                sent = self._socket.send(rest)
-            except BlockingIOError:
-                if self._writable is None:
-                    self._writable = get_hub().loop.io(self._socket.fileno(), WRITE_EVENT)
+        try:
+            sent = self._socket.send(octets)
+        except BlockingIOError:
+            sent = 0
+        if sent < len(octets):
+            with self.clock.limit(self._write_timeout, "sending (write_timeout)"):
+                self._send_slowly(memoryview(octets)[sent:])
+
+    def _send_slowly(self, octets: memoryview) -> None:
+        """Send to a peer that does not keep up. If that ends early nothing may follow: `250 O421` would be a lie."""
+        if self._writable is None:
+            self._writable = get_hub().loop.io(self._socket.fileno(), WRITE_EVENT)
+        try:
+            while octets:
                 get_hub().wait(self._writable)
-                continue
-            if sent == len(rest):
-                return
-            rest = memoryview(rest)[sent:]
+                with suppress(BlockingIOError):
+                    octets = octets[self._socket.send(octets) :]
+        except BaseException:
+            with suppress(OSError):  # the peer has gone
+                self._socket.shutdown(stdlib_socket.SHUT_WR)
+            raise
 
     # -- TLS and the end
 
@@ -379,7 +414,10 @@ class Wire:
         self.flush()
         self._buffer, self._at = b"", 0
         self._clear_in, self._clear_out = ssl.MemoryBIO(), ssl.MemoryBIO()
-        tls = context.wrap_bio(self._clear_in, self._clear_out, server_side, server_name)
+        try:
+            tls = context.wrap_bio(self._clear_in, self._clear_out, server_side, server_name)
+        except (ValueError, TypeError) as error:  # a name that Python's ssl cannot encode
+            raise TlsFailed(f"TLS handshake: {error}") from None
         try:
             while True:
                 try:
@@ -450,10 +488,9 @@ class Wire:
 
     def _close_tls(self) -> None:
         if self._tls is not None:
-            try:
+            with suppress(ssl.SSLError):  # wants the peer's close_notify, which we need not wait for (RFC 8446 §6.1)
                 self._tls.unwrap()
-            except ssl.SSLError:  # wants the peer's close_notify, which we need not wait for (RFC 8446 §6.1)
-                self._send_encrypted()
+            self._send_encrypted()
 
 
 def _refuse_bare_newline(line: bytes) -> None:

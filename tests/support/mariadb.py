@@ -1,0 +1,160 @@
+"""A private instance of the real MariaDB server: own data, socket and port, TLS on, loopback only."""
+
+from __future__ import annotations
+
+import os
+import pwd
+import shutil
+import signal
+import subprocess
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import pymysql
+
+from tests.support.certificates import Pair
+from tests.support.loopback import HOST, PATIENCE, free_port, wait_until
+
+ACCOUNT = "mysql"  # whom the package creates; mariadbd does not want to be root
+PATH = {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C.UTF-8"}
+USER, PASSWORD = "willi", "pass%word'?"
+
+OPTIONS = """\
+[mariadbd]
+datadir = {home}/data
+socket = {home}/socket
+pid_file = {home}/pid
+log_error = {home}/error.log
+bind_address = 127.0.0.1
+port = {port}
+ssl_cert = {home}/cert.pem
+ssl_key = {home}/key.pem
+skip_name_resolve
+# Nothing in it is worth keeping
+innodb_flush_log_at_trx_commit = 0
+innodb_log_file_size = 16M
+sync_binlog = 0
+performance_schema = 0
+secure_file_priv = {home}
+max_connections = 200
+"""
+
+
+class Mariadb:
+    """A running server. `query` runs as its root; the account for Willi is `USER` with `PASSWORD`."""
+
+    def __init__(self, tls: Pair) -> None:
+        # Not below pytest's own directory: that one is closed to other users.
+        self.home = Path(tempfile.mkdtemp(prefix="willi-mariadb-"))
+        self.port = free_port()
+        self.socket = self.home / "socket"
+        self.log_file = self.home / "error.log"
+        self._options = self.home / "my.cnf"
+        self._process: subprocess.Popen[bytes] | None = None
+        shutil.copy(tls.cert, self.home / "cert.pem")
+        shutil.copy(tls.key, self.home / "key.pem")
+        self._options.write_text(OPTIONS.format(home=self.home, port=self.port))
+        self._give(self.home)
+        self._install()
+        self.start()
+        self.query(f"CREATE USER {USER}@localhost IDENTIFIED BY %s", PASSWORD)
+        self.query(f"CREATE USER {USER}@'127.0.0.1' IDENTIFIED BY %s", PASSWORD)
+        self.query(f"GRANT ALL ON *.* TO {USER}@localhost, {USER}@'127.0.0.1'")
+
+    @property
+    def host(self) -> str:
+        """As willi.conf names it."""
+        return f"{HOST}:{self.port}"
+
+    def query(self, statement: str, *values: object) -> Sequence[tuple[object, ...]]:
+        """Run a statement; all its rows."""
+        with self.connect() as connection, connection.cursor() as cursor:
+            cursor.execute(statement, values or None)
+            return cursor.fetchall()
+
+    def connect(self) -> pymysql.Connection[pymysql.cursors.Cursor]:
+        """As root, by the socket."""
+        return pymysql.connect(
+            unix_socket=str(self.socket), user="root", charset="utf8mb4", autocommit=True, ssl_disabled=True
+        )  # fmt: skip
+
+    def connections(self) -> list[int]:
+        """The numbers of Willi's connections."""
+        rows = self.query("SELECT id FROM information_schema.processlist WHERE user = %s", USER)
+        return [int(str(row[0])) for row in rows]
+
+    def count_queries(self) -> int:
+        """SELECT statements so far, those of the tests included."""
+        return int(str(self.query("SHOW GLOBAL STATUS LIKE 'Com_select'")[0][1]))
+
+    def start(self) -> None:
+        """Also after `stop` or `kill`, on the same port."""
+        command = ["mariadbd", f"--defaults-file={self._options}", *self._as_account()]
+        self._process = subprocess.Popen(
+            command, env=PATH, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        try:
+            wait_until(self._is_up, "MariaDB's first answer", 30)
+        except AssertionError as error:
+            log = self.log_file.read_text() if self.log_file.exists() else "no log"
+            self.kill()
+            raise AssertionError(f"{error}:\n{log}") from None
+
+    def stop(self) -> None:
+        """SIGTERM: as an administrator would."""
+        self._end(signal.SIGTERM)
+
+    def kill(self) -> None:
+        """SIGKILL."""
+        self._end(signal.SIGKILL)
+
+    @contextmanager
+    def hanging(self) -> Iterator[None]:
+        """It takes connections and octets, and answers nothing."""
+        assert self._process
+        self._process.send_signal(signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            self._process.send_signal(signal.SIGCONT)
+
+    def remove(self) -> None:
+        """For good."""
+        self.kill()
+        shutil.rmtree(self.home, ignore_errors=True)
+
+    def _end(self, number: signal.Signals) -> None:
+        if self._process:
+            self._process.send_signal(number)
+            with suppress(subprocess.TimeoutExpired):
+                self._process.wait(PATIENCE)
+            self._process.kill()
+            self._process.wait()
+            self._process = None
+
+    def _is_up(self) -> bool:
+        assert self._process and self._process.poll() is None, "mariadbd has ended"
+        with suppress(pymysql.MySQLError):
+            self.connect().close()
+            return True
+        return False
+
+    def _install(self) -> None:
+        command = [
+            "mariadb-install-db", f"--defaults-file={self._options}", *self._as_account(),
+            "--auth-root-authentication-method=normal", "--skip-test-db", "--skip-name-resolve",
+        ]  # fmt: skip
+        done = subprocess.run(command, env=PATH, capture_output=True, text=True, timeout=60, check=False)
+        assert done.returncode == 0, f"mariadb-install-db: {done.stdout}\n{done.stderr}"
+
+    def _as_account(self) -> list[str]:
+        return [f"--user={ACCOUNT}"] if os.geteuid() == 0 else []
+
+    def _give(self, directory: Path) -> None:
+        """Hand the directory and its files to the server's account."""
+        if os.geteuid() == 0:
+            account = pwd.getpwnam(ACCOUNT)
+            for path in (directory, *directory.iterdir()):
+                os.chown(path, account.pw_uid, account.pw_gid)

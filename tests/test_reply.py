@@ -1,0 +1,119 @@
+"""Replies as values, the line of an upstream's reply, and the catalogue of our own."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from willi_lib.smtp import reply as replies
+from willi_lib.smtp.reply import BadReply, Reject, Reply, own, parse_reply_line
+
+OWN = {name: value for name, value in vars(replies).items() if isinstance(value, Reply)}
+
+
+def test_a_reply_of_one_line_ends_with_crlf():
+    assert Reply(250, (b"2.0.0 Ok",)).octets == b"250 2.0.0 Ok\r\n"
+    assert Reply(250, (b"",)).octets == b"250 \r\n"
+
+
+def test_all_lines_but_the_last_have_a_hyphen():
+    assert Reply(250, (b"mx", b"", b"SIZE")).octets == b"250-mx\r\n250-\r\n250 SIZE\r\n"
+
+
+def test_replies_are_equal_by_value_and_can_be_keys():
+    assert Reply(250, (b"Ok",)) == Reply(250, (b"Ok",)) != Reply(250, (b"ok",))
+    assert len({Reply(250, (b"Ok",)), Reply(250, (b"Ok",)), Reply(251, (b"Ok",))}) == 2
+
+
+@pytest.mark.parametrize(("code", "positive", "permanent"), [
+    (200, True, False), (299, True, False), (300, False, False), (354, False, False), (399, False, False),
+    (400, False, False), (499, False, False), (500, False, True), (599, False, True),
+])  # fmt: skip
+def test_the_first_digit_says_what_a_reply_means(code, positive, permanent):
+    reply = Reply(code, (b"",))
+    assert (reply.positive, reply.permanent) == (positive, permanent)
+
+
+def test_for_the_log_a_reply_is_one_line_whatever_is_in_it():
+    assert str(Reply(550, (b"5.1.1 no bob", "5.1.1 grüß".encode(), b"\xff"))) == "550 5.1.1 no bob / 5.1.1 grüß / \\xff"
+
+
+def test_a_refusal_carries_its_reply():
+    refusal = Reject(replies.TOO_BIG)
+    assert refusal.reply is replies.TOO_BIG
+    assert str(refusal) == "552 5.3.4 Message is too big"
+
+
+@pytest.mark.parametrize(("line", "parsed"), [
+    (b"250", (250, True, b"")),
+    (b"250 ", (250, True, b"")),
+    (b"250-", (250, False, b"")),
+    (b"250  two", (250, True, b" two")),
+    (b"250--", (250, False, b"-")),
+    (b"200 first", (200, True, b"first")),
+    (b"599 last", (599, True, b"last")),
+    (b"550 \x1b[31m\xff\0", (550, True, b"\x1b[31m\xff\0")),
+])  # fmt: skip
+def test_a_reply_line_is_code_end_and_text(line, parsed):
+    assert parse_reply_line(line) == parsed
+
+
+@pytest.mark.parametrize("line", [
+    b"", b" ", b"2", b"3", b"25", b"45", b"59", b"250Ok", b"250\tOk", b"2500 Ok", b"199 Ok", b"600 Ok", b"999 Ok",
+    b"000 Ok", b" 250 Ok", b"-250 Ok", b"+25 Ok", b"2 0 Ok", b"25a Ok", b"\xb2\xb5\xb0 Ok", "²50 Ok".encode(), b"Ok",
+])  # fmt: skip
+def test_what_is_no_reply_line_is_refused(line):
+    with pytest.raises(BadReply):
+        parse_reply_line(line)
+
+
+def test_what_is_no_reply_line_is_quoted_in_part_only():
+    with pytest.raises(BadReply) as error:
+        parse_reply_line(b"\n" * 4000)
+    assert len(str(error.value)) < 400
+    assert "\n" not in str(error.value)
+
+
+@given(st.binary(max_size=8))
+def test_any_line_is_a_reply_line_or_refused(line):
+    try:
+        code, last, text = parse_reply_line(line)
+    except BadReply:
+        assert not re.match(rb"[2-5][0-9][0-9](?:[ -]|\Z)", line)
+    else:
+        assert 200 <= code <= 599
+        assert b"%d%s%s" % (code, b"" if len(line) == 3 else b" " if last else b"-", text) == line
+
+
+@given(st.integers(200, 599), st.lists(st.binary(max_size=20).filter(lambda text: b"\r\n" not in text), min_size=1))
+def test_a_reply_is_read_back_as_it_was_written(code, lines):
+    written = Reply(code, tuple(lines)).octets
+    *parsed, rest = (line for line in written.split(b"\r\n"))
+    assert rest == b""
+    assert [parse_reply_line(line) for line in parsed] == [
+        (code, number == len(lines), text) for number, text in enumerate(lines, start=1)
+    ]
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_our_own_replies_have_an_enhanced_code_of_the_same_class(name):
+    reply = OWN[name]
+    assert len(reply.lines) == 1
+    assert re.fullmatch(rb"%d\.\d{1,3}\.\d{1,3} [ -~]+" % (reply.code // 100), reply.lines[0])
+    assert len(reply.octets) <= 512  # RFC 5321 §4.5.3.1.5
+
+
+def test_our_own_refusals_are_those_of_the_catalogue_that_are_permanent():
+    assert {reply for reply in OWN.values() if reply.code >= 500} == replies.OWN_REFUSALS
+
+
+def test_what_goes_wrong_inside_willi_is_temporary():
+    ours = ("OUR_FAULT", "LOOKUP_FAILED", "UPSTREAM_FAILED", "UPSTREAM_LOST", "TLS_UNAVAILABLE", "XCLIENT_NEEDED")
+    assert {OWN[name].code // 100 for name in ours} == {4}
+
+
+def test_a_reply_of_our_own_without_an_enhanced_code_begins_with_its_text():
+    assert own(220, "", "mx.example ESMTP") == Reply(220, (b"mx.example ESMTP",))

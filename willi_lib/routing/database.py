@@ -1,0 +1,353 @@
+"""Any of several MySQL or MariaDB hosts: connections to them, one query, and the route in its row.
+
+The pool is a list and a semaphore, made for greenlets that run into time limits. It never
+waits for the network while others wait for the pool (DBUtils connects, pings and rolls
+back under its lock, so that one host that hangs stops everybody), and a connection comes
+back only after its answer has been read to the end.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from time import monotonic
+from typing import NamedTuple
+
+import gevent
+import pymysql
+from gevent import ssl
+from gevent.lock import BoundedSemaphore
+
+from willi_lib.routing import LookupFailed, Policy, Route, parse_servers, parse_tls_verify
+
+HOST_REST = 60.0  # seconds a host that failed is tried last, as for an upstream
+MAX_IDLE = 60.0  # seconds a connection is kept unused: firewalls forget it after some minutes and tell nobody
+POLL_INTERVAL = 0.05  # seconds between looks for a free connection when the server takes no more of them
+MAX_ROUTES = 10_000  # different routes kept as one object each
+NOBODY = "nobody.invalid"  # what `check` asks for
+
+# Errors after which a new connection may well get an answer: 1047 a Galera node that is not ready, 1053 shutdown,
+# 1152 to 1184 network, 1317 and 1927 killed, 2006 to 2055 lost, 4031 closed by the server for having been idle.
+CONNECTION_ERRORS = frozenset((1047, 1053, 1152, 1158, 1159, 1160, 1161, 1184, 1317, 1927, 2006, 2013, 2055, 4031))
+SERVER_ERRORS = range(1000, 2000)  # said by the server, and the connection is as good as before
+
+
+class Down(Exception):
+    """The database gave no answer; the text says why, for each host."""
+
+
+class _Lost(Exception):
+    """A connection ended before the answer came."""
+
+
+class Host(NamedTuple):
+    """One server."""
+
+    name: str  # empty: unix_socket
+    port: int
+
+    def __str__(self) -> str:
+        return f"[{self.name}]:{self.port}" if ":" in self.name else f"{self.name}:{self.port}"
+
+
+@dataclass(frozen=True)
+class Access:
+    """How to reach the database. Named as in willi.conf."""
+
+    hosts: tuple[Host, ...]
+    unix_socket: str = ""
+    user: str = ""
+    password: bytes = field(default=b"", repr=False)
+    database: str = ""
+    tls_ca: str = ""
+    pool_size: int = 5
+    timeout: float = 5.0
+
+
+@dataclass
+class _Connection:
+    host: Host
+    driver: pymysql.Connection[pymysql.cursors.Cursor]
+    idle_since: float = 0.0
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What `check` shows of one host."""
+
+    version: str
+    tls: str  # "" without
+    columns: list[str]
+
+
+class Database:
+    """One query, asked on any of the hosts."""
+
+    def __init__(self, access: Access, query: str, policy: Policy, mapping: str) -> None:
+        """query: with `?` for the key. mapping: the name that routes bear.
+
+        Raises ValueError: a query without `?`, or a tls_ca that cannot be used.
+        """
+        self.hosts = (Host("", 0),) if access.unix_socket else access.hosts
+        self._access = access
+        self._query = query
+        self._statement, self._parameters = statement_of(query)
+        self._tls = _client_context(access) if access.tls_ca else None
+        self._routes = _Routes(policy, mapping)
+        self._slots = BoundedSemaphore(access.pool_size)
+        self._idle: list[_Connection] = []  # the one that was used last is the last
+        self._open = 0  # connections, idle ones included
+        self._failed: dict[Host, float] = {}  # and when
+        self._answered: dict[Host, float] = {}  # and when last
+
+    def ask(self, key: str) -> Route | None:
+        """The route in the first row for this key, within `timeout`. Raises Down, LookupFailed.
+
+        To be called in a greenlet that nobody else ends.
+        """
+        faults: list[str] = []
+        seconds = self._access.timeout
+        try:
+            with gevent.Timeout(seconds), self._slots:
+                return self._ask_hosts(key, monotonic() + seconds, faults)
+        except gevent.Timeout:
+            raise Down("; ".join(faults) or f"no free connection within {seconds:g} s") from None
+
+    def _ask_hosts(self, key: str, deadline: float, faults: list[str]) -> Route | None:
+        """Try the idle connection, then a new one to each host. A lost connection is tried again once.
+
+        The time that is left is divided among the hosts that have not been tried.
+        """
+        untried = sorted(self.hosts, key=self._rests)
+        lost = False
+        while True:
+            connection = self._take_idle()
+            if connection is None and not untried:
+                self._give_up_unless_others_are_connected(faults)
+                continue
+            host = connection.host if connection else untried[0]
+            share = max(0.001, (deadline - monotonic()) / max(1, len(untried)))
+            try:
+                return self._ask_host(host, connection, key, share)
+            except _Lost as why:
+                faults.append(f"{self.name_of(host)}: {why}")
+                if not lost:
+                    lost = True
+                    continue
+            except Down as why:
+                faults.append(f"{self.name_of(host)}: {why}")
+            self._failed[host] = monotonic()
+            untried = [other for other in untried if other != host]
+
+    def _ask_host(self, host: Host, connection: _Connection | None, key: str, seconds: float) -> Route | None:
+        """Ask on this connection, or on a new one. Raises Down, _Lost, LookupFailed."""
+        began = monotonic()
+        try:
+            with gevent.Timeout(seconds) as limit:
+                route = self._ask_on(connection or self._connect(host), key)
+                self._answered[host] = monotonic()
+                return route
+        except _Lost:
+            self._close_idle(host)
+            raise
+        except gevent.Timeout as struck:
+            if struck is not limit:
+                raise
+            if self._answered.get(host, 0.0) < began:  # else it is a matter of this key
+                self._close_idle(host)
+            raise Down(f"no answer within {seconds:.1f} s") from None
+
+    def _give_up_unless_others_are_connected(self, faults: list[str]) -> None:
+        """Wait for one of their connections: a server that takes no more of them still answers on those."""
+        if not self._open:
+            raise Down("; ".join(faults))
+        gevent.sleep(POLL_INTERVAL)
+
+    def _ask_on(self, connection: _Connection, key: str) -> Route | None:
+        """Ask on this connection, and put it back if it may be used again."""
+        usable = False
+        try:
+            names, row = self._execute(connection, self._statement, (key,) * self._parameters)
+            usable = True
+        except pymysql.MySQLError as error:
+            number = error.args[0] if error.args else 0
+            if not connection.driver.open or number in CONNECTION_ERRORS:
+                raise _Lost(_text(error)) from None
+            usable = number in SERVER_ERRORS
+            raise LookupFailed(_text(error)) from None
+        finally:
+            self._put(connection) if usable else self._close(connection)
+        return self._routes.of_row(key, names, row)
+
+    def _execute(
+        self, connection: _Connection, statement: str, values: tuple[str, ...]
+    ) -> tuple[list[str], tuple[object, ...] | None]:
+        """The names of the columns and the first row."""
+        with connection.driver.cursor() as cursor:
+            cursor.execute(statement, values)
+            return [column[0] for column in cursor.description or ()], cursor.fetchone()
+
+    # -- connections
+
+    def _connect(self, host: Host) -> _Connection:
+        """Raises Down."""
+        access = self._access
+        try:
+            driver = pymysql.connect(
+                host=host.name or "localhost",
+                port=host.port,
+                unix_socket=access.unix_socket or None,
+                user=access.user or None,
+                password=access.password,
+                database=access.database or None,
+                charset="utf8mb4",
+                ssl=self._tls,
+                ssl_disabled=self._tls is None,
+                autocommit=True,  # else the first query would freeze what all later ones see
+                init_command="SET SESSION sql_select_limit = 1",  # whatever the query would return: one row
+                connect_timeout=access.timeout,
+                read_timeout=access.timeout,  # these three only back up the time limits of our own
+                write_timeout=access.timeout,
+                program_name="willi",
+            )
+        except (pymysql.MySQLError, OSError) as error:
+            raise Down(_text(error)) from None
+        except RuntimeError:  # of PyMySQL, without the package cryptography
+            raise Down("the account wants to log in with sha2, which needs tls_ca or unix_socket") from None
+        self._open += 1
+        self._failed.pop(host, None)
+        return _Connection(host, driver)
+
+    def _take_idle(self) -> _Connection | None:
+        while self._idle and self._idle[0].idle_since < monotonic() - MAX_IDLE:
+            self._close(self._idle.pop(0))
+        return self._idle.pop() if self._idle else None
+
+    def _put(self, connection: _Connection) -> None:
+        connection.idle_since = monotonic()
+        self._idle.append(connection)
+
+    def _close(self, connection: _Connection) -> None:
+        self._open -= 1
+        with suppress(pymysql.MySQLError):  # it was closed already
+            connection.driver.close()
+
+    def _close_idle(self, host: Host) -> None:
+        """They are not better than the one that has just failed."""
+        dead = [connection for connection in self._idle if connection.host == host]
+        self._idle = [connection for connection in self._idle if connection.host != host]
+        for connection in dead:
+            self._close(connection)
+
+    def _rests(self, host: Host) -> bool:
+        return monotonic() - self._failed.get(host, -HOST_REST) < HOST_REST
+
+    def name_of(self, host: Host) -> str:
+        """As an administrator calls it."""
+        return str(host) if host.name else self._access.unix_socket
+
+    # -- for `check`
+
+    def inspect(self, host: Host) -> Facts:
+        """Connect, have the server prepare the query, and run it. Raises Down, LookupFailed."""
+        with gevent.Timeout(self._access.timeout, Down(f"no answer within {self._access.timeout:g} s")):
+            connection = self._connect(host)
+            try:
+                version = self._execute(connection, "SELECT VERSION()", ())[1]
+                tls = self._execute(connection, "SHOW SESSION STATUS LIKE 'Ssl_version'", ())[1]
+                self._execute(connection, "PREPARE willi FROM %s", (self._query,))
+                names, row = self._execute(connection, self._statement, (NOBODY,) * self._parameters)
+            except pymysql.MySQLError as error:
+                raise LookupFailed(_text(error)) from None
+            finally:
+                self._close(connection)
+        self._routes.of_row(NOBODY, names, row)
+        return Facts(str(version[0]) if version else "?", str(tls[1]) if tls else "", names)
+
+
+def _client_context(access: Access) -> ssl.SSLContext:
+    """gevent's context, as the standard one would block every session. Raises ValueError."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname = not access.unix_socket
+    try:
+        context.load_verify_locations(access.tls_ca)
+    except OSError as error:
+        raise ValueError(f"tls_ca: {access.tls_ca}: {getattr(error, 'reason', None) or error}") from None
+    return context
+
+
+def _text(error: Exception) -> str:
+    """`message (number)`, or what there is."""
+    number, *text = error.args or ("",)
+    return f"{text[0]} ({number})" if text else str(error) or type(error).__name__
+
+
+# The query and its rows
+
+_TOKEN = re.compile(
+    r"""'(?:[^'\\]|\\.|'')*' | "(?:[^"\\]|\\.|"")*" | `[^`]*` | --\s[^\n]* | \#[^\n]* | /\*(?!!).*?\*/ | \? """,
+    re.VERBOSE | re.DOTALL,
+)
+
+
+def statement_of(query: str) -> tuple[str, int]:
+    """The query as PyMySQL wants it, and the number of its parameters.
+
+    A `?` in quotation marks or in a comment is none. Raises ValueError if there is no other.
+    """
+    parameters = 0
+    parts, at = [], 0
+    for token in _TOKEN.finditer(query):
+        if token[0] == "?":
+            parts += [query[at : token.start()].replace("%", "%%"), "%s"]
+            at = token.end()
+            parameters += 1
+    if not parameters:
+        raise ValueError("query: has no ? outside quotation marks, which stands for the address or domain to look up")
+    return "".join([*parts, query[at:].replace("%", "%%")]), parameters
+
+
+class _Routes:
+    """Makes routes of rows; equal ones are one object, which saves memory."""
+
+    def __init__(self, policy: Policy, mapping: str) -> None:
+        self._policy = policy
+        self._mapping = mapping
+        self._known: dict[tuple[str, bool], Route] = {}
+
+    def of_row(self, key: str, names: Sequence[str], row: Sequence[object] | None) -> Route | None:
+        """None if there is no row, or no server in it. Raises LookupFailed."""
+        columns = [name.lower() for name in names]
+        if sorted(columns) not in (["server"], ["server", "tls_verify"]):
+            found = ", ".join(names) or "none"
+            raise LookupFailed(f"the query must return the columns server and, if you like, tls_verify, not: {found}")
+        if row is None:
+            return None
+        values = dict(zip(columns, row, strict=True))
+        try:
+            server = _column_text(values["server"])
+            verify = _column_text(values.get("tls_verify"))
+            return self._route(server, parse_tls_verify(verify) if verify else True) if server else None
+        except ValueError as fault:
+            raise LookupFailed(f"the row for {key!r}: {fault}") from None
+
+    def _route(self, server: str, tls_verify: bool) -> Route:
+        """Raises ValueError."""
+        route = self._known.get((server, tls_verify))
+        if route is None:
+            if len(self._known) >= MAX_ROUTES:
+                self._known.clear()
+            route = Route(parse_servers(server), tls_verify, self._policy, self._mapping)
+            self._known[server, tls_verify] = route
+        return route
+
+
+def _column_text(value: object) -> str:
+    """Text, whatever the type of the column; empty for NULL. Raises ValueError."""
+    if value is None:
+        return ""
+    if isinstance(value, bytes):  # BIT, BINARY or BLOB
+        return str(value[0]) if value in (b"\0", b"\1") else value.decode().strip()
+    return str(value).strip()

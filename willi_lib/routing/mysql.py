@@ -1,0 +1,190 @@
+"""Routes from a table of a MySQL or MariaDB server that may be slow, restarted, failed over or gone.
+
+What was asked is remembered, the database is asked once for all sessions that want the
+same key, and nobody waits for one that is known to be down.
+
+No session ever holds a connection. A query runs in a greenlet of its own, under its own
+time limit, so that whoever waits for it may give up or be ended at any time: the answer
+still comes to the others, and the connection back to the pool of `Database`.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from time import monotonic
+from typing import Literal, NamedTuple
+
+import gevent
+from gevent.event import AsyncResult
+
+from willi_lib.routing import Answer, LookupFailed, Route
+from willi_lib.routing.database import Down
+
+RETRY_INTERVAL = 5.0  # seconds between sessions that wait for a database that is down
+GRACE = 0.2  # seconds for a query that has just run into the time limit to say why
+
+
+@dataclass(frozen=True)
+class Notice:
+    """What an administrator should hear, once."""
+
+    level: Literal["info", "warn", "error"]
+    text: str
+    mapping: str
+    error: str | None = None
+
+
+@dataclass
+class _Outage:
+    """The database is down."""
+
+    why: str
+    since: float
+    next_try: float
+    stale_used: bool = False
+
+
+class _Entry(NamedTuple):
+    """An answer that is remembered."""
+
+    route: Route | None
+    since: float
+
+
+class Mysql:
+    """A mapping whose answers come from `ask`, slowly or not at all."""
+
+    def __init__(
+        self, name: str, ask: Callable[[str], Route | None], timeout: float,
+        cache_ttl: float, cache_size: int, stale_ttl: float,
+        tell: Callable[[Notice], None] = lambda _notice: None,
+    ) -> None:  # fmt: skip
+        """ask: the route for a key. It raises Down or LookupFailed, the first within `timeout`.
+
+        timeout: seconds for all keys of a recipient.
+        cache_ttl: seconds an answer is used without asking again.
+        stale_ttl: seconds after that for which it still serves while the database is down.
+        tell: called at the beginning and at the end of an outage.
+        """
+        self.name = name
+        self._ask = ask
+        self._timeout = timeout
+        self._cache_ttl = cache_ttl
+        self._cache_size = cache_size
+        self._usable = cache_ttl + stale_ttl
+        self._tell = tell
+        self._entries: OrderedDict[str, _Entry] = OrderedDict()  # the one that was used last is the last
+        self._asking: dict[str, AsyncResult[Route | None]] = {}
+        self._answered = 0.0  # when the database last said anything
+        self._outage: _Outage | None = None
+
+    def find(self, keys: Sequence[str]) -> Iterator[Answer]:
+        """The answers for these keys, all of them within `timeout`. They raise LookupFailed.
+
+        An old "no such row" lets a more general key serve, but never becomes a "no match"
+        as a whole: the client would be told that a recipient does not exist who may be new.
+        """
+        deadline = monotonic() + self._timeout
+        stale = False
+        for number, key in enumerate(keys, 1):
+            answer = self._answer(key, deadline)
+            stale = stale or answer.origin == "stale"
+            if stale and answer.route is None and number == len(keys):
+                raise LookupFailed("the database is down, and no route is remembered", self._outage is not None)
+            yield answer
+
+    def _answer(self, key: str, deadline: float) -> Answer:
+        now = monotonic()
+        entry = self._entries.get(key)
+        if entry and now - entry.since < self._cache_ttl:
+            self._entries.move_to_end(key)
+            return Answer(entry.route, "cache")
+        if entry and now - entry.since >= self._usable:
+            entry = None
+        asking = self._ask_in_turn(key, now)
+        if entry and self._outage:
+            return self._stale(entry)
+        if asking is None:
+            assert self._outage
+            raise LookupFailed(self._outage.why, told=True)
+        asking.wait(max(0.0, deadline - now) + GRACE)
+        if asking.successful():
+            return Answer(asking.value, "asked")
+        if entry and (asking.exception is None or isinstance(asking.exception, Down)):
+            return self._stale(entry)
+        raise self._failure(asking)
+
+    def _ask_in_turn(self, key: str, now: float) -> AsyncResult[Route | None] | None:
+        """The query for this key, under way or new. None: the database is down, and it is not our turn to try it."""
+        if self._outage:
+            if now < self._outage.next_try or key in self._asking:
+                return None
+            self._outage.next_try = now + RETRY_INTERVAL
+        asking = self._asking.get(key)
+        if asking is None:
+            asking = self._asking[key] = AsyncResult()
+            gevent.spawn(self._run, key, asking)
+        return asking
+
+    def _run(self, key: str, asking: AsyncResult[Route | None]) -> None:
+        """Ask the database, in a greenlet of its own, and tell all who wait."""
+        began = monotonic()
+        try:
+            route = self._ask(key)
+        except Down as why:
+            if self._answered < began:  # if others had answers meanwhile, it is a matter of this key
+                self._note_down(str(why))
+            asking.set_exception(why)
+        except LookupFailed as failure:
+            self._note_up()
+            asking.set_exception(failure)
+        except Exception as failure:  # noqa: BLE001 -- it is raised in the sessions, where it becomes a reply
+            asking.set_exception(failure)
+        else:
+            self._note_up()
+            self._remember(key, route)
+            asking.set(route)
+        if self._asking.get(key) is asking:
+            del self._asking[key]
+
+    def _failure(self, asking: AsyncResult[Route | None]) -> Exception:
+        """A new exception for each session that has waited in vain."""
+        why = asking.exception
+        if why is None:
+            return LookupFailed(f"no answer within {self._timeout:g} s", self._outage is not None)
+        if isinstance(why, Down | LookupFailed):
+            return LookupFailed(str(why), isinstance(why, Down) and self._outage is not None)
+        assert isinstance(why, Exception)
+        return why
+
+    def _remember(self, key: str, route: Route | None) -> None:
+        self._entries[key] = _Entry(route, monotonic())
+        self._entries.move_to_end(key)
+        if len(self._entries) > self._cache_size:
+            self._entries.popitem(last=False)
+
+    def _stale(self, entry: _Entry) -> Answer:
+        if self._outage and not self._outage.stale_used:
+            self._outage.stale_used = True
+            self._tell(Notice("warn", "Using remembered answers of the database", self.name))
+        return Answer(entry.route, "stale")
+
+    def _note_down(self, why: str) -> None:
+        """An outage begins or goes on. Nobody waits any longer."""
+        if self._outage is None:
+            now = monotonic()
+            self._outage = _Outage(why, now, now + RETRY_INTERVAL)
+            self._tell(Notice("error", "Database is down", self.name, why))
+        self._outage.why = why
+        given_up, self._asking = self._asking, {}
+        for asking in given_up.values():
+            asking.set_exception(Down(why))
+
+    def _note_up(self) -> None:
+        self._answered = monotonic()
+        if self._outage:
+            seconds = self._answered - self._outage.since
+            self._outage = None
+            self._tell(Notice("info", f"Database is back after {seconds:.1f} s", self.name))
