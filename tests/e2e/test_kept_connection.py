@@ -1,0 +1,173 @@
+"""The upstream connection stays for the client's next message, if that has the same route."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.conftest import StartUpstream, StartWilli
+from tests.support.daemon import Willi
+from tests.support.talk import (
+    BOB,
+    CARL,
+    EHLO,
+    GO_ON,
+    MAIL,
+    OK,
+    QUEUED,
+    SENDER_KEPT,
+    content,
+    deliver,
+    greeted,
+    reply,
+    say,
+    say_together,
+    two_domains,
+    verbs,
+)
+from tests.support.upstream import VERDICT, Close, Ended, Reset, ScriptedUpstream, Silence
+
+BUSY = "421 4.3.2 too many messages, goodbye"
+
+
+@pytest.fixture
+def other(start_upstream: StartUpstream) -> ScriptedUpstream:
+    """The upstream of c.example."""
+    return start_upstream()
+
+
+@pytest.fixture
+def willi(start_willi: StartWilli, upstream: ScriptedUpstream, other: ScriptedUpstream) -> Willi:
+    return start_willi(csv=two_domains(upstream, other), upstream_timeout="1s")
+
+
+def test_a_second_message_of_the_same_route_takes_the_same_connection(willi: Willi, upstream: ScriptedUpstream):
+    with greeted(willi) as client:
+        assert deliver(client) == deliver(client) == QUEUED
+        assert str(client.command(b"QUIT")) == "221 2.0.0 Bye"
+    assert upstream.wait_for_ends() == [Ended.QUIT]
+    once = [b"MAIL", b"RCPT", b"DATA"]
+    assert verbs(upstream.commands) == [b"EHLO", *once, *once, b"QUIT"]
+
+
+def test_another_route_means_quit_and_a_new_connection(
+    willi: Willi, upstream: ScriptedUpstream, other: ScriptedUpstream
+):
+    with greeted(willi) as client:
+        assert [deliver(client, who) for who in (BOB, CARL, BOB)] == [QUEUED] * 3
+    assert upstream.wait_for_ends() == [Ended.QUIT, Ended.QUIT]
+    assert other.wait_for_ends() == [Ended.QUIT]
+    assert len(upstream.messages) == 2
+    assert len(other.messages) == 1
+
+
+def test_a_new_ehlo_ends_the_kept_connection(willi: Willi, upstream: ScriptedUpstream):
+    with greeted(willi) as client:
+        assert deliver(client) == QUEUED
+        client.command(EHLO)
+        assert upstream.connection().wait_for_end() is Ended.QUIT
+        assert deliver(client) == QUEUED
+    assert upstream.wait_for_ends() == [Ended.QUIT, Ended.QUIT]
+
+
+def test_what_an_abandoned_transaction_left_upstream_is_reset(willi: Willi, upstream: ScriptedUpstream):
+    with greeted(willi) as client:
+        assert say(client, MAIL, BOB, b"RSET") == [SENDER_KEPT, OK, "250 2.0.0 Ok"]
+        assert deliver(client, b"RCPT TO:<ben@b.example>") == QUEUED
+    assert upstream.wait_for_message().recipients == (b"ben@b.example",)
+    assert verbs(upstream.connection().commands)[:5] == [b"EHLO", b"MAIL", b"RCPT", b"RSET", b"MAIL"]
+    assert upstream.wait_for_ends() == [Ended.QUIT]
+
+
+@pytest.mark.parametrize("end", [Close(), Reset()], ids=["closed", "reset"])
+def test_a_kept_connection_that_was_closed_meanwhile_is_replaced_silently(
+    end: Close | Reset, willi: Willi, upstream: ScriptedUpstream
+):
+    upstream.answers[b"MAIL"] = [reply(OK), end]
+    with greeted(willi) as client:
+        assert deliver(client) == deliver(client) == QUEUED
+    assert len(upstream.connections) == 2
+    assert len(upstream.messages) == 2
+
+
+def test_an_upstream_that_restarts_between_two_messages_is_not_noticed(
+    start_willi: StartWilli, start_upstream: StartUpstream
+):
+    before = start_upstream()
+    willi = start_willi(server=before.server)
+    with greeted(willi) as client:
+        assert deliver(client) == QUEUED
+        before.stop()
+        after = start_upstream(port=before.port)
+        assert deliver(client) == QUEUED
+    assert len(after.messages) == 1
+
+
+@pytest.mark.parametrize("verb", [b"MAIL", b"RSET"], ids=bytes.decode)
+def test_a_kept_connection_that_answers_421_is_replaced_silently(
+    verb: bytes, willi: Willi, upstream: ScriptedUpstream
+):
+    upstream.answers[verb] = [reply(OK), reply(BUSY)] if verb == b"MAIL" else [reply(BUSY)]
+    with greeted(willi) as client:
+        assert say_together(client, MAIL, BOB, b"RSET") == [SENDER_KEPT, OK, "250 2.0.0 Ok"]
+        assert say_together(client, MAIL, BOB, b"DATA") == [SENDER_KEPT, OK, GO_ON]
+        assert content(client) == QUEUED
+    assert [len(connection.messages) for connection in upstream.connections] == [0, 1]
+
+
+def test_a_421_said_between_two_messages_is_not_taken_for_an_answer(willi: Willi, upstream: ScriptedUpstream):
+    upstream.answers[VERDICT] = [reply(QUEUED).octets + reply(BUSY).octets]
+    with greeted(willi) as client:
+        assert deliver(client) == deliver(client) == QUEUED
+    assert [len(connection.messages) for connection in upstream.connections] == [1, 1]
+
+
+def test_the_connection_is_replaced_only_once(willi: Willi, upstream: ScriptedUpstream):
+    upstream.answers[b"MAIL"] = [reply(OK), reply(BUSY), reply(BUSY)]
+    with greeted(willi) as client:
+        assert deliver(client) == QUEUED
+        assert say(client, MAIL, BOB) == [SENDER_KEPT, BUSY]
+        client.expect_eof()
+    assert len(upstream.connections) == 2
+
+
+def test_a_kept_connection_is_not_replaced_once_mail_was_accepted(willi: Willi, upstream: ScriptedUpstream):
+    upstream.answers[b"RCPT"] = [reply(OK), reply(BUSY)]
+    with greeted(willi) as client:
+        assert deliver(client) == QUEUED
+        assert say(client, MAIL, BOB) == [SENDER_KEPT, BUSY]
+        client.expect_eof()
+    assert len(upstream.connections) == 1
+
+
+def test_a_kept_connection_that_stays_silent_costs_one_upstream_timeout(
+    willi: Willi, upstream: ScriptedUpstream
+):
+    upstream.answers[b"MAIL"] = [reply(OK), Silence(), Silence()]
+    willi.tolerate("more than")
+    willi.tolerate("asking the upstream")
+    with greeted(willi) as client:
+        assert deliver(client) == QUEUED
+        client.socket.settimeout(5)
+        assert str(client.command(MAIL)) == SENDER_KEPT
+        assert client.command(BOB).code == 451
+
+
+def test_another_connection_of_the_same_client_has_its_own_upstream_connection(
+    willi: Willi, upstream: ScriptedUpstream
+):
+    with greeted(willi) as one, greeted(willi) as two:
+        assert say(one, MAIL, BOB) == say(two, MAIL, BOB) == [SENDER_KEPT, OK]
+        assert str(one.command(b"DATA")) == str(two.command(b"DATA")) == GO_ON
+        assert content(two, b"two\r\n") == content(one, b"one\r\n") == QUEUED
+    assert [connection.messages[0].content for connection in upstream.connections] == [b"one\r\n", b"two\r\n"]
+
+
+@pytest.mark.parametrize("answer", [Silence(), Close(), reply("500 5.5.1 what?")], ids=["silence", "close", "500"])
+def test_how_the_upstream_takes_quit_is_of_no_interest(
+    answer: Silence | Close, willi: Willi, upstream: ScriptedUpstream
+):
+    upstream.answers[b"QUIT"] = answer
+    with greeted(willi) as client:
+        assert deliver(client) == QUEUED
+        assert str(client.command(b"QUIT")) == "221 2.0.0 Bye"
+        client.expect_eof()

@@ -1,0 +1,182 @@
+"""Limits: what is allowed at the limit, what is said one beyond, and that it is said before hanging up."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+
+import pytest
+
+from tests.conftest import StartWilli
+from tests.support.client import Client
+from tests.support.daemon import Willi
+from tests.support.loopback import free_port, wait_until
+from tests.support.talk import (
+    BOB,
+    EHLO,
+    GO_ON,
+    MAIL,
+    OK,
+    QUEUED,
+    SENDER_KEPT,
+    content,
+    deliver,
+    greeted,
+    reply,
+    say,
+)
+from tests.support.upstream import ScriptedUpstream
+
+TOO_MANY = "421 4.3.2 Too many connections, try again later"
+TOO_MANY_FROM_YOU = "421 4.7.0 Too many connections from your address"
+TOO_FAST = "421 4.7.0 Too many connections from your address in a minute"
+TOO_MANY_ERRORS = "421 4.7.0 Too many errors"
+BANNER = "220 willi.example ESMTP Willi"
+UNKNOWN = "500 5.5.2 Command not recognized"
+
+
+def first_words(willi: Willi, ends: ExitStack, source: str = "127.0.0.2") -> str:
+    """What a new connection hears; a refused one is closed properly after it. It stays open until the end."""
+    client = ends.enter_context(willi.connect(source=source, greeting=False))
+    answer = str(client.read_reply())
+    if answer != BANNER:
+        client.expect_eof()
+    return answer
+
+
+def test_max_connections(start_willi: StartWilli, upstream: ScriptedUpstream):
+    willi = start_willi(server=upstream.server, max_connections=3)
+    with ExitStack() as ends:
+        clients = [ends.enter_context(willi.connect(source=f"127.0.0.{number}")) for number in (2, 3, 4)]
+        assert first_words(willi, ends, "127.0.0.5") == first_words(willi, ends, "127.0.0.2") == TOO_MANY
+        say(clients[0], EHLO)
+        assert deliver(clients[0]) == QUEUED, "those that are in are not harmed"
+        assert str(clients[1].command(b"QUIT")) == "221 2.0.0 Bye"
+        clients[1].expect_eof()
+        assert first_words(willi, ends, "127.0.0.5") == BANNER
+        assert first_words(willi, ends, "127.0.0.6") == TOO_MANY
+    line = willi.wait_for_log(msg="Connection refused", client="127.0.0.6")
+    assert line["reply"] == TOO_MANY
+
+
+def test_max_connections_per_ip(start_willi: StartWilli, upstream: ScriptedUpstream):
+    willi = start_willi(server=upstream.server, max_connections_per_ip=2)
+    with ExitStack() as ends:
+        heard = [first_words(willi, ends) for _ in range(4)]
+        assert heard == [BANNER, BANNER, TOO_MANY_FROM_YOU, TOO_MANY_FROM_YOU]
+        assert first_words(willi, ends, "127.0.0.3") == BANNER
+    wait_until(lambda: is_let_in(willi), "room after the others have gone")
+
+
+def is_let_in(willi: Willi) -> bool:
+    with ExitStack() as ends:
+        return first_words(willi, ends) == BANNER
+
+
+def test_a_client_that_was_reset_does_not_count_for_ever(start_willi: StartWilli, upstream: ScriptedUpstream):
+    willi = start_willi(server=upstream.server, max_connections_per_ip=1)
+    for way in ([], [EHLO], [EHLO, MAIL, BOB], [EHLO, MAIL, BOB, b"DATA"]):
+        client = willi.connect(source="127.0.0.2")
+        say(client, *way)
+        client.reset()
+        wait_until(lambda: is_let_in(willi), "room after a reset")
+        wait_until(lambda: is_let_in(willi), "and again")
+
+
+def test_one_ipv6_network_is_one_client(start_willi: StartWilli, upstream: ScriptedUpstream):
+    port = free_port()
+    start_willi(server=upstream.server, listen=f"[::1]:{port}", max_connections_per_ip=1, probe=False)
+    with Client(port, host="::1") as one, Client(port, host="::1") as two:
+        assert sorted(str(client.read_reply()) for client in (one, two)) == [BANNER, TOO_MANY_FROM_YOU]
+
+
+def test_max_connection_rate(start_willi: StartWilli, upstream: ScriptedUpstream):
+    willi = start_willi(server=upstream.server, max_connection_rate=3)
+    heard = []
+    for _ in range(5):
+        with ExitStack() as ends:
+            heard.append(first_words(willi, ends))
+    assert heard == [BANNER, BANNER, BANNER, TOO_FAST, TOO_FAST]
+    with ExitStack() as ends:
+        assert first_words(willi, ends, "127.0.0.3") == BANNER
+
+
+def test_a_trusted_proxy_is_not_counted_as_one_client(start_willi: StartWilli, upstream: ScriptedUpstream):
+    willi = start_willi(
+        server=upstream.server, max_connections_per_ip=1, max_connection_rate=1, xclient_hosts="127.0.0.2"
+    )
+    with ExitStack() as ends:
+        assert [first_words(willi, ends) for _ in range(3)] == [BANNER] * 3
+
+
+def test_what_a_refused_client_sends_is_not_looked_at(start_willi: StartWilli, upstream: ScriptedUpstream):
+    willi = start_willi(server=upstream.server, max_connections_per_ip=1)
+    with willi.connect(), willi.connect(greeting=False) as client:
+        client.send(b"\r\n".join((EHLO, MAIL, BOB, b"DATA", b"x" * 20_000, b"")))
+        assert str(client.read_reply()) == TOO_MANY_FROM_YOU
+        client.expect_eof()
+    assert upstream.connections == []
+
+
+# max_errors
+
+
+def test_max_errors(start_willi: StartWilli, upstream: ScriptedUpstream):
+    willi = start_willi(server=upstream.server, max_errors=3)
+    with willi.connect() as client:
+        assert say(client, b"X", b"Y", b"NOOP") == [UNKNOWN, UNKNOWN, "250 2.0.0 Ok"]
+        client.send(b"Z\r\n" + EHLO + b"\r\n" + MAIL + b"\r\n" + BOB + b"\r\nDATA\r\n")
+        assert str(client.read_reply()) == TOO_MANY_ERRORS
+        client.expect_eof()
+    assert upstream.connections == []
+    assert willi.wait_for_log(msg="Too many errors")["reply"] == UNKNOWN
+
+
+@pytest.mark.parametrize("line", [b"RCPT TO:<x@b.example>", b"x" * 3000, b"MAIL FROM:<\x01>", b"AUTH PLAIN"], ids=repr)
+def test_every_refusal_of_our_own_is_an_error(line: bytes, start_willi: StartWilli, upstream: ScriptedUpstream):
+    with greeted(start_willi(server=upstream.server, max_errors=2)) as client:
+        assert client.command(line[:3000]).permanent
+        assert str(client.command(line[:3000])) == TOO_MANY_ERRORS
+        client.expect_eof()
+
+
+def test_what_the_upstream_refuses_is_for_the_upstream_to_count(start_willi: StartWilli, upstream: ScriptedUpstream):
+    upstream.answers[b"RCPT"] = reply("550 5.1.1 nobody")
+    with greeted(start_willi(server=upstream.server, max_errors=2)) as client:
+        assert say(client, MAIL, *[BOB] * 5) == [SENDER_KEPT, *["550 5.1.1 nobody"] * 5]
+
+
+def test_a_message_that_is_accepted_makes_up_for_errors(start_willi: StartWilli, upstream: ScriptedUpstream):
+    with greeted(start_willi(server=upstream.server, max_errors=3)) as client:
+        for _ in range(3):
+            assert say(client, b"X", b"Y") == [UNKNOWN, UNKNOWN]
+            assert deliver(client) == QUEUED
+
+
+# max_recipients
+
+
+def test_max_recipients(start_willi: StartWilli, upstream: ScriptedUpstream):
+    willi = start_willi(server=upstream.server, max_recipients=3)
+    lines = [b"RCPT TO:<user%d@b.example>" % number for number in range(5)]
+    with greeted(willi) as client:
+        too_many = "452 4.5.3 Too many recipients"
+        assert say(client, MAIL, *lines) == [SENDER_KEPT, OK, OK, OK, too_many, too_many]
+        assert say(client, b"DATA") == [GO_ON]
+        assert content(client) == QUEUED
+        assert deliver(client, *lines[3:]) == QUEUED, "which is how they come in the end"
+    assert [len(message.recipients) for message in upstream.messages] == [3, 2]
+
+
+def test_a_refused_recipient_takes_no_room(start_willi: StartWilli, upstream: ScriptedUpstream):
+    upstream.answers[BOB] = reply("550 5.1.1 no bob")
+    willi = start_willi(server=upstream.server, max_recipients=1)
+    with greeted(willi) as client:
+        expected = [SENDER_KEPT, "550 5.1.1 no bob", "550 5.1.1 no bob", OK, "452 4.5.3 Too many recipients"]
+        assert say(client, MAIL, BOB, BOB, b"RCPT TO:<ben@b.example>", BOB) == expected
+
+
+def test_the_default_takes_a_hundred_recipients(willi: Willi):
+    lines = [b"RCPT TO:<user%d@b.example>" % number for number in range(101)]
+    with greeted(willi) as client:
+        heard = [str(answer) for answer in client.commands(MAIL, *lines)]
+        assert heard == [SENDER_KEPT, *[OK] * 100, "452 4.5.3 Too many recipients"]

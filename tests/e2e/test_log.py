@@ -1,0 +1,244 @@
+"""The log: one line for a message, one for a refused recipient, and nobody can forge one."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.conftest import StartWilli
+from tests.support.certificates import Authority
+from tests.support.client import Client
+from tests.support.daemon import Willi
+from tests.support.talk import (
+    BEN,
+    BOB,
+    EHLO,
+    GO_ON,
+    MAIL,
+    OK,
+    QUEUED,
+    SENDER_KEPT,
+    chunk,
+    content,
+    deliver,
+    greeted,
+    reply,
+    say,
+)
+from tests.support.upstream import ScriptedUpstream
+
+CONTENT = b"Subject: x\r\n\r\nhello\r\n"
+
+
+def canonical(willi: Willi, message: str, count: int = 1) -> dict[str, str]:
+    """The line, without what differs from one run to the next."""
+    line = willi.wait_for_log(msg=message, count=count)
+    assert float(line.pop("duration")) < 10
+    assert len(line.pop("sid")) == 10
+    assert line.pop("t")
+    return line
+
+
+def common(client: Client, upstream: ScriptedUpstream) -> dict[str, str]:
+    """The fields of a message from Ann to Bob in clear."""
+    return {
+        "lvl": "info", "client": client.address, "client_helo": "c.example", "client_tls": "false",
+        "from": "ann@a.example", "to": "bob@b.example", "upstream": upstream.server, "upstream_tls": "false",
+        "mapping": "static:all",
+    }  # fmt: skip
+
+
+def test_an_accepted_message(willi: Willi, upstream: ScriptedUpstream):
+    with greeted(willi) as client:
+        assert deliver(client, BOB, BEN) == QUEUED
+        assert canonical(willi, "Message accepted") == {
+            **common(client, upstream), "msg": "Message accepted", "to": "bob@b.example,ben@b.example",
+            "reply": QUEUED, "bytes": str(len(CONTENT)),
+        }  # fmt: skip
+    assert willi.lines(msg="Message rejected") == []
+
+
+def test_the_fields_are_in_the_order_of_the_go_program(willi: Willi):
+    with greeted(willi) as client:
+        deliver(client)
+    line = willi.wait_for_log(msg="Message accepted")
+    assert list(line) == [
+        "t", "lvl", "msg", "sid", "client", "client_helo", "client_tls", "from", "to", "upstream", "upstream_tls",
+        "reply", "bytes", "duration", "mapping",
+    ]  # fmt: skip
+
+
+def test_a_message_by_bdat_counts_its_octets(willi: Willi):
+    with greeted(willi) as client:
+        say(client, MAIL, BOB)
+        assert [chunk(client, b"12345"), chunk(client, b"678", last=True)] == [OK, OK]
+    assert willi.wait_for_log(msg="Message accepted")["bytes"] == "8"
+
+
+def test_a_recipient_that_the_upstream_refuses(willi: Willi, upstream: ScriptedUpstream):
+    upstream.answers[BOB] = reply("550 5.1.1 no bob / 5.1.1 sorry")
+    with greeted(willi) as client:
+        say(client, MAIL, BOB)
+        refusal = "550 5.1.1 no bob / 5.1.1 sorry"
+        assert canonical(willi, "Message rejected") == {
+            **common(client, upstream), "msg": "Message rejected", "error": refusal, "error_src": "upstream",
+            "reply": refusal, "bytes": "0",
+        }  # fmt: skip
+
+
+def test_a_recipient_that_nobody_is_responsible_for(start_willi: StartWilli, upstream: ScriptedUpstream):
+    willi = start_willi(csv=f"pattern;server\nc.example;{upstream.server}\n")
+    with greeted(willi) as client:
+        say(client, MAIL, BOB)
+        refusal = "554 5.7.1 Relay access denied"
+        expected = {
+            **common(client, upstream), "msg": "Message rejected", "error": refusal, "error_src": "internal",
+            "reply": refusal, "bytes": "0", "upstream": "",
+        }  # fmt: skip
+        del expected["mapping"]
+        assert canonical(willi, "Message rejected") == expected
+
+
+def test_a_message_that_is_refused_after_data(willi: Willi, upstream: ScriptedUpstream):
+    upstream.answers[b"."] = reply("554 5.7.1 spam")
+    with greeted(willi) as client:
+        assert deliver(client) == "554 5.7.1 spam"
+        assert canonical(willi, "Message rejected") == {
+            **common(client, upstream), "msg": "Message rejected", "error": "554 5.7.1 spam", "error_src": "upstream",
+            "reply": "554 5.7.1 spam", "bytes": str(len(CONTENT)),
+        }  # fmt: skip
+    assert len(willi.lines(msg="Message rejected")) == 1
+
+
+def test_a_message_whose_data_is_refused(willi: Willi, upstream: ScriptedUpstream):
+    upstream.answers[b"DATA"] = reply("451 4.3.0 no disk")
+    with greeted(willi) as client:
+        assert say(client, MAIL, BOB, b"DATA")[2] == "451 4.3.0 no disk"
+        line = canonical(willi, "Message rejected")
+    assert (line["to"], line["reply"], line["error_src"]) == ("bob@b.example", "451 4.3.0 no disk", "upstream")
+
+
+def test_a_client_that_goes_away_within_the_message(willi: Willi, upstream: ScriptedUpstream):
+    with greeted(willi) as client:
+        assert say(client, MAIL, BOB, b"DATA") == [SENDER_KEPT, OK, GO_ON]
+        client.send(b"half a mess")
+        expected = {
+            **common(client, upstream), "msg": "Message rejected", "error_src": "client", "bytes": "11",
+            "error": "message not finished: connection closed",
+        }  # fmt: skip
+    assert canonical(willi, "Message rejected") == expected
+
+
+def test_a_message_that_is_too_big(start_willi: StartWilli, upstream: ScriptedUpstream):
+    willi = start_willi(server=upstream.server, max_message_bytes=1000)
+    with greeted(willi) as client:
+        assert say(client, MAIL, BOB, b"DATA")[2] == GO_ON
+        too_big = "552 5.3.4 Message is too big"
+        assert content(client, b"x" * 2000 + b"\r\n") == too_big
+        line = canonical(willi, "Message rejected")
+        assert (line["error_src"], line["error"], line["reply"]) == ("internal", too_big, too_big)
+        assert line["upstream"] == upstream.server
+
+
+def test_tls_on_both_sides_is_seen(start_willi: StartWilli, certificates: Authority, upstream: ScriptedUpstream):
+    pair = certificates.issue("mx.example")
+    upstream.tls = pair.server_context()
+    willi = start_willi(server=upstream.server, tls_cert=str(pair.cert), tls_key=str(pair.key))
+    with greeted(willi) as client:
+        client.starttls()
+        say(client, EHLO)
+        assert deliver(client) == QUEUED
+    line = willi.wait_for_log(msg="Message accepted")
+    assert (line["client_tls"], line["upstream_tls"]) == ("true", "true")
+
+
+def test_all_lines_of_a_session_have_its_id(willi: Willi, upstream: ScriptedUpstream):
+    upstream.answers[BEN] = reply("550 5.1.1 no ben")
+    with greeted(willi) as one, greeted(willi) as two:
+        for client in (one, two):
+            assert say(client, MAIL, BEN)[1] == "550 5.1.1 no ben"
+            assert say(client, BOB, b"DATA")[1] == GO_ON
+            assert content(client) == QUEUED
+    ids = [line["sid"] for line in willi.log if "sid" in line and line["msg"].startswith("Message")]
+    assert len(ids) == 4
+    assert ids[0] == ids[1] != ids[2] == ids[3]
+
+
+# Nothing forges a line. `willi.log` reads every line as logfmt and fails if one is not.
+
+HOSTILE = [
+    'x" lvl=error msg="forged',
+    "x lvl=error",
+    "a=b",
+    "back\\slash",
+    "back\\nslash",
+    "$(reboot)`reboot`",
+    "%s%n{0}",
+]
+
+
+def quoted(text: str) -> str:
+    """As a quoted local part."""
+    escaped = text.replace("\\", "\\\\").replace('"', '\\"')
+    return f'"{escaped}"@a.example'
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_no_address_forges_a_line(text: str, willi: Willi, upstream: ScriptedUpstream):
+    with greeted(willi) as client:
+        mail, rcpt = f"MAIL FROM:<{quoted(text)}>".encode(), f"RCPT TO:<{quoted(text)}>".encode()
+        assert deliver(client, rcpt, mail=mail) == QUEUED
+    line = willi.wait_for_log(msg="Message accepted")
+    assert (line["lvl"], line["from"], line["to"]) == ("info", quoted(text), quoted(text))
+    assert len([other for other in willi.log if other["lvl"] == "error"]) == 0
+
+
+def test_no_helo_forges_a_line(willi: Willi):
+    hellos = [text.replace(" ", "\u00a0").encode("ascii", "ignore") for text in HOSTILE]
+    for number, hello in enumerate(hellos, 1):
+        with greeted(willi, b"EHLO " + hello) as client:
+            assert deliver(client) == QUEUED
+        assert willi.wait_for_log(msg="Message accepted", count=number)["client_helo"] == hello.decode()
+    assert len(willi.lines(msg="Message accepted")) == len(hellos)
+
+
+def test_no_control_octet_of_an_upstream_reaches_a_line(willi: Willi, upstream: ScriptedUpstream):
+    upstream.answers[BOB] = b"550-5.1.1 \x1b[2Jno\r\n550 5.1.1 bob\x00\x7f\xff \xc2\x9b31m \xe2\x80\xae\r\n"
+    with greeted(willi) as client:
+        assert client.command(MAIL).code == 250
+        client.send(BOB + b"\r\n")
+        assert client.read_line() == b"550-5.1.1 \x1b[2Jno"
+        assert client.read_line() == b"550 5.1.1 bob\x00\x7f\xff \xc2\x9b31m \xe2\x80\xae"
+    line = willi.wait_for_log(msg="Message rejected")
+    assert line["reply"].startswith("550 5.1.1 \x1b[2Jno / 5.1.1 bob\x00\x7f\\xff ")
+    octets = willi.log_file.read_bytes()
+    assert not any(octet in octets for octet in (b"\x1b", b"\0", b"\x7f", b"\xc2\x9b", b"\xe2\x80\xae"))
+
+
+def test_non_ascii_addresses_are_readable(willi: Willi):
+    with greeted(willi) as client:
+        rcpt = "RCPT TO:<bøb@bücher.example>".encode()
+        assert deliver(client, rcpt, mail="MAIL FROM:<änn@a.example> SMTPUTF8".encode()) == QUEUED
+    line = willi.wait_for_log(msg="Message accepted")
+    assert (line["from"], line["to"]) == ("änn@a.example", "bøb@bücher.example")
+
+
+def test_many_recipients_do_not_flood_the_log(willi: Willi):
+    with greeted(willi) as client:
+        lines = [b"RCPT TO:<%s%d@b.example>" % (b"x" * 60, number) for number in range(100)]
+        assert deliver(client, *lines) == QUEUED
+    willi.wait_for_log(msg="Message accepted")
+    assert max(map(len, willi.text.split("\n"))) < 2000
+
+
+def test_debug_shows_the_dialogue_but_not_the_message(start_willi: StartWilli, upstream: ScriptedUpstream):
+    willi = start_willi(server=upstream.server, loglevel="debug")
+    with greeted(willi) as client:
+        assert say(client, MAIL, BOB, b"DATA")[2] == GO_ON
+        assert content(client, b"top secret\r\n") == QUEUED
+    willi.wait_for_log(msg="Message accepted")
+    said = [(line["msg"], line["line"]) for line in willi.log if "line" in line]
+    assert ("client <", MAIL.decode()) in said
+    assert ("upstream >", BOB.decode()) in said
+    assert ("upstream <", GO_ON) in said
+    assert ("client >", QUEUED) in said
+    assert "secret" not in willi.text

@@ -1,0 +1,245 @@
+"""Promise 1: a 250 after the message is the upstream's own, for exactly the octets that the client finished."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.conftest import StartWilli
+from tests.support.daemon import Willi
+from tests.support.promise import in_data, in_envelope, meet, meet_in_data
+from tests.support.raw import RawUpstream
+from tests.support.talk import BEN, BOB, LOST, MAIL, QUEUED, chunk, content, deliver, greeted, say
+from tests.support.upstream import VERDICT, Hold, ScriptedUpstream
+from willi_lib.smtp.reply import Reply
+
+CONTENT = b"Subject: x\r\n\r\nhello\r\n"
+
+NO_VERDICTS = {
+    "354 again": b"354 go on\r\n",
+    "a word": b"hello\r\n",
+    "an empty line": b"\r\n",
+    "two digits": b"25 ok\r\n",
+    "a code out of range": b"999 ok\r\n",
+    "no space": b"250_ok\r\n",
+    "a letter O": b"25O ok\r\n",
+    "a line of a lone LF": b"250 2.0.0 ok\n250 2.0.0 ok\r\n",
+    "a lone CR": b"250 2.0.0\rok\r\n",
+    "many lines of nothing": b"250-\r\n" * 300 + b"250 ok\r\n",
+    "a very long line": b"250 " + b"x" * 10_000 + b"\r\n",
+    "octets out of TLS": bytes(range(128, 256)) + b"\r\n",
+}
+
+
+@pytest.fixture
+def raw() -> Iterator[RawUpstream]:
+    upstream = RawUpstream()
+    yield upstream
+    upstream.stop()
+
+
+@pytest.fixture
+def raw_willi(start_willi: StartWilli, raw: RawUpstream) -> Willi:
+    """A Willi that sends everything to `raw`."""
+    willi = start_willi(server=raw.server)
+    willi.tolerate("Upstream failed")
+    return willi
+
+
+@pytest.mark.parametrize(
+    "verdict",
+    [
+        Reply(250, (b"2.0.0 Ok: queued as 4B2r5x1Tqz",)),
+        Reply(250, (b"2.0.0 Ok: queued as 4B2r5x1Tqz", b"  two  spaces ", b"", b"and \xc3\xa4 at the end")),
+        Reply(250, (b"",)),
+        Reply(252, (b"odd",)),
+        Reply(451, (b"4.7.1 greylisted", b"for 5 minutes")),
+        Reply(550, (b"5.7.1 spam",)),
+        Reply(552, (b"no enhanced code",)),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("verb", [b"DATA", b"BDAT", b"BDAT to DATA"])
+def test_the_verdict_is_the_upstreams_word_for_word(
+    verb: bytes, verdict: Reply, willi: Willi, upstream: ScriptedUpstream
+):
+    if verb == b"BDAT to DATA":
+        upstream.extensions = (b"SIZE",)
+    upstream.answers[b"BDAT 21 LAST"] = upstream.answers[VERDICT] = verdict
+    client = in_data(willi) if verb == b"DATA" else in_envelope(willi)
+    client.send(CONTENT + b".\r\n" if verb == b"DATA" else b"BDAT 21 LAST\r\n" + CONTENT)
+    assert client.read_reply() == verdict
+    [message] = upstream.messages
+    assert message.content == CONTENT
+
+
+def test_no_250_comes_before_the_upstreams(willi: Willi, upstream: ScriptedUpstream):
+    held = upstream.answers[VERDICT] = Hold()
+    client = in_data(willi)
+    client.send(CONTENT + b".\r\n")
+    assert held.reached.wait(10)
+    client.socket.settimeout(0.1)
+    with pytest.raises(TimeoutError):
+        client.read_reply()
+    client.socket.settimeout(10)
+    held.release()
+    assert str(client.read_reply()) == QUEUED
+
+
+def test_no_250_comes_before_the_upstreams_to_the_last_chunk(willi: Willi, upstream: ScriptedUpstream):
+    held = upstream.answers[b"BDAT 3 LAST"] = Hold()
+    client = in_envelope(willi)
+    assert chunk(client, CONTENT[:-3]) == "250 2.0.0 ok"
+    client.send(b"BDAT 3 LAST\r\n" + CONTENT[-3:])
+    assert held.reached.wait(10)
+    client.socket.settimeout(0.1)
+    with pytest.raises(TimeoutError):
+        client.read_reply()
+    client.socket.settimeout(10)
+    held.release()
+    assert str(client.read_reply()) == "250 2.0.0 ok"
+    assert upstream.messages[0].content == CONTENT
+
+
+def test_the_octets_end_where_the_client_ended_them(willi: Willi, upstream: ScriptedUpstream):
+    """The next transaction comes in the same write, and looks like more of the message."""
+    client = in_data(willi)
+    more = [MAIL, BOB, BEN, b"DATA"]
+    client.send(b"first\r\n..\r\n.\r\n" + b"".join(line + b"\r\n" for line in more))
+    assert [client.read_reply().code for _ in range(5)] == [250, 250, 250, 250, 354]
+    assert content(client, b"second\r\n") == QUEUED
+    assert [message.content for message in upstream.messages] == [b"first\r\n.\r\n", b"second\r\n"]
+    assert [message.recipients for message in upstream.messages] == [
+        (b"bob@b.example",), (b"bob@b.example", b"ben@b.example")
+    ]  # fmt: skip
+
+
+def test_chunks_end_where_the_client_ended_them(willi: Willi, upstream: ScriptedUpstream):
+    client = in_envelope(willi)
+    client.send(b"BDAT 6\r\na\r\n.\r\nBDAT 0\r\nBDAT 6 LAST\r\nQUIT\r\nNOOP\r\n" + MAIL + b"\r\n")
+    assert [str(client.read_reply()) for _ in range(5)] == [
+        "250 2.0.0 ok", "250 2.0.0 ok", "250 2.0.0 ok", "250 2.0.0 Ok", "250 2.1.0 Ok"
+    ]  # fmt: skip
+    assert [message.content for message in upstream.messages] == [b"a\r\n.\r\nQUIT\r\n"]
+
+
+@pytest.mark.parametrize("garbage", NO_VERDICTS.values(), ids=NO_VERDICTS.keys())
+@pytest.mark.parametrize("verb", [b"DATA", b"BDAT"])
+def test_what_is_no_verdict_is_never_a_250(
+    verb: bytes, garbage: bytes, willi: Willi, upstream: ScriptedUpstream
+):
+    willi.tolerate("Upstream failed")
+    upstream.answers[b"BDAT 21 LAST"] = upstream.answers[VERDICT] = garbage
+    client = in_data(willi) if verb == b"DATA" else in_envelope(willi)
+    client.send(CONTENT + b".\r\n" if verb == b"DATA" else b"BDAT 21 LAST\r\n" + CONTENT)
+    assert str(client.read_reply()) == LOST
+    assert say(client, b"NOOP") == ["250 2.0.0 Ok"]
+    upstream.answers.clear()
+    assert deliver(client) == QUEUED, "on a new connection"
+
+
+def test_a_verdict_before_the_end_is_none(raw_willi: Willi, raw: RawUpstream):
+    client, peer = meet_in_data(raw_willi, raw)
+    client.send(b"Subject: x\r\n\r\nthe first half\r\n")
+    peer.read_for(b"half\r\n")
+    peer.send(b"250 2.0.0 Ok: queued as EARLY\r\n")
+    client.send(b"the second half\r\n.\r\n")
+    assert str(client.read_reply()) == LOST
+    assert b"\r\n.\r\n" not in peer.read_until_dropped()
+
+
+def test_a_verdict_together_with_354_is_none(raw_willi: Willi, raw: RawUpstream):
+    client, peer = meet(raw_willi, raw)
+    client.send(b"DATA\r\n")
+    peer.answer(b"DATA", b"354 go on\r\n250 2.0.0 Ok: queued as EARLY\r\n")
+    assert client.read_reply().code == 354
+    client.send(b"x\r\n.\r\n")
+    assert str(client.read_reply()) == LOST
+    assert b".\r\n" not in peer.read_until_dropped()
+
+
+def test_a_second_354_is_no_verdict(raw_willi: Willi, raw: RawUpstream):
+    client, peer = meet(raw_willi, raw)
+    client.send(b"DATA\r\n")
+    peer.answer(b"DATA", b"354 go on\r\n354 go on\r\n")
+    assert client.read_reply().code == 354
+    client.send(b"x\r\n.\r\n")
+    assert str(client.read_reply()) == LOST
+
+
+def test_a_second_answer_to_a_chunk_is_no_verdict(raw_willi: Willi, raw: RawUpstream):
+    client, peer = meet(raw_willi, raw, b"CHUNKING")
+    client.send(b"BDAT 7\r\nfirst\r\n")
+    peer.read_for(b"first\r\n")
+    peer.send(b"250 2.0.0 7 octets\r\n250 2.0.0 Ok: queued as EARLY\r\n")
+    assert str(client.read_reply()) == "250 2.0.0 7 octets"
+    assert chunk(client, b"second\r\n", last=True) == LOST
+    assert b"second" not in peer.read_until_dropped()
+
+
+def test_a_verdict_in_place_of_354_is_none(raw_willi: Willi, raw: RawUpstream):
+    client, peer = meet(raw_willi, raw)
+    client.send(b"DATA\r\n")
+    peer.answer(b"DATA", b"250 2.0.0 Ok: queued already\r\n")
+    assert str(client.read_reply()) == LOST
+    assert peer.read_until_dropped() == b""
+    assert say(client, b"DATA", b"RSET") == [LOST, "250 2.0.0 Ok"]
+
+
+def test_a_refusal_inside_the_message_is_passed_on_after_its_end(raw_willi: Willi, raw: RawUpstream):
+    """The upstream's last words are its own, too; and it is not sent the end."""
+    client, peer = meet_in_data(raw_willi, raw)
+    client.send(b"x\r\n")
+    peer.read_for(b"x\r\n")
+    peer.send(b"552 5.3.4 too much of this\r\n")
+    client.send(b"NOOP\r\nQUIT\r\n.\r\nNOOP\r\n")
+    assert str(client.read_reply()) == "552 5.3.4 too much of this"
+    assert str(client.read_reply()) == "250 2.0.0 Ok"
+    assert b"\r\n.\r\n" not in peer.read_until_dropped()
+
+
+def test_a_late_second_verdict_is_not_that_of_the_next_message(raw_willi: Willi, raw: RawUpstream):
+    client, peer = meet_in_data(raw_willi, raw)
+    client.send(b"one\r\n.\r\n")
+    peer.read_for(b".\r\n")
+    peer.send(b"250 2.0.0 Ok: queued as ONE\r\n250 2.0.0 Ok: queued as ONE\r\n")
+    assert str(client.read_reply()) == "250 2.0.0 Ok: queued as ONE"
+    assert client.command(MAIL).code == 250
+    client.send(BOB + b"\r\n")
+    second = raw.accept()  # the first connection can't be trusted any more
+    second.take_envelope()
+    assert client.read_reply().code == 250
+    client.send(b"DATA\r\n")
+    second.answer(b"DATA", b"354 go on\r\n")
+    client.read_reply()
+    client.send(b"two\r\n.\r\n")
+    assert second.read_for(b".\r\n") == b"two\r\n.\r\n"
+    second.send(b"250 2.0.0 Ok: queued as TWO\r\n")
+    assert str(client.read_reply()) == "250 2.0.0 Ok: queued as TWO"
+
+
+def test_the_last_chunk_of_nothing_gets_the_upstreams_verdict(willi: Willi, upstream: ScriptedUpstream):
+    upstream.answers[b"BDAT 0 LAST"] = Reply(250, (b"2.0.0 Ok: queued as NOTHING",))
+    client = in_envelope(willi)
+    assert chunk(client, b"x\r\n") == "250 2.0.0 ok"
+    assert chunk(client, b"", last=True) == "250 2.0.0 Ok: queued as NOTHING"
+    assert upstream.messages[0].content == b"x\r\n"
+
+
+def test_a_chunk_that_was_refused_is_not_made_good_by_the_next(willi: Willi, upstream: ScriptedUpstream):
+    upstream.answers[b"BDAT 3"] = Reply(554, (b"5.6.0 no",))
+    client = in_envelope(willi)
+    assert chunk(client, b"a\r\n") == "554 5.6.0 no"
+    assert chunk(client, b"b\r\n") == "554 5.6.0 no"
+    assert chunk(client, b"c\r\n", last=True) == "554 5.6.0 no"
+    assert deliver(client) == QUEUED
+    assert [message.content for message in upstream.messages] == [CONTENT]
+
+
+def test_each_of_many_messages_gets_its_own_verdict(willi: Willi, upstream: ScriptedUpstream):
+    verdicts = [Reply(250, (b"2.0.0 Ok: queued as %d" % number,)) for number in range(20)]
+    upstream.answers[VERDICT] = list(verdicts)
+    client = greeted(willi)
+    assert [deliver(client) for _ in verdicts] == list(map(str, verdicts))
+    assert len(upstream.connections) == 1

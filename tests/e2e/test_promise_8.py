@@ -1,0 +1,392 @@
+"""Promise 8: every wait and every buffer has a limit, and the limit covers the whole step."""
+
+from __future__ import annotations
+
+import socket
+import threading
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from tests.conftest import StartWilli
+from tests.support.certificates import Pair
+from tests.support.client import Client
+from tests.support.daemon import Willi
+from tests.support.promise import all_at_once, greeted, in_data, in_envelope, meet, meet_in_data, resident
+from tests.support.raw import Meanwhile, Peer, RawUpstream
+from tests.support.talk import BOB, EHLO, LOST, MAIL, NO_ANSWER, SENDER_KEPT, chunk, content, say
+from tests.support.upstream import GREETING, VERDICT, Delay, Drip, ScriptedUpstream
+from willi_lib.smtp.reply import Reply
+
+SHORT = {
+    "read_timeout": "1s", "write_timeout": "1s", "connect_timeout": "1s", "upstream_timeout": "2s", "data_timeout": "1s",
+}  # fmt: skip
+TOO_SLOW = "421 4.4.2 Timeout, closing connection"
+A_MEGABYTE = 1 << 20
+FLAT = 20 * A_MEGABYTE  # by how much the daemon may grow: its own buffers, not a hundred megabytes
+
+
+@pytest.fixture
+def raw() -> Iterator[RawUpstream]:
+    upstream = RawUpstream()
+    yield upstream
+    upstream.stop()
+
+
+class Dripping(threading.Thread):
+    """Sends one octet after the other, four a second, for as long as the peer stands it."""
+
+    def __init__(self, peer: Client, octets: bytes) -> None:
+        super().__init__(daemon=True)
+        self._peer = peer
+        self._octets = octets
+        self._ended = threading.Event()
+        self.start()
+
+    def run(self) -> None:
+        try:
+            for position in range(len(self._octets)):
+                self._peer.send(self._octets[position : position + 1])
+                if self._ended.wait(0.25):
+                    return
+        except OSError:  # closed, which is what the test waits for
+            pass
+
+    def end(self) -> None:
+        self._ended.set()
+        self.join()
+
+
+# Time: a client
+
+
+def hear_too_slow(client: Client, octets: bytes) -> None:
+    dripping = Dripping(client, octets)
+    assert str(client.read_reply()) == TOO_SLOW
+    dripping.end()
+    client.close()
+
+
+def test_a_client_that_drips_runs_into_read_timeout(start_willi: StartWilli, upstream: ScriptedUpstream):
+    """Each octet comes well within read_timeout; the whole command, or a line of the message, does not."""
+    willi = start_willi(server=upstream.server, **SHORT)
+    slow: list[tuple[Callable[[], Client], bytes]] = [
+        (willi.connect, b"EHLO c.example\r\n"),
+        (willi.connect, b""),
+        (lambda: greeted(willi), b"MAIL FROM:<ann@a.example>\r\n"),
+        (lambda: in_envelope(willi), b"RCPT TO:<ben@b.example>\r\n"),
+        (lambda: in_data(willi), b"Subject: x"),
+        (lambda: in_data(willi), b"." * 20),
+        (lambda: in_data(willi), b"\r" * 20),
+        (lambda: in_data(willi), b""),
+    ]
+    all_at_once(lambda case: hear_too_slow(case[0](), case[1]), slow)
+
+    def drip_chunk(header: bytes) -> None:
+        client = in_envelope(willi)
+        client.send(header)
+        hear_too_slow(client, b"x" * 20)
+
+    all_at_once(drip_chunk, [b"BDAT 20\r\n", b"BDAT 20 LAST\r\n"])
+    assert upstream.messages == []
+
+
+def test_a_chunk_that_nobody_wants_is_not_waited_for_either(start_willi: StartWilli, upstream: ScriptedUpstream):
+    willi = start_willi(server=upstream.server, **SHORT)
+
+    def drip(header: bytes) -> None:
+        client = greeted(willi)
+        client.send(header)
+        hear_too_slow(client, b"x" * 20)
+
+    all_at_once(drip, [b"BDAT 20\r\n", b"BDAT 20 LAST\r\n", b"BDAT 99999999999999999999\r\n"])
+
+
+def test_a_message_that_nobody_wants_any_more_has_data_timeout(start_willi: StartWilli, upstream: ScriptedUpstream):
+    """Too big, and a line end every quarter of a second: read_timeout alone would never end it."""
+    willi = start_willi(server=upstream.server, max_message_bytes=1000, **SHORT)
+    client = in_data(willi)
+    client.send(b"x" * 2000)
+    hear_too_slow(client, b"\n" * 100)
+
+
+def test_a_dripping_handshake_is_given_up(
+    start_willi: StartWilli, upstream: ScriptedUpstream, postfix_certificate: Pair
+):
+    willi = start_willi(
+        server=upstream.server, tls_cert=postfix_certificate.cert, tls_key=postfix_certificate.key, **SHORT
+    )
+
+    def drip(octets: bytes) -> None:
+        client = greeted(willi)
+        assert client.command(b"STARTTLS").code == 220
+        dripping = Dripping(client, octets)
+        assert client.read_to_end() in (b"", TOO_SLOW.encode() + b"\r\n")
+        dripping.end()
+
+    all_at_once(drip, [b"", b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + b"x" * 20])
+
+
+def test_a_dripping_proxy_header_is_given_up(start_willi: StartWilli, upstream: ScriptedUpstream):
+    """Three seconds, the least that the specification allows."""
+    willi = start_willi(server=upstream.server, proxy_protocol_hosts="127.0.0.1", probe=False)
+
+    def drip(octets: bytes) -> None:
+        client = willi.connect(greeting=False)
+        dripping = Dripping(client, octets)
+        assert client.read_to_end() == b""
+        dripping.end()
+
+    all_at_once(drip, [b"", b"PROXY TCP4 192.0.2.1 192.0.2.2 1 25\r\n", b"\r\n\r\n\0\r\nQUIT\n\x21\x11\0\x0cabcd"])
+
+
+def test_the_time_an_upstream_takes_is_not_the_clients(start_willi: StartWilli, upstream: ScriptedUpstream):
+    """The second chunk comes at once; that the first one was answered late is not its fault."""
+    willi = start_willi(server=upstream.server, read_timeout="1s", loglevel="debug")
+    upstream.answers[b"BDAT 5"] = [Delay(1.2)]
+    client = in_envelope(willi)
+    assert chunk(client, b"no LF") == "250 2.0.0 ok"
+    client.send(b"BDAT 6 LAST\r\nthe")
+    willi.wait_for_log(msg="client <", line="BDAT 6 LAST")
+    client.send(b"end")
+    assert str(client.read_reply()) == "250 2.0.0 ok"
+    assert upstream.messages[0].content == b"no LFtheend"
+
+
+def test_a_client_that_does_not_read_its_replies_is_given_up(start_willi: StartWilli, upstream: ScriptedUpstream):
+    willi = start_willi(server=upstream.server, **SHORT)
+    client = greeted(willi)
+    client.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    before = resident(willi)
+    sending = Meanwhile(client, b"NOOP\r\n" * 5_000_000)
+    willi.wait_for_log(msg="Hanging up")
+    sending.join()
+    assert resident(willi) - before < FLAT
+    assert greeted(willi)
+
+
+def test_a_client_that_does_not_read_one_reply_is_given_up(start_willi: StartWilli, upstream: ScriptedUpstream):
+    """Long replies, one at a time; each flushed when the next command is awaited."""
+    upstream.answers[b"RCPT"] = Reply(450, (b"x" * 500,) * 100)
+    willi = start_willi(server=upstream.server, **SHORT)
+    client = greeted(willi)
+    client.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    assert say(client, MAIL) == [SENDER_KEPT]
+    sending = Meanwhile(client, (BOB + b"\r\n") * 1000)
+    willi.wait_for_log(msg="Hanging up")
+    sending.join()
+
+
+# Time: an upstream
+
+
+def test_an_upstream_that_drips_runs_into_its_limits(start_willi: StartWilli):
+    """One that lets its reply drip, a line in seconds, is as bad as a silent one."""
+    def refuse(where: bytes) -> None:
+        upstream = ScriptedUpstream()
+        upstream.extensions = ()
+        upstream.answers[where] = Drip(Reply(354 if where == b"DATA" else 250, (b"slowly, slowly",)), 0.2)
+        upstreams.append(upstream)
+        table.append(f"{len(upstreams)}.example;{upstream.server};false\n")
+
+    upstreams: list[ScriptedUpstream] = []
+    table = ["pattern;server;tls_verify\n"]
+    places = (GREETING, b"EHLO", b"MAIL", b"RCPT", b"DATA", VERDICT)
+    for where in places:
+        refuse(where)
+    willi = start_willi(csv="".join(table), **SHORT)
+    willi.tolerate("Upstream failed")
+
+    def play(number: int) -> None:
+        client = greeted(willi)
+        answers = say(client, MAIL, b"RCPT TO:<bob@%d.example>" % (number + 1))
+        if number < 4:
+            assert answers == [SENDER_KEPT, NO_ANSWER]
+            return
+        assert answers == [SENDER_KEPT, "250 2.0.0 ok"]
+        last = say(client, b"DATA")
+        assert (last == [LOST]) if number == 4 else (content(client) == LOST)
+
+    all_at_once(play, range(len(places)))
+    for upstream in upstreams:
+        upstream.stop()
+
+
+def test_an_upstream_that_reads_slowly_is_given_up(start_willi: StartWilli, raw: RawUpstream):
+    willi = start_willi(server=raw.server, **SHORT)
+    willi.tolerate("Upstream failed")
+    client, peer = meet_in_data(willi, raw)
+    peer.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    ended = threading.Event()
+
+    def read_slowly() -> None:
+        while not ended.wait(0.2):
+            peer.socket.recv(100)
+
+    reading = threading.Thread(target=read_slowly, daemon=True)
+    reading.start()
+    sending = Meanwhile(client, b"x" * 98 * 200_000 + b"\r\n.\r\n")
+    assert str(client.read_reply()) == LOST
+    ended.set()
+    reading.join()
+    sending.join()
+
+
+# Memory
+
+
+def test_a_command_line_of_100_megabytes_takes_no_memory(willi: Willi):
+    client = greeted(willi)
+    before = resident(willi)
+    for _ in range(100):
+        client.send(b"NOOP " + b"x" * A_MEGABYTE)
+    assert resident(willi) - before < FLAT
+    client.send(b"\r\n")
+    assert str(client.read_reply()) == "500 5.5.2 Line too long"
+    assert say(client, b"NOOP") == ["250 2.0.0 Ok"]
+
+
+@pytest.mark.parametrize("octet", [b"x", b".", b" ", b"\0"], ids=repr)
+def test_a_line_of_100_megabytes_in_a_message_takes_no_memory(octet: bytes, start_willi: StartWilli, raw: RawUpstream):
+    willi = start_willi(server=raw.server, max_message_bytes="200MiB")
+    client, peer = meet_in_data(willi, raw)
+    size = 100 * A_MEGABYTE
+    before = resident(willi)
+    sending = Meanwhile(client, b"a" + octet * (size - 3) + b"\r\n.\r\n")
+    peer.swallow(size)
+    assert resident(willi) - before < FLAT
+    assert peer.read_for(b".\r\n") == b".\r\n"
+    peer.send(b"250 2.0.0 queued\r\n")
+    sending.join()
+    assert str(client.read_reply()) == "250 2.0.0 queued"
+
+
+@pytest.mark.parametrize("octet", [b" ", b"\0"], ids=repr)
+def test_a_line_of_blanks_takes_no_memory(octet: bytes, start_willi: StartWilli, raw: RawUpstream):
+    """One that might still become a lone dot: it is not kept until that is known."""
+    willi = start_willi(server=raw.server, max_message_bytes="200MiB")
+    client, peer = meet_in_data(willi, raw)
+    size = 50 * A_MEGABYTE
+    before = resident(willi)
+    sending = Meanwhile(client, octet * size + b"x\r\n.\r\n")
+    peer.swallow(size)
+    assert resident(willi) - before < FLAT
+    assert peer.read_for(b"\r\n.\r\n") == b"x\r\n.\r\n"
+    peer.send(b"250 2.0.0 queued\r\n")
+    sending.join()
+    assert str(client.read_reply()) == "250 2.0.0 queued"
+
+
+@pytest.mark.parametrize("extensions", [(b"CHUNKING",), ()], ids=["BDAT", "BDAT to DATA"])
+def test_a_chunk_of_100_megabytes_takes_no_memory(
+    extensions: tuple[bytes, ...], start_willi: StartWilli, raw: RawUpstream
+):
+    willi = start_willi(server=raw.server, max_message_bytes="200MiB")
+    client, peer = meet(willi, raw, *extensions)
+    size = 100 * A_MEGABYTE
+    before = resident(willi)
+    client.send(b"BDAT %d LAST\r\n" % size)
+    if not extensions:
+        peer.answer(b"DATA", b"354 go on\r\n")
+    sending = Meanwhile(client, b"x" * size)
+    if extensions:
+        peer.read_for(b"LAST\r\n")
+    peer.swallow(size)
+    assert resident(willi) - before < FLAT
+    if not extensions:
+        assert peer.read_for(b".\r\n") == b"\r\n.\r\n"
+    peer.send(b"250 2.0.0 queued\r\n")
+    sending.join()
+    assert str(client.read_reply()) == "250 2.0.0 queued"
+
+
+def test_a_message_that_is_too_big_takes_no_memory(willi: Willi):
+    client = in_data(willi)
+    before = resident(willi)
+    for _ in range(100):
+        client.send(b"x" * (A_MEGABYTE - 2) + b"\r\n")
+    assert resident(willi) - before < FLAT
+    assert content(client) == "552 5.3.4 Message is too big"
+
+
+@pytest.mark.parametrize("line", [b"250-" + b"x" * 1000 + b"\r\n", b"250-\r\n", b"2", b"250 ok\n"], ids=repr)
+@pytest.mark.parametrize("where", ["greeting", "EHLO", "RCPT", "verdict"])
+def test_an_endless_reply_takes_no_memory(where: str, line: bytes, start_willi: StartWilli, raw: RawUpstream):
+    willi = start_willi(server=raw.server, connect_timeout="5s", upstream_timeout="5s", data_timeout="5s")
+    willi.tolerate("Upstream failed")
+    before = resident(willi)
+    if where == "verdict":
+        client, peer = meet_in_data(willi, raw)
+        client.send(b"x\r\n.\r\n")
+        peer.read_for(b".\r\n")
+    else:
+        client = greeted(willi)
+        client.send(MAIL + b"\r\n" + BOB + b"\r\n")
+        assert str(client.read_reply()) == SENDER_KEPT
+        peer = raw.accept()
+        answer_until(peer, where)
+    pieces = peer.flood(line * (A_MEGABYTE // len(line)), 100)
+    assert str(client.read_reply()) == (LOST if where == "verdict" else NO_ANSWER)
+    assert pieces < 100 or line == b"2"
+    assert resident(willi) - before < FLAT
+
+
+def answer_until(peer: Peer, where: str) -> None:
+    """What a good server says before this point."""
+    if where == "greeting":
+        return
+    if where == "EHLO":
+        peer.send(b"220 raw.example\r\n")
+        peer.read_line()
+        return
+    peer.introduce()
+    peer.answer(b"MAIL", b"250 2.1.0 ok\r\n")
+    peer.read_line()
+
+
+def test_pipelined_commands_without_end_take_no_memory(start_willi: StartWilli, upstream: ScriptedUpstream):
+    """Their replies are read, so that nothing keeps the client from sending more."""
+    willi = start_willi(server=upstream.server)
+    client = greeted(willi)
+    before = resident(willi)
+    lines = b"NOOP\r\nRSET\r\nVRFY x\r\n" * 1000
+    for _ in range(50):
+        sending = Meanwhile(client, lines)
+        replies = [client.read_reply().code for _ in range(3000)]
+        sending.join()
+        assert replies == [250, 250, 252] * 1000
+    assert resident(willi) - before < FLAT
+
+
+def test_endless_recipients_take_no_memory(start_willi: StartWilli, upstream: ScriptedUpstream):
+    willi = start_willi(server=upstream.server, max_recipients=100)
+    client = greeted(willi)
+    assert say(client, MAIL) == [SENDER_KEPT]
+    before = resident(willi)
+    for _ in range(20):
+        replies = client.commands(*[BOB] * 1000)
+    assert str(replies[-1]) == "452 4.5.3 Too many recipients"
+    assert resident(willi) - before < FLAT
+    assert len([line for line in upstream.commands if line == BOB]) == 100
+
+
+@pytest.mark.parametrize("header", [b"PROXY TCP4 " + b"1" * 200, b"\r\n\r\n\0\r\nQUIT\n\x21\x11\xff\xff" + b"x" * 200])
+def test_a_long_proxy_header_is_refused_before_it_is_there(
+    header: bytes, start_willi: StartWilli, upstream: ScriptedUpstream
+):
+    willi = start_willi(server=upstream.server, proxy_protocol_hosts="127.0.0.1", probe=False)
+    client = willi.connect(greeting=False)
+    client.send(header)
+    try:
+        assert client.read_to_end() == b""
+    except ConnectionResetError:
+        pass
+    willi.wait_for_log(msg="Connection dropped")
+
+
+def test_errors_have_a_limit(start_willi: StartWilli, upstream: ScriptedUpstream):
+    willi = start_willi(server=upstream.server, max_errors=5)
+    client = willi.connect()
+    assert say(client, EHLO, *[b"XYZZY"] * 4)[1:] == ["500 5.5.2 Command not recognized"] * 4
+    assert say(client, b"XYZZY") == ["421 4.7.0 Too many errors"]
+    client.expect_eof()

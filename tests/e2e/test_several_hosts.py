@@ -1,0 +1,316 @@
+"""What a host says before it knows the client is about us: the next host of the route is tried."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.conftest import StartUpstream, StartWilli
+from tests.support.dns import DnsServer, Fault
+from tests.support.loopback import HOST, free_port
+from tests.support.talk import (
+    BOB,
+    GO_ON,
+    MAIL,
+    NO_ANSWER,
+    OK,
+    QUEUED,
+    SENDER_KEPT,
+    deliver,
+    greeted,
+    reply,
+    say,
+    two_domains,
+)
+from tests.support.upstream import GREETING, Action, Close, Drip, Ended, Reset, ScriptedUpstream, Silence
+
+BAD_GREETINGS: dict[str, Action] = {
+    "4xx": reply("421 4.3.2 not now"),
+    "5xx": reply("554 5.7.1 not you, proxy"),
+    "3xx": reply("354 go on"),
+    "garbage": b"SSH-2.0-OpenSSH_9.2\r\n",
+    "no newline": b"220 " + b"x" * 10_000,
+    "bare newline": b"220 ready\n",
+    "endless": b"220-more\r\n" * 1000,
+    "silence": Silence(),
+    "too slow": Drip(reply("220 " + "x" * 200), 0.1),
+    "close": Close(),
+    "reset": Reset(),
+}
+BAD_EHLOS: dict[str, Action] = {
+    "4xx": reply("451 4.3.0 not now"),
+    "421": reply("421 4.3.2 not now"),
+    "3xx": reply("354 go on"),
+    "garbage": b"hello to you too\r\n",
+    "close": Close(),
+    "reset": Reset(),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_GREETINGS)
+def test_after_such_a_greeting_the_next_host_is_tried(
+    kind: str, start_willi: StartWilli, start_upstream: StartUpstream
+):
+    bad, good = start_upstream(), start_upstream()
+    bad.answers[GREETING] = BAD_GREETINGS[kind]
+    willi = start_willi(server=f"{bad.server},{good.server}", connect_timeout="1s")
+    with greeted(willi) as client:
+        assert deliver(client) == QUEUED
+    assert len(good.messages) == 1
+    assert bad.commands == []
+
+
+@pytest.mark.parametrize("kind", BAD_EHLOS)
+def test_after_such_an_answer_to_ehlo_the_next_host_is_tried(
+    kind: str, start_willi: StartWilli, start_upstream: StartUpstream
+):
+    bad, good = start_upstream(), start_upstream()
+    bad.answers[b"EHLO"] = BAD_EHLOS[kind]
+    willi = start_willi(server=f"{bad.server},{good.server}")
+    with greeted(willi) as client:
+        assert deliver(client) == QUEUED
+    assert len(good.messages) == 1
+    assert b"MAIL" not in b"".join(bad.commands)
+
+
+def test_what_an_upstream_says_of_us_is_no_verdict_on_the_client(start_willi: StartWilli, upstream: ScriptedUpstream):
+    upstream.answers[GREETING] = reply("554 5.7.1 blocked, see https://b.example/ / 5.7.1 you know why")
+    willi = start_willi(server=upstream.server)
+    willi.tolerate(upstream.server)
+    with greeted(willi) as client:
+        assert say(client, MAIL, BOB) == [SENDER_KEPT, NO_ANSWER]
+    line = willi.wait_for_log(msg="Upstream failed", lvl="error")
+    words = "554 5.7.1 blocked, see https://b.example/ / 5.7.1 you know why"
+    assert line["error"] == f"{upstream.server}: greeting: {words}"
+
+
+def test_the_words_of_every_host_that_failed_are_logged(start_willi: StartWilli, start_upstream: StartUpstream):
+    one, two, gone = start_upstream(), start_upstream(), f"{HOST}:{free_port()}"
+    one.answers[GREETING] = reply("554 5.7.1 no")
+    two.answers[b"EHLO"] = reply("451 4.3.0 later")
+    willi = start_willi(server=f"{one.server},{gone},{two.server}")
+    willi.tolerate(one.server)
+    with greeted(willi) as client:
+        assert say(client, MAIL, BOB) == [SENDER_KEPT, NO_ANSWER]
+    line = willi.wait_for_log(msg="Upstream failed", lvl="error")
+    assert line["error"] == "; ".join((
+        f"{one.server}: greeting: 554 5.7.1 no",
+        f"{gone}: Connection refused",
+        f"{two.server}: EHLO: 451 4.3.0 later",
+    ))  # fmt: skip
+
+
+def test_an_upstream_that_does_not_know_ehlo_gets_helo(start_willi: StartWilli, upstream: ScriptedUpstream):
+    upstream.answers[b"EHLO"] = reply("502 5.5.1 what?")
+    willi = start_willi(server=upstream.server)
+    with greeted(willi) as client:
+        assert deliver(client, mail=MAIL + b" SIZE=1000 BODY=8BITMIME") == QUEUED
+    heard = [b"EHLO willi.example", b"HELO willi.example", MAIL, BOB, b"DATA"]
+    assert upstream.connection().commands[:5] == heard
+
+
+@pytest.mark.parametrize("hello", [b"EHLO", b"HELO"], ids=bytes.decode)
+def test_a_host_that_refuses_helo_has_failed(
+    hello: bytes, start_willi: StartWilli, start_upstream: StartUpstream
+):
+    bad, good = start_upstream(), start_upstream()
+    bad.answers[b"HELO"] = reply("550 5.7.1 no HELO from you")
+    if hello == b"EHLO":
+        bad.answers[b"EHLO"] = reply("550 5.7.1 no EHLO from you")
+    willi = start_willi(server=f"{bad.server},{good.server}")
+    with greeted(willi, hello + b" c.example") as client:
+        assert deliver(client) == QUEUED
+    assert len(good.messages) == 1
+
+
+def test_hosts_are_tried_in_their_order(start_willi: StartWilli, start_upstream: StartUpstream):
+    first, second = start_upstream(), start_upstream()
+    willi = start_willi(server=f"{first.server},{second.server}")
+    for _ in range(3):
+        with greeted(willi) as client:
+            assert deliver(client) == QUEUED
+    assert len(first.messages) == 3
+    assert second.connections == []
+
+
+def test_a_host_that_failed_is_tried_last_for_a_while(start_willi: StartWilli, start_upstream: StartUpstream):
+    down, good = start_upstream(), start_upstream()
+    down.answers[GREETING] = [reply("421 4.3.2 just starting")]
+    willi = start_willi(server=f"{down.server},{good.server}")
+    for _ in range(3):
+        with greeted(willi) as client:
+            assert deliver(client) == QUEUED
+    assert len(down.connections) == 1
+    assert len(good.messages) == 3
+    good.stop()
+    with greeted(willi) as client:
+        assert deliver(client) == QUEUED
+    assert len(down.messages) == 1, "it is tried all the same if there is no other"
+
+
+def test_a_refused_message_marks_no_host_as_down(start_willi: StartWilli, start_upstream: StartUpstream):
+    first, second = start_upstream(), start_upstream()
+    first.answers[b"MAIL"] = [reply("451 4.7.1 greylisted")]
+    willi = start_willi(server=f"{first.server},{second.server}")
+    with greeted(willi) as client:
+        assert say(client, MAIL, BOB) == [SENDER_KEPT, "451 4.7.1 greylisted"]
+    with greeted(willi) as client:
+        assert deliver(client) == QUEUED
+    assert len(first.messages) == 1
+    assert second.connections == []
+
+
+def test_a_host_that_is_down_is_down_for_all_its_routes(
+    start_willi: StartWilli, upstream: ScriptedUpstream, start_upstream: StartUpstream
+):
+    down = start_upstream()
+    down.answers[GREETING] = reply("421 4.3.2 no")
+    csv = (
+        "pattern;server;tls_verify\n"
+        f"b.example;{down.server},{upstream.server};false\n"
+        f"c.example;{down.server},{upstream.server};true\n"
+    )
+    willi = start_willi(csv=csv)
+    with greeted(willi) as client:
+        assert deliver(client) == QUEUED
+        assert deliver(client, b"RCPT TO:<carl@c.example>") == QUEUED
+    assert len(down.connections) == 1
+
+
+def test_all_hosts_and_addresses_together_have_one_upstream_timeout(
+    start_willi: StartWilli, start_upstream: StartUpstream, dns: DnsServer
+):
+    silent = start_upstream()
+    silent.answers[b"EHLO"] = Silence()
+    dns.zone["mx.b.example"] = {"A": ["127.0.0.1"] * 1, "AAAA": ["::1"]}
+    silent6 = start_upstream(port=silent.port, host="::1")
+    silent6.answers[b"EHLO"] = Silence()
+    servers = f"mx.b.example:{silent.port},{silent.server}"
+    willi = start_willi(server=servers, dns=dns, upstream_timeout="1s")
+    willi.tolerate("mx.b.example")
+    with greeted(willi) as client:
+        client.socket.settimeout(5)
+        assert say(client, MAIL, BOB) == [SENDER_KEPT, NO_ANSWER]
+    assert len(silent.connections) + len(silent6.connections) == 1
+
+
+def test_a_host_that_used_up_the_time_is_tried_last_by_the_next_client(
+    start_willi: StartWilli, start_upstream: StartUpstream
+):
+    silent, good = start_upstream(), start_upstream()
+    silent.answers[b"EHLO"] = Silence()
+    willi = start_willi(server=f"{silent.server},{good.server}", upstream_timeout="1s")
+    willi.tolerate(silent.server)
+    with greeted(willi) as client:
+        assert say(client, MAIL, BOB) == [SENDER_KEPT, NO_ANSWER]
+    with greeted(willi) as client:
+        assert deliver(client) == QUEUED
+    assert len(silent.connections) == len(good.messages) == 1
+
+
+def test_a_host_with_two_addresses_is_tried_at_both(
+    start_willi: StartWilli, start_upstream: StartUpstream, dns: DnsServer
+):
+    only6 = start_upstream(host="::1")
+    dns.zone["mx.b.example"] = {"A": ["127.0.0.1"], "AAAA": ["::1"]}
+    willi = start_willi(server=f"mx.b.example:{only6.port}", dns=dns)
+    with greeted(willi) as client:
+        assert deliver(client) == QUEUED
+    assert len(only6.messages) == 1
+
+
+def test_an_ipv6_upstream_is_named_in_brackets(start_willi: StartWilli, start_upstream: StartUpstream):
+    upstream = start_upstream(host="::1")
+    willi = start_willi(server=upstream.server)
+    with greeted(willi) as client:
+        assert deliver(client) == QUEUED
+    assert willi.wait_for_log(msg="Message accepted")["upstream"] == f"[::1]:{upstream.port}"
+
+
+@pytest.mark.parametrize("fault", [Fault.NXDOMAIN, Fault.SERVFAIL, Fault.SILENCE], ids=lambda fault: fault.name)
+def test_a_host_without_an_address_has_failed(
+    fault: Fault, start_willi: StartWilli, upstream: ScriptedUpstream, dns: DnsServer
+):
+    dns.zone["mx.b.example"] = fault
+    willi = start_willi(server=f"mx.b.example,{upstream.server}", dns=dns, dns_timeout="1s")
+    with greeted(willi) as client:
+        assert deliver(client) == QUEUED
+    assert len(upstream.messages) == 1
+
+
+def test_a_host_that_does_not_exist_is_a_451_with_its_name_in_the_log(start_willi: StartWilli, dns: DnsServer):
+    willi = start_willi(server="mx.b.example", dns=dns)
+    willi.tolerate("mx.b.example")
+    with greeted(willi) as client:
+        assert say(client, MAIL, BOB) == [SENDER_KEPT, NO_ANSWER]
+    assert "no address for mx.b.example" in willi.wait_for_log(msg="Upstream failed", lvl="error")["error"]
+
+
+# mx:domain, always on port 25
+
+
+@pytest.fixture
+def mx_hosts(start_upstream: StartUpstream, dns: DnsServer) -> list[ScriptedUpstream]:
+    """The MX hosts of b.example: mx1 before mx2."""
+    dns.zone["b.example"] = {"MX": ["20 mx2.b.example.", "10 mx1.b.example."]}
+    hosts = []
+    for number in (1, 2):
+        upstream = start_upstream(port=25, host=f"127.25.0.{number}")
+        dns.zone[f"mx{number}.b.example"] = {"A": [upstream.host]}
+        hosts.append(upstream)
+    return hosts
+
+
+def test_the_best_mx_host_is_taken(start_willi: StartWilli, dns: DnsServer, mx_hosts: list[ScriptedUpstream]):
+    willi = start_willi(server="mx:b.example", dns=dns)
+    with greeted(willi) as client:
+        assert deliver(client) == QUEUED
+    assert [len(host.messages) for host in mx_hosts] == [1, 0]
+    assert willi.wait_for_log(msg="Message accepted")["upstream"] == "mx1.b.example:25"
+
+
+def test_if_the_best_mx_host_is_down_the_next_one_is_taken(
+    start_willi: StartWilli, dns: DnsServer, mx_hosts: list[ScriptedUpstream]
+):
+    mx_hosts[0].stop()
+    willi = start_willi(server="mx:b.example", dns=dns)
+    with greeted(willi) as client:
+        assert deliver(client) == QUEUED
+    assert [len(host.messages) for host in mx_hosts] == [0, 1]
+
+
+def test_a_domain_without_mx_is_its_own_host(start_willi: StartWilli, start_upstream: StartUpstream, dns: DnsServer):
+    upstream = start_upstream(port=25, host="127.25.0.3")
+    dns.zone["b.example"] = {"A": ["127.25.0.3"]}
+    willi = start_willi(server="mx:b.example", dns=dns)
+    with greeted(willi) as client:
+        assert deliver(client) == QUEUED
+    assert len(upstream.messages) == 1
+
+
+@pytest.mark.parametrize(
+    ("records", "why"),
+    [
+        ({"MX": ["0 ."]}, "b.example takes no mail (null MX)"),
+        (Fault.NXDOMAIN, "no MX for b.example"),
+        (Fault.SERVFAIL, "no MX for b.example"),
+        (Fault.SILENCE, "no MX for b.example"),
+    ],
+    ids=["null MX", "NXDOMAIN", "SERVFAIL", "silence"],
+)
+def test_a_domain_whose_mx_hosts_cannot_be_found_is_a_451(
+    records: dict[str, list[str]] | Fault, why: str, start_willi: StartWilli, dns: DnsServer
+):
+    dns.zone["b.example"] = records if isinstance(records, Fault) else {**records}
+    willi = start_willi(server="mx:b.example", dns=dns, dns_timeout="1s")
+    willi.tolerate("b.example")
+    with greeted(willi) as client:
+        assert say(client, MAIL, BOB, b"DATA")[:2] == [SENDER_KEPT, NO_ANSWER]
+    assert why in willi.wait_for_log(msg="Upstream failed", lvl="error")["error"]
+
+
+def test_the_same_hosts_by_two_patterns_are_one_route(start_willi: StartWilli, upstream: ScriptedUpstream):
+    willi = start_willi(csv=two_domains(upstream, upstream))
+    with greeted(willi) as client:
+        assert deliver(client) == QUEUED
+        assert say(client, MAIL, b"RCPT TO:<carl@c.example>", b"DATA") == [SENDER_KEPT, OK, GO_ON]
+    assert upstream.wait_for_ends() == [Ended.EOF]
