@@ -15,6 +15,7 @@ from tests.support.certificates import Authority, Pair
 from tests.support.daemon import Setting, Willi
 from tests.support.dns import DnsServer
 from tests.support.loopback import need
+from tests.support.mariadb import Mariadb
 from tests.support.postfix import Postfix
 from tests.support.upstream import ScriptedUpstream
 
@@ -157,3 +158,13 @@ def dns(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DnsServer]:
     server = DnsServer(tmp_path_factory.mktemp("dns"))
     yield server
     server.stop()
+
+
+@pytest.fixture(scope="session")
+def mariadb(request: pytest.FixtureRequest, certificates: Authority) -> Iterator[Mariadb]:
+    """One MariaDB for all tests, on a socket and a TCP port, with TLS for localhost and 127.0.0.1."""
+    need("mariadbd", "mariadb-install-db")
+    server = Mariadb(certificates.issue("localhost", "127.0.0.1"))
+    show_on_failure(request, "MariaDB", server.log_file)
+    yield server
+    server.remove()

@@ -20,6 +20,7 @@ FLOORS = [
     {"config", "log", "limits", "dns", "tls"},
     {"mappings", "upstream"},
     {"relay"},
+    {"dispatch"},
     {"session"},
     {"status"},
     {"check", "worker"},

@@ -2,28 +2,27 @@
 
 A method returns a reply and never writes; `run` alone writes. `guarded` is the only
 place where an exception becomes a reply. What is under way for one message is in
-`Transaction`; the upstream connection outlives it for the client's next message.
+`Transaction`; the upstream side of it is in `Dispatch`.
 """
 
 from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import Enum, auto
 from ssl import SSLContext
 from time import monotonic
 
 from . import log
 from .config import Settings
+from .dispatch import Dispatch, Transaction
 from .dns import Resolver
 from .relay import Content, Relay
-from .routing import LookupFailed, Mapping, NoRoute, Route, find_route
+from .routing import LookupFailed, Mapping, NoRoute
 from .smtp import reply as replies
 from .smtp.reply import Reject, Reply
 from .smtp.syntax import (
-    MAX_COMMAND_LINE,
-    Mail,
     Path,
     parse_bdat,
     parse_helo,
@@ -92,21 +91,6 @@ class Service:
         return Reply(250, tuple(keyword.encode() for keyword in keywords))
 
 
-@dataclass
-class Transaction:
-    """One message under way (RFC 5321 §3.3)."""
-
-    mail: Mail
-    began: float = field(default_factory=monotonic)
-    recipients: list[Path] = field(default_factory=list)  # those that the upstream accepted
-    refused: bool = False  # at least one recipient was refused
-    refusals: dict[Route, Reject | Refused] = field(default_factory=dict)  # routes that did not work out
-    route: Route | None = None  # the last one asked, for the log
-    upstream: Upstream | None = None  # which accepted MAIL
-    relay: Relay | None = None  # the content has begun
-    verdict: Reply | None = None  # the message was refused before its end: what further chunks get
-
-
 class Session:
     """The dialogue with one client."""
 
@@ -121,7 +105,7 @@ class Session:
         self.may_xclient = may_xclient
         self.stage = Stage.START
         self.transaction: Transaction | None = None
-        self.upstream: Upstream | None = None  # the connection, kept from one transaction to the next
+        self.dispatch = Dispatch(sid, self.settings, service.mappings, service.connector, wire, client)
         self.errors = 0  # of the client's own, since its last message
         self.blame = ("", "")  # who refused last, and why, for the log
         self.closing = False  # after the reply that is about to be written
@@ -248,7 +232,7 @@ class Session:
         try:
             self.forget_transaction()
             self.wire.hang_up(linger=self.wire.buffered or not self.has_quit)
-            self.quit_upstream()
+            self.dispatch.quit()
         finally:
             self.drop_upstream()
             self.clock.close()
@@ -282,7 +266,7 @@ class Session:
         """Take a new name; an upstream connection that knows the old one is of no more use."""
         name = parse_helo(argument)
         self.forget_transaction()
-        self.quit_upstream()
+        self.dispatch.quit()
         self.client.helo, self.client.esmtp = name, esmtp
         self.stage = Stage.GREETED
 
@@ -328,7 +312,7 @@ class Session:
 
     def start_over(self) -> None:
         """Back to the greeting."""
-        self.quit_upstream()
+        self.dispatch.quit()
         self.client.helo = ""
         self.stage = Stage.START
 
@@ -370,26 +354,12 @@ class Session:
             raise Reject(replies.UPSTREAM_LOST)
         try:
             with self.clock.limit(self.settings.upstream_timeout, "asking the upstream (upstream_timeout)"):
-                answer = self.ask_upstream(transaction, recipient)
+                answer = self.dispatch.ask_rcpt(transaction, recipient)
         except WireError as error:  # the limit has struck in between, as in a DNS look-up
             raise UpstreamFailed(str(error)) from None
         if not answer.positive:
             raise Refused(answer)
         return answer
-
-    def ask_upstream(self, transaction: Transaction, recipient: Path) -> Reply:
-        """The upstream's answer to RCPT."""
-        line = _rcpt_line(recipient)
-        upstream = transaction.upstream
-        if upstream and not self.may_share(transaction, upstream.route, recipient):
-            if transaction.recipients or not transaction.refusals:
-                raise Reject(replies.OTHER_DESTINATION)
-            upstream = transaction.upstream = None
-        if upstream is None:
-            upstream = self.choose_upstream(transaction, recipient)
-        elif not upstream.is_ahead():
-            upstream.send_ahead([line, *self.lines_ahead(transaction, upstream)])
-        return upstream.ask(line)
 
     def data(self, argument: bytes) -> Reply:
         """DATA (RFC 5321 §4.1.1.4): the 354 is the upstream's own, and `content` follows it."""
@@ -476,7 +446,7 @@ class Session:
         if relay.failed:
             log.error("Upstream failed", sid=self.sid, client=str(self.client), error=self.blame[1])
         if relay.refusal is not None:  # and the upstream was dropped
-            self.upstream = transaction.upstream = None
+            self.dispatch.upstream = transaction.upstream = None
             transaction.verdict = relay.refusal
         if last:
             self.finish_transaction()
@@ -520,107 +490,6 @@ class Session:
         self.closing = self.has_quit = True
         return replies.BYE
 
-    # -- the upstream
-
-    def choose_upstream(self, transaction: Transaction, recipient: Path) -> Upstream:
-        """The upstream for a recipient, which has accepted MAIL. A route is not tried twice in a transaction."""
-        route = transaction.route = self.route_of(recipient)
-        if route in transaction.refusals:
-            raise transaction.refusals[route]
-        try:
-            upstream, answer = self.begin(transaction, route, recipient)
-            if not answer.positive:
-                self.settle(upstream, answer)
-                raise Refused(answer)
-        except (Reject, Refused) as refusal:
-            transaction.refusals[route] = refusal
-            raise
-        except UpstreamFailed:
-            transaction.refusals[route] = Reject(replies.UPSTREAM_FAILED)
-            raise
-        transaction.upstream = upstream
-        return upstream
-
-    def begin(self, transaction: Transaction, route: Route, recipient: Path) -> tuple[Upstream, Reply]:
-        """Say MAIL on the kept connection if it is of this route and still of use, else on a new one."""
-        if self.upstream and self.upstream.route != route:
-            self.quit_upstream()
-        if self.upstream:
-            try:
-                self.upstream.reset()
-                answer = self.say_mail(self.upstream, transaction, recipient)
-                if answer.code != 421:
-                    return self.upstream, answer
-            except UpstreamFailed as failure:
-                if self.clock.overdue():
-                    raise
-                log.debug("Kept upstream connection is gone", sid=self.sid, error=str(failure))
-            self.drop_upstream()
-        self.upstream = self.service.connector.connect(route, self.client, self.clock, self.sid)
-        return self.upstream, self.say_mail(self.upstream, transaction, recipient)
-
-    def say_mail(self, upstream: Upstream, transaction: Transaction, recipient: Path) -> Reply:
-        """MAIL, and behind it in the same write what the client has sent in one group with this RCPT."""
-        mail = transaction.mail
-        if mail.smtputf8 and "SMTPUTF8" not in upstream.features:
-            raise Reject(replies.NO_SMTPUTF8)
-        if mail.body == "8BITMIME" and self.settings.strict_8bitmime and "8BITMIME" not in upstream.features:
-            raise Reject(replies.NO_8BITMIME)
-        line = mail.line(upstream.features)
-        upstream.send_ahead([line, _rcpt_line(recipient), *self.lines_ahead(transaction, upstream)])
-        upstream.in_transaction = True
-        return upstream.ask(line)
-
-    def lines_ahead(self, transaction: Transaction, upstream: Upstream) -> list[bytes]:
-        """The RCPT commands that the client has sent already, and DATA after them (RFC 2920).
-
-        Only what will be passed on without fail when its turn comes; it stays in the
-        buffer until then.
-        """
-        lines: list[bytes] = []
-        if "PIPELINING" not in upstream.features:
-            return lines
-        room = self.settings.max_recipients - len(transaction.recipients) - 1
-        for octets in self.wire.peek_lines():
-            try:
-                verb, argument = split_command(octets)
-                if verb == b"RCPT" and len(lines) < room and len(octets) + 2 <= MAX_COMMAND_LINE:
-                    recipient = parse_rcpt(argument, transaction.mail.smtputf8)
-                    if not self.may_share(transaction, upstream.route, recipient):
-                        break
-                    lines.append(_rcpt_line(recipient))
-                    continue
-                if verb == b"DATA" and not argument:
-                    lines.append(b"DATA")
-            except (Reject, NoRoute, LookupFailed):  # its turn will come, and its reply
-                pass
-            break
-        return lines
-
-    def route_of(self, recipient: Path) -> Route:
-        """Raises NoRoute, LookupFailed. A bare postmaster is the postmaster of our own domain."""
-        address = recipient.address if recipient.domain else f"{recipient.address}@{self.settings.domain}"
-        return find_route(self.service.mappings, address, self.settings.recipient_delimiter)
-
-    def may_share(self, transaction: Transaction, route: Route, recipient: Path) -> bool:
-        """Whether a later recipient may go to the upstream of the first one. Raises NoRoute, LookupFailed.
-
-        While none is accepted, one whose own upstream has refused MAIL or failed must not be asked of another.
-        """
-        settled = bool(transaction.recipients) or not transaction.refusals
-        return (settled and self.settings.mixed_recipients == "first") or self.route_of(recipient) == route
-
-    def settle(self, upstream: Upstream, answer: Reply) -> None:
-        """After a refused MAIL: fetch what else was asked in the same write. After 421 nothing more comes."""
-        if answer.code == 421:
-            self.drop_upstream()
-            return
-        try:
-            upstream.settle()
-        except UpstreamFailed as failure:
-            log.debug("Upstream dropped", sid=self.sid, error=str(failure))
-            self.drop_upstream()
-
     def fail(self, failure: UpstreamFailed) -> Reply:
         """The upstream is of no more use: the transaction has failed, and is not forgotten."""
         transaction = self.transaction
@@ -635,19 +504,11 @@ class Session:
 
     def drop_upstream(self) -> None:
         """Close the upstream connection: an unfinished message stays unfinished."""
-        if self.upstream:
-            self.upstream.drop()
-            self.upstream = None
+        self.dispatch.drop()
         if self.transaction:
             self.transaction.upstream = None
 
-    def quit_upstream(self) -> None:
-        """Say goodbye to the upstream."""
-        if self.upstream:
-            self.upstream.quit()
-            self.upstream = None
-
-    # -- the transaction
+    # -- the state of the transaction
 
     def current(self) -> Transaction:
         """The transaction: VERBS lets nobody come here without one."""
@@ -658,13 +519,13 @@ class Session:
         """It has come to its end; the upstream waits for the next MAIL."""
         self.transaction = None
         self.stage = Stage.GREETED
-        if self.upstream:
-            self.upstream.in_transaction = False
+        if self.dispatch.upstream:
+            self.dispatch.upstream.in_transaction = False
 
     def forget_transaction(self) -> None:
         """It comes to no end. Where content has begun, only dropping the connection keeps it from being delivered."""
-        transaction = self.transaction
-        if transaction and self.upstream and (transaction.relay or self.upstream.is_ahead()):
+        transaction, upstream = self.transaction, self.dispatch.upstream
+        if transaction and upstream and (transaction.relay or upstream.is_ahead()):
             self.drop_upstream()
         self.transaction = None
 
@@ -704,10 +565,6 @@ def new_session_id() -> str:
 
 def _text(octets: bytes) -> str:
     return octets.decode("utf-8", "backslashreplace")
-
-
-def _rcpt_line(recipient: Path) -> bytes:
-    return b"RCPT TO:" + recipient.octets
 
 
 VERBS: dict[bytes, tuple[Callable[[Session, bytes], Reply], frozenset[Stage]]] = {

@@ -371,19 +371,30 @@ class Connector:
                 log.error("XCLIENT is required and not offered", sid=sid, upstream=str(upstream.server))
                 raise Reject(replies.XCLIENT_NEEDED)
             return False
-        told = False
-        for line in xclient_lines(_attributes(upstream.features["XCLIENT"], client)):
-            answer = upstream.ask(line)
-            if answer.positive:
-                told = True
-            elif _is_about_us(answer):
-                log.error("XCLIENT refused", sid=sid, upstream=str(upstream.server), error=str(answer))
-                if required:
-                    raise Reject(replies.XCLIENT_NEEDED)
-                return told
-            else:
-                raise Refused(answer)
-        return told
+        attributes = _attributes(upstream.features["XCLIENT"], client)
+        answer = _ask_all(upstream, xclient_lines(attributes))
+        if answer and answer.code == 501:
+            # The client's HELO is the one value that the client chooses: it must not keep the address from being told.
+            attributes = [attribute for attribute in attributes if attribute[0] != "HELO"]
+            answer = _ask_all(upstream, xclient_lines(attributes))
+        if answer is None or answer.positive:
+            return answer is not None
+        if not _is_about_us(answer):
+            raise Refused(answer)
+        log.error("XCLIENT refused", sid=sid, upstream=str(upstream.server), error=str(answer))
+        if required:
+            raise Reject(replies.XCLIENT_NEEDED)
+        return False
+
+
+def _ask_all(upstream: Upstream, lines: Sequence[bytes]) -> Reply | None:
+    """Ask one after the other, up to the first that is refused; the last answer."""
+    answer = None
+    for line in lines:
+        answer = upstream.ask(line)
+        if not answer.positive:
+            break
+    return answer
 
 
 def _is_about_us(answer: Reply) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import threading
 from collections.abc import Callable, Iterator
@@ -19,10 +20,12 @@ from tests.support.upstream import GREETING, VERDICT, Delay, Drip, ScriptedUpstr
 from willi_lib.smtp.reply import Reply
 
 SHORT = {
-    "read_timeout": "1s", "write_timeout": "1s", "connect_timeout": "1s", "upstream_timeout": "2s", "data_timeout": "1s",
+    "read_timeout": "1s", "write_timeout": "1s", "connect_timeout": "1s", "upstream_timeout": "2s",
+    "data_timeout": "1s",
 }  # fmt: skip
 TOO_SLOW = "421 4.4.2 Timeout, closing connection"
 A_MEGABYTE = 1 << 20
+ENDLESS = {"long lines": b"250-" + b"x" * 1000 + b"\r\n", "empty lines": b"250-\r\n", "a line": b"2", "LF": b"250 ok\n"}
 FLAT = 20 * A_MEGABYTE  # by how much the daemon may grow: its own buffers, not a hundred megabytes
 
 
@@ -309,10 +312,10 @@ def test_a_message_that_is_too_big_takes_no_memory(willi: Willi):
     assert content(client) == "552 5.3.4 Message is too big"
 
 
-@pytest.mark.parametrize("line", [b"250-" + b"x" * 1000 + b"\r\n", b"250-\r\n", b"2", b"250 ok\n"], ids=repr)
+@pytest.mark.parametrize("line", ENDLESS.values(), ids=ENDLESS.keys())
 @pytest.mark.parametrize("where", ["greeting", "EHLO", "RCPT", "verdict"])
 def test_an_endless_reply_takes_no_memory(where: str, line: bytes, start_willi: StartWilli, raw: RawUpstream):
-    willi = start_willi(server=raw.server, connect_timeout="5s", upstream_timeout="5s", data_timeout="5s")
+    willi = start_willi(server=raw.server, connect_timeout="3s", upstream_timeout="3s", data_timeout="3s")
     willi.tolerate("Upstream failed")
     before = resident(willi)
     if where == "verdict":
@@ -321,8 +324,8 @@ def test_an_endless_reply_takes_no_memory(where: str, line: bytes, start_willi: 
         peer.read_for(b".\r\n")
     else:
         client = greeted(willi)
-        client.send(MAIL + b"\r\n" + BOB + b"\r\n")
-        assert str(client.read_reply()) == SENDER_KEPT
+        assert say(client, MAIL) == [SENDER_KEPT]
+        client.send(BOB + b"\r\n")
         peer = raw.accept()
         answer_until(peer, where)
     pieces = peer.flood(line * (A_MEGABYTE // len(line)), 100)
@@ -377,10 +380,8 @@ def test_a_long_proxy_header_is_refused_before_it_is_there(
     willi = start_willi(server=upstream.server, proxy_protocol_hosts="127.0.0.1", probe=False)
     client = willi.connect(greeting=False)
     client.send(header)
-    try:
+    with contextlib.suppress(ConnectionResetError):
         assert client.read_to_end() == b""
-    except ConnectionResetError:
-        pass
     willi.wait_for_log(msg="Connection dropped")
 
 

@@ -6,6 +6,7 @@ import smtplib
 import subprocess
 from email.message import EmailMessage
 from email.policy import SMTP
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -36,6 +37,11 @@ def run(*command: str | Path) -> str:
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout + done.stderr
+
+
+def has_two(postfix: Postfix, recipient: str) -> bool:
+    """Whether both messages have been stored."""
+    return len(postfix.stored(recipient)) == 2
 
 
 def logged(willi: Willi, recipient: str, tls: str) -> None:
@@ -77,11 +83,12 @@ def test_swaks_is_told_what_postfix_said(front: Willi, tls: str):
 def test_curl(front: Willi, postfix: Postfix, tmp_path: Path, tls: str):
     need("curl")
     recipient = f"curl-{tls}@b.example"
+    secure = ["--ssl-reqd", "-k"] if tls == "true" else []
     message = b"Subject: from curl\r\n\r\n.\r\na dot before, and 8 bits: \xc3\xa9\r\n"
     (tmp_path / "message").write_bytes(message)
     run(
         "curl", "--silent", "--show-error", f"smtp://{HOST}:{front.port}/client.example", "--mail-from", SENDER,
-        "--mail-rcpt", recipient, "--upload-file", tmp_path / "message", *(["--ssl-reqd", "-k"] if tls == "true" else []),
+        "--mail-rcpt", recipient, "--upload-file", tmp_path / "message", *secure,
     )  # fmt: skip
     assert postfix.wait_for_message(recipient).content == message.replace(b"\r\n", b"\n")
     logged(front, recipient, tls)
@@ -128,7 +135,7 @@ def test_postfix_delivers_through_willi(front: Willi, postfix: Postfix, start_po
         for number in (1, 2):
             client.sendmail(SENDER, recipients, f"X-Number: {number}\r\n{body}")
     for recipient in recipients:
-        wait_until(lambda recipient=recipient: len(postfix.stored(recipient)) == 2, f"both mails for {recipient}")
+        wait_until(partial(has_two, postfix, recipient), f"both mails for {recipient}")
         assert all(message.sender == SENDER for message in postfix.stored(recipient))
         assert all(b"\n\n.dot\n" + b"x" * 900 in message.content for message in postfix.stored(recipient))
     wait_until(lambda: not sender.queue(), "an empty queue")

@@ -149,6 +149,21 @@ def test_a_value_that_postfix_would_not_take_is_left_out(
     assert list(attributes(line)) == [*told, b"NAME", b"PORT", b"ADDR"]
 
 
+@pytest.mark.parametrize("verdict", [b"220 mx.example ESMTP", b"501 5.5.4 Bad ADDR syntax"])
+def test_a_helo_that_the_upstream_does_not_take_cannot_hide_the_client(
+    verdict: bytes, willi: Willi, upstream: ScriptedUpstream
+):
+    willi.tolerate("XCLIENT refused")
+    upstream.answers[b"XCLIENT"] = [b"501 5.5.4 Bad HELO syntax\r\n", verdict + b"\r\n"]
+    with greeted(willi, b"EHLO bad_helo") as client:
+        assert deliver(client) == QUEUED
+    [first, second] = [line for line in upstream.connection().commands if line.startswith(b"XCLIENT")]
+    assert attributes(first)[b"HELO"] == b"bad_helo"
+    rest = attributes(first)
+    del rest[b"HELO"]
+    assert attributes(second) == rest
+
+
 # NAME
 
 

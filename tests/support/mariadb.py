@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import pwd
 import shutil
@@ -15,11 +16,20 @@ from pathlib import Path
 import pymysql
 
 from tests.support.certificates import Pair
+from tests.support.daemon import Setting
 from tests.support.loopback import HOST, PATIENCE, free_port, wait_until
 
 ACCOUNT = "mysql"  # whom the package creates; mariadbd does not want to be root
 PATH = {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C.UTF-8"}
 USER, PASSWORD = "willi", "pass%word'?"
+QUERY = "SELECT server, tls_verify FROM routes WHERE pattern = ?"
+TABLE = """routes (
+    pattern    VARCHAR(255) NOT NULL PRIMARY KEY,
+    server     VARCHAR(255),
+    tls_verify BOOLEAN
+)"""
+
+Row = tuple[str, "str | None", "bool | None"]
 
 OPTIONS = """\
 [mariadbd]
@@ -39,6 +49,7 @@ sync_binlog = 0
 performance_schema = 0
 secure_file_priv = {home}
 max_connections = 200
+max_user_connections = 150
 """
 
 
@@ -49,6 +60,7 @@ class Mariadb:
         # Not below pytest's own directory: that one is closed to other users.
         self.home = Path(tempfile.mkdtemp(prefix="willi-mariadb-"))
         self.port = free_port()
+        self._numbers = itertools.count(1)
         self.socket = self.home / "socket"
         self.log_file = self.home / "error.log"
         self._options = self.home / "my.cnf"
@@ -57,16 +69,44 @@ class Mariadb:
         shutil.copy(tls.key, self.home / "key.pem")
         self._options.write_text(OPTIONS.format(home=self.home, port=self.port))
         self._give(self.home)
-        self._install()
-        self.start()
+        try:
+            self._install()
+            self.start()
+            self._create_account()
+        except BaseException:
+            self.remove()
+            raise
+
+    def _create_account(self) -> None:
         self.query(f"CREATE USER {USER}@localhost IDENTIFIED BY %s", PASSWORD)
         self.query(f"CREATE USER {USER}@'127.0.0.1' IDENTIFIED BY %s", PASSWORD)
-        self.query(f"GRANT ALL ON *.* TO {USER}@localhost, {USER}@'127.0.0.1'")
+        self.query(f"GRANT SELECT, EXECUTE ON *.* TO {USER}@localhost, {USER}@'127.0.0.1'")
 
     @property
     def host(self) -> str:
         """As willi.conf names it."""
         return f"{HOST}:{self.port}"
+
+    def table(self, *rows: Row, charset: str = "utf8mb4", engine: str = "InnoDB") -> str:
+        """A new database with the table `routes` as the README defines it; the name of the database."""
+        name = f"routes{next(self._numbers)}"
+        self.query(f"CREATE DATABASE {name} CHARACTER SET {charset}")
+        self.query(f"CREATE TABLE {name}.{TABLE} ENGINE = {engine}")
+        with self.connect() as connection, connection.cursor() as cursor:
+            cursor.executemany(f"INSERT INTO {name}.routes VALUES (%s, %s, %s)", rows)
+        return name
+
+    def mapping(self, name: str, **settings: Setting) -> dict[str, Setting]:
+        """The section of willi.conf for such a database."""
+        server: dict[str, Setting] = {} if "unix_socket" in settings else {"host": self.host}
+        return {
+            "type": "mysql", **server, "user": USER, "password": PASSWORD, "database": name, "query": QUERY,
+            "timeout": "1s", **settings,
+        }  # fmt: skip
+
+    @property
+    def running(self) -> bool:
+        return self._process is not None
 
     def query(self, statement: str, *values: object) -> Sequence[tuple[object, ...]]:
         """Run a statement; all its rows."""
@@ -80,10 +120,16 @@ class Mariadb:
             unix_socket=str(self.socket), user="root", charset="utf8mb4", autocommit=True, ssl_disabled=True
         )  # fmt: skip
 
-    def connections(self) -> list[int]:
-        """The numbers of Willi's connections."""
-        rows = self.query("SELECT id FROM information_schema.processlist WHERE user = %s", USER)
+    def connections(self, database: str) -> list[int]:
+        """The numbers of the connections that use this database."""
+        rows = self.query("SELECT id FROM information_schema.processlist WHERE db = %s", database)
         return [int(str(row[0])) for row in rows]
+
+    def kill_connections(self, database: str) -> None:
+        """End them, whatever they are doing."""
+        for number in self.connections(database):
+            with suppress(pymysql.MySQLError):  # it has just ended
+                self.query(f"KILL {number}")
 
     def count_queries(self) -> int:
         """SELECT statements so far, those of the tests included."""

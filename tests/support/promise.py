@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import TypeVar
 
 from tests.support import talk
 from tests.support.client import Client
 from tests.support.daemon import Willi
-from tests.support.loopback import wait_until
 from tests.support.raw import Peer, RawUpstream
 from tests.support.upstream import Ended, ScriptedUpstream
 
@@ -94,17 +94,5 @@ def assert_nothing_was_finished(upstream: ScriptedUpstream, content: bytes) -> N
 
 def resident(willi: Willi) -> int:
     """Octets of memory that the daemon has in use at this moment."""
-    with open(f"/proc/{willi.process.pid}/statm", encoding="ascii") as file:
-        return int(file.read().split()[1]) * PAGE
-
-
-def wait_for_sessions_to_end(willi: Willi) -> None:
-    """Until every connection that Willi has accepted is gone."""
-    wait_until(lambda: not _open_connections(willi), "the end of Willi's sessions")
-
-
-def _open_connections(willi: Willi) -> list[str]:
-    port = f":{willi.port:04X}"
-    with open("/proc/net/tcp", encoding="ascii") as file:
-        sockets = [line.split() for line in file.readlines()[1:]]
-    return [words[1] for words in sockets if words[1].endswith(port) and words[3] in ("01", "08")]  # and CLOSE_WAIT
+    words = Path(f"/proc/{willi.process.pid}/statm").read_text(encoding="ascii").split()
+    return int(words[1]) * PAGE

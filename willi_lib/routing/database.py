@@ -31,7 +31,9 @@ NOBODY = "nobody.invalid"  # what `check` asks for
 # Errors after which a new connection may well get an answer: 1047 a Galera node that is not ready, 1053 shutdown,
 # 1152 to 1184 network, 1317 and 1927 killed, 2006 to 2055 lost, 4031 closed by the server for having been idle.
 CONNECTION_ERRORS = frozenset((1047, 1053, 1152, 1158, 1159, 1160, 1161, 1184, 1317, 1927, 2006, 2013, 2055, 4031))
-SERVER_ERRORS = range(1000, 2000)  # said by the server, and the connection is as good as before
+# Said when the characters of a key do not exist in the character set of the column: illegal mix, cannot convert.
+UNKNOWN_CHARACTER_ERRORS = frozenset((1267, 1270, 1271, 3854))
+DRIVER_ERRORS = range(2000, 3000)  # PyMySQL's own: who knows what is still to come on this connection
 
 
 class Down(Exception):
@@ -107,30 +109,33 @@ class Database:
 
         To be called in a greenlet that nobody else ends.
         """
-        faults: list[str] = []
         seconds = self._access.timeout
+        deadline = monotonic() + seconds
+        if not self._slots.acquire(timeout=seconds):
+            raise Down(f"no free connection within {seconds:g} s")
         try:
-            with gevent.Timeout(seconds), self._slots:
-                return self._ask_hosts(key, monotonic() + seconds, faults)
-        except gevent.Timeout:
-            raise Down("; ".join(faults) or f"no free connection within {seconds:g} s") from None
+            return self._ask_hosts(key, deadline)
+        finally:
+            self._slots.release()
 
-    def _ask_hosts(self, key: str, deadline: float, faults: list[str]) -> Route | None:
+    def _ask_hosts(self, key: str, deadline: float) -> Route | None:
         """Try the idle connection, then a new one to each host. A lost connection is tried again once.
 
         The time that is left is divided among the hosts that have not been tried.
         """
         untried = sorted(self.hosts, key=self._rests)
+        faults: list[str] = []
         lost = False
-        while True:
+        while (seconds := deadline - monotonic()) > 0:
             connection = self._take_idle()
             if connection is None and not untried:
-                self._give_up_unless_others_are_connected(faults)
+                if not self._open:
+                    break
+                gevent.sleep(POLL_INTERVAL)  # a server that takes no more connections still answers on the others'
                 continue
             host = connection.host if connection else untried[0]
-            share = max(0.001, (deadline - monotonic()) / max(1, len(untried)))
             try:
-                return self._ask_host(host, connection, key, share)
+                return self._ask_host(host, connection, key, seconds / max(1, len(untried)))
             except _Lost as why:
                 faults.append(f"{self.name_of(host)}: {why}")
                 if not lost:
@@ -140,33 +145,24 @@ class Database:
                 faults.append(f"{self.name_of(host)}: {why}")
             self._failed[host] = monotonic()
             untried = [other for other in untried if other != host]
+        raise Down("; ".join(faults))
 
     def _ask_host(self, host: Host, connection: _Connection | None, key: str, seconds: float) -> Route | None:
         """Ask on this connection, or on a new one. Raises Down, _Lost, LookupFailed."""
         began = monotonic()
         try:
-            with gevent.Timeout(seconds) as limit:
-                route = self._ask_on(connection or self._connect(host), key)
-                self._answered[host] = monotonic()
-                return route
+            with gevent.Timeout(seconds):
+                return self._ask_on(connection or self._connect(host), key)
         except _Lost:
             self._close_idle(host)
             raise
-        except gevent.Timeout as struck:
-            if struck is not limit:
-                raise
+        except gevent.Timeout:
             if self._answered.get(host, 0.0) < began:  # else it is a matter of this key
                 self._close_idle(host)
             raise Down(f"no answer within {seconds:.1f} s") from None
 
-    def _give_up_unless_others_are_connected(self, faults: list[str]) -> None:
-        """Wait for one of their connections: a server that takes no more of them still answers on those."""
-        if not self._open:
-            raise Down("; ".join(faults))
-        gevent.sleep(POLL_INTERVAL)
-
     def _ask_on(self, connection: _Connection, key: str) -> Route | None:
-        """Ask on this connection, and put it back if it may be used again."""
+        """Ask on this connection, and put it back if it may be used again. Raises _Lost, LookupFailed."""
         usable = False
         try:
             names, row = self._execute(connection, self._statement, (key,) * self._parameters)
@@ -175,10 +171,15 @@ class Database:
             number = error.args[0] if error.args else 0
             if not connection.driver.open or number in CONNECTION_ERRORS:
                 raise _Lost(_text(error)) from None
-            usable = number in SERVER_ERRORS
+            usable = isinstance(number, int) and number >= 1000 and number not in DRIVER_ERRORS
+            if number in UNKNOWN_CHARACTER_ERRORS and not key.isascii():
+                return None  # no row can have this key
             raise LookupFailed(_text(error)) from None
         finally:
-            self._put(connection) if usable else self._close(connection)
+            if usable:
+                self._put(connection)
+            else:
+                self._close(connection)
         return self._routes.of_row(key, names, row)
 
     def _execute(
@@ -217,7 +218,6 @@ class Database:
         except RuntimeError:  # of PyMySQL, without the package cryptography
             raise Down("the account wants to log in with sha2, which needs tls_ca or unix_socket") from None
         self._open += 1
-        self._failed.pop(host, None)
         return _Connection(host, driver)
 
     def _take_idle(self) -> _Connection | None:
@@ -226,7 +226,8 @@ class Database:
         return self._idle.pop() if self._idle else None
 
     def _put(self, connection: _Connection) -> None:
-        connection.idle_since = monotonic()
+        connection.idle_since = self._answered[connection.host] = monotonic()
+        self._failed.pop(connection.host, None)
         self._idle.append(connection)
 
     def _close(self, connection: _Connection) -> None:

@@ -1,0 +1,353 @@
+"""`Database` against a real MariaDB: characters, columns, the pool, several hosts."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from time import monotonic
+
+import gevent
+import gevent.socket
+import pymysql.connections
+import pytest
+
+from tests.support.certificates import Authority
+from tests.support.loopback import HOST, PATIENCE, free_port
+from tests.support.mariadb import PASSWORD, QUERY, USER, Mariadb
+from willi_lib.routing import LookupFailed, Policy, Route, parse_servers
+from willi_lib.routing.database import Access, Database, Down, Host
+
+Open = Callable[..., Database]
+
+HOSTILE = [
+    "o'brien@b.example",
+    '"a\\"b"@b.example',
+    "back\\slash@b.example",
+    "back\\'slash@b.example",
+    "100%@b.example",
+    "%s@b.example",
+    "%(x)s@b.example",
+    "a_b@b.example",
+    "' or '1'='1@b.example",
+    "'; drop table routes; -- @b.example",
+    "what?@b.example",
+    "nul\0@b.example",
+    "line\n@b.example",
+    "\x1a@b.example",
+    "jürgen@b.example",
+    "Ω@b.example",
+    "日本@b.example",
+    "😀@b.example",
+    "x" * 500 + "@b.example",
+]
+
+
+@pytest.fixture(autouse=True)
+def _in_gevent(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Willi's processes replace all sockets; here PyMySQL's are enough. And nothing waits for ever."""
+    monkeypatch.setattr(pymysql.connections, "socket", gevent.socket)
+    with gevent.Timeout(PATIENCE * 2):
+        yield
+
+
+@pytest.fixture
+def open_database(mariadb: Mariadb) -> Open:
+    def open_(name: str, query: str = QUERY, **access: object) -> Database:
+        settings = {
+            "hosts": (Host(HOST, mariadb.port),), "user": USER, "password": PASSWORD.encode(), "database": name,
+            "timeout": 2.0, **access,
+        }  # fmt: skip
+        return Database(Access(**settings), query, Policy(), "mysql:t")  # type: ignore[arg-type]
+
+    return open_
+
+
+def to(server: str, tls_verify: bool = True) -> Route:
+    return Route(parse_servers(server), tls_verify)
+
+
+def together(*works: Callable[[], object]) -> list[object]:
+    greenlets = [gevent.spawn(work) for work in works]
+    gevent.joinall(greenlets)
+    return [greenlet.value if greenlet.successful() else greenlet.exception for greenlet in greenlets]
+
+
+def open_connections(database: Database) -> tuple[int, int]:
+    """All of them, and the idle ones; with nothing under way they must be the same."""
+    return database._open, len(database._idle)
+
+
+# Keys and rows
+
+
+@pytest.mark.parametrize("charset", ["latin1", "utf8mb3", "utf8mb4", "ascii"])
+def test_no_key_breaks_out_of_the_query_or_matches_another_row(mariadb: Mariadb, open_database: Open, charset: str):
+    database = open_database(mariadb.table(("ann@b.example", "mx1", True), charset=charset))
+    for key in HOSTILE:
+        assert database.ask(key) is None, key
+    assert database.ask("ann@b.example") == to("mx1")
+    assert open_connections(database) == (1, 1), "not one of them cost a connection"
+
+
+@pytest.mark.parametrize(("charset", "strange"), [("latin1", "jürgen"), ("utf8mb3", "日本"), ("utf8mb4", "😀")])
+def test_a_key_is_found_in_any_character_set_that_has_its_characters(
+    mariadb: Mariadb, open_database: Open, charset: str, strange: str
+):
+    keys = [f"{strange}@b.example", "o'brien@b.example", "back\\slash@b.example", "100%@b.example", "what?@b.example"]
+    database = open_database(mariadb.table(*((key, f"mx{at}", False) for at, key in enumerate(keys)), charset=charset))
+    assert [database.ask(key) for key in keys] == [to(f"mx{at}", False) for at in range(len(keys))]
+
+
+def test_every_question_mark_is_the_key(mariadb: Mariadb, open_database: Open):
+    name = mariadb.table(("b.example", "mx1", True), ("what?", "mx2", True))
+    query = "SELECT server FROM routes WHERE pattern = ? AND '100%' LIKE '%\\%' AND (? = ? OR pattern = 'what?')"
+    assert open_database(name, query).ask("b.example") == to("mx1")
+    assert open_database(name, query).ask("o'brien") is None
+
+
+def test_of_several_rows_only_the_first_is_sent(mariadb: Mariadb, open_database: Open):
+    name = mariadb.table(*((f"{number}.example", f"mx{number}", True) for number in range(100)))
+    database = open_database(name, "SELECT server FROM routes WHERE pattern <> ? ORDER BY pattern DESC")
+    assert database.ask("x") == to("mx99")
+    connection = database._idle[-1].driver
+    assert connection.affected_rows() == 1
+
+
+@pytest.mark.parametrize(
+    ("query", "why"),
+    [
+        ("SELECT server, tls_verify, pattern FROM routes WHERE pattern = ?", "not: server, tls_verify, pattern"),
+        ("SELECT server FROM nothing WHERE pattern = ?", "nothing' doesn't exist (1146)"),
+        ("SELECT server FRM routes WHERE pattern = ?", "You have an error in your SQL syntax"),
+        ("DELETE FROM routes WHERE pattern = ?", "DELETE command denied"),
+        ("SET @x = ?", "not: none"),
+        ("SELECT 1 AS server, 'perhaps' AS tls_verify, ? AS server", "not: server, tls_verify, server"),
+        ("SELECT 'mx' AS server, 'perhaps' AS tls_verify FROM routes WHERE ? <> ''", "'perhaps': tls_verify must be"),
+    ],
+)
+def test_a_query_that_gives_no_route_says_why_and_costs_no_connection(
+    mariadb: Mariadb, open_database: Open, query: str, why: str
+):
+    database = open_database(mariadb.table(("b.example", "mx1", True)), query)
+    for _ in range(3):
+        with pytest.raises(LookupFailed) as failure:
+            database.ask("b.example")
+        assert why in str(failure.value)
+    assert open_connections(database) == (1, 1)
+
+
+def test_a_stored_procedure_will_do(mariadb: Mariadb, open_database: Open):
+    name = mariadb.table(("b.example", "mx1", True), ("c.example", "mx2", True))
+    mariadb.query(
+        f"CREATE PROCEDURE {name}.route(p VARCHAR(255)) SELECT server FROM {name}.routes WHERE pattern = p"
+    )  # fmt: skip
+    database = open_database(name, "CALL route(?)")
+    assert [database.ask(key) for key in ("b.example", "x", "c.example")] == [to("mx1"), None, to("mx2")]
+
+
+def test_what_another_connection_changes_is_seen(mariadb: Mariadb, open_database: Open):
+    name = mariadb.table(("b.example", "mx1", True))
+    database = open_database(name)
+    assert database.ask("b.example") == to("mx1")
+    mariadb.query(f"UPDATE {name}.routes SET server = 'mx2'")
+    assert database.ask("b.example") == to("mx2")
+
+
+# The pool
+
+
+def test_connections_are_used_again_and_never_more_than_pool_size(mariadb: Mariadb, open_database: Open):
+    name = mariadb.table(("b.example", "mx1", True))
+    database = open_database(name, "SELECT server FROM routes WHERE pattern = ? AND SLEEP(0.02) = 0", pool_size=3)
+    assert together(*[lambda: database.ask("b.example")] * 20) == [to("mx1")] * 20
+    assert open_connections(database) == (3, 3)
+    assert len(mariadb.connections(name)) == 3
+
+
+def test_killed_connections_are_replaced_without_a_failure(mariadb: Mariadb, open_database: Open):
+    name = mariadb.table(("b.example", "mx1", True))
+    database = open_database(name, pool_size=4)
+    for _ in range(3):
+        assert together(*[lambda: database.ask("b.example")] * 4) == [to("mx1")] * 4
+        mariadb.kill_connections(name)
+    assert database.ask("b.example") == to("mx1")
+    assert open_connections(database) == (1, 1), "with one all others were thrown away"
+
+
+def test_a_query_that_is_killed_is_tried_once_more(mariadb: Mariadb, open_database: Open):
+    name = mariadb.table(("b.example", "mx1", True))
+    query = "SELECT server FROM routes WHERE pattern = ? AND SLEEP(0.3) = 0"
+    database = open_database(name, query)
+    asking = gevent.spawn(database.ask, "b.example")
+    gevent.sleep(0.15)
+    mariadb.kill_connections(name)
+    assert asking.get() == to("mx1")
+    assert open_connections(database) == (1, 1)
+
+
+def test_a_slow_query_ends_at_the_time_limit_and_loses_no_slot(mariadb: Mariadb, open_database: Open):
+    name = mariadb.table(("b.example", "mx1", True), ("slow.example", "mx2", True))
+    query = "SELECT server FROM routes WHERE pattern = ? AND (pattern <> 'slow.example' OR SLEEP(5) = 0)"
+    database = open_database(name, query, pool_size=1, timeout=0.3)
+    for _ in range(3):
+        began = monotonic()
+        with pytest.raises(Down, match=r"^127\.0\.0\.1:\d+: no answer within 0\.3 s$"):
+            database.ask("slow.example")
+        assert monotonic() - began < 0.6
+        assert database.ask("b.example") == to("mx1")
+    assert open_connections(database) == (1, 1)
+
+
+def test_waiting_for_a_connection_counts(mariadb: Mariadb, open_database: Open):
+    name = mariadb.table(("b.example", "mx1", True))
+    database = open_database(
+        name, "SELECT server FROM routes WHERE pattern = ? AND SLEEP(0.25) = 0", pool_size=1, timeout=0.4
+    )
+    began = monotonic()
+    answers = together(*[lambda: database.ask("b.example")] * 10)
+    assert monotonic() - began < 1.2
+    assert answers[0] == to("mx1")
+    assert all(isinstance(answer, Down) for answer in answers[1:])
+
+
+def test_a_server_that_takes_no_more_connections_still_answers_on_those_it_has(mariadb: Mariadb, open_database: Open):
+    name = mariadb.table(("b.example", "mx1", True))
+    database = open_database(name, "SELECT server FROM routes WHERE pattern = ? AND SLEEP(0.02) = 0", pool_size=5)
+    assert database.ask("b.example") == to("mx1")
+    try:
+        mariadb.query(f"ALTER USER {USER}@'127.0.0.1' WITH MAX_USER_CONNECTIONS 1")
+        assert together(*[lambda: database.ask("b.example")] * 10) == [to("mx1")] * 10
+        assert open_connections(database) == (1, 1)
+    finally:
+        mariadb.query(f"ALTER USER {USER}@'127.0.0.1' WITH MAX_USER_CONNECTIONS 0")
+
+
+def test_a_connection_that_was_idle_for_long_is_not_trusted(
+    mariadb: Mariadb, open_database: Open, monkeypatch: pytest.MonkeyPatch
+):
+    database = open_database(mariadb.table(("b.example", "mx1", True)))
+    database.ask("b.example")
+    first = database._idle[0].driver.thread_id()
+    database.ask("b.example")
+    assert database._idle[0].driver.thread_id() == first
+    monkeypatch.setattr("willi_lib.routing.database.MAX_IDLE", -1.0)
+    database.ask("b.example")
+    assert database._idle[0].driver.thread_id() != first
+    assert open_connections(database) == (1, 1)
+
+
+# Hosts
+
+
+@pytest.fixture
+def mute() -> Iterator[Host]:
+    """It takes connections and says nothing."""
+    with socket.create_server((HOST, 0)) as listener:
+        yield Host(HOST, listener.getsockname()[1])
+
+
+@pytest.fixture
+def dead() -> Host:
+    return Host(HOST, free_port())
+
+
+@pytest.mark.parametrize("first", ["mute", "dead"])
+def test_the_next_host_is_asked_when_one_fails_and_the_failed_one_last_for_a_while(
+    first: str, mariadb: Mariadb, open_database: Open, request: pytest.FixtureRequest
+):
+    bad, good = request.getfixturevalue(first), Host(HOST, mariadb.port)
+    database = open_database(mariadb.table(("b.example", "mx1", True)), hosts=(bad, good), timeout=1.0)
+    assert database.ask("b.example") == to("mx1")
+    for connection in database._idle:
+        connection.driver.close()
+    began = monotonic()
+    assert database.ask("b.example") == to("mx1")
+    assert monotonic() - began < 0.3
+
+
+def test_when_all_hosts_fail_each_says_why(mariadb: Mariadb, open_database: Open, mute: Host, dead: Host):
+    database = open_database("x", hosts=(dead, mute, Host(HOST, mariadb.port)), timeout=0.6)
+    began = monotonic()
+    with pytest.raises(Down) as failure:
+        database.ask("b.example")
+    assert monotonic() - began < 0.9
+    refused, silent, unknown = str(failure.value).split("; ")
+    assert refused.startswith(f"{dead}: ") and "Connection refused" in refused
+    assert silent.startswith(f"{mute}: no answer within 0.3 s")
+    assert unknown == f"{mariadb.host}: Unknown database 'x' (1049)"
+    assert open_connections(database) == (0, 0)
+
+
+def test_a_host_that_hangs_within_a_query_is_left_for_the_next_one(
+    mariadb: Mariadb, open_database: Open, certificates: Authority
+):
+    name = mariadb.table(("b.example", "mx1", True))
+    other = Mariadb(certificates.issue("localhost", "127.0.0.1"))
+    try:
+        assert other.table(("b.example", "mx2", True)) == "routes1"
+        mariadb.query("CREATE DATABASE IF NOT EXISTS routes1")
+        other.query(f"CREATE DATABASE IF NOT EXISTS {name}")
+        other.query(f"CREATE TABLE IF NOT EXISTS {name}.routes AS SELECT * FROM routes1.routes")
+        hosts = (Host(HOST, other.port), Host(HOST, mariadb.port))
+        database = open_database(name, hosts=hosts, timeout=1.0)
+        assert database.ask("b.example") == to("mx2")
+        with other.hanging():
+            assert database.ask("b.example") == to("mx1")
+            began = monotonic()
+            assert database.ask("b.example") == to("mx1")
+            assert monotonic() - began < 0.3
+    finally:
+        other.remove()
+
+
+def test_the_socket_will_do(mariadb: Mariadb, open_database: Open):
+    name = mariadb.table(("b.example", "mx1", True))
+    database = open_database(name, unix_socket=str(mariadb.socket))
+    assert database.ask("b.example") == to("mx1")
+    assert database.name_of(database.hosts[0]) == str(mariadb.socket)
+
+
+# TLS
+
+
+def test_with_tls_ca_the_connection_is_encrypted_and_the_host_verified(
+    mariadb: Mariadb, open_database: Open, certificates: Authority
+):
+    name = mariadb.table(("b.example", "mx1", True))
+    database = open_database(name, tls_ca=str(certificates.ca))
+    assert database.ask("b.example") == to("mx1")
+    assert database.inspect(database.hosts[0]).tls.startswith("TLSv1.")
+    plain = open_database(name)
+    assert plain.inspect(plain.hosts[0]).tls == ""
+
+
+def test_a_certificate_of_another_authority_is_a_failure(mariadb: Mariadb, open_database: Open, tmp_path: Path):
+    database = open_database("x", tls_ca=str(Authority(tmp_path).ca))
+    with pytest.raises(Down, match="certificate verify failed"):
+        database.ask("b.example")
+
+
+def test_a_certificate_for_another_name_is_a_failure(
+    mariadb: Mariadb, open_database: Open, certificates: Authority
+):
+    database = open_database("x", hosts=(Host("127.1", mariadb.port),), tls_ca=str(certificates.ca))
+    with pytest.raises(Down, match="certificate verify failed"):
+        database.ask("b.example")
+
+
+def test_a_query_that_hangs_within_tls_stops_nobody_else(
+    mariadb: Mariadb, open_database: Open, certificates: Authority
+):
+    name = mariadb.table(("b.example", "mx1", True))
+    database = open_database(name, tls_ca=str(certificates.ca), timeout=0.5)
+    database.ask("b.example")
+    with mariadb.hanging():
+        asking = gevent.spawn(database.ask, "b.example")
+        turns, began = 0, monotonic()
+        while not asking.ready():
+            gevent.sleep(0.005)
+            turns += 1
+        assert turns > 30 and 0.4 < monotonic() - began < 0.8
+        assert isinstance(asking.exception, Down)
+    assert database.ask("b.example") == to("mx1")

@@ -1,0 +1,460 @@
+"""Routes from a real MariaDB through real sessions, while it is well, slow, restarted and gone."""
+
+from __future__ import annotations
+
+import itertools
+import re
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from time import monotonic
+
+import pytest
+
+from tests.conftest import StartUpstream, StartWilli
+from tests.support.certificates import Authority
+from tests.support.client import Client
+from tests.support.daemon import Setting, Willi, run_willi, write_config
+from tests.support.loopback import HOST, free_port, wait_until
+from tests.support.mariadb import PASSWORD, QUERY, Mariadb
+from tests.support.talk import BOB, MAIL, OK, QUEUED, SENDER_KEPT, deliver, greeted, say
+from tests.support.upstream import ScriptedUpstream
+
+NO_ROUTE = "554 5.7.1 Relay access denied"
+CANNOT_LOOK_UP = "451 4.3.0 Cannot look up this address now"
+ROWS = 1_000_000
+
+StartWithDatabase = Callable[..., Willi]
+
+
+@pytest.fixture
+def routed(start_willi: StartWilli, mariadb: Mariadb) -> StartWithDatabase:
+    """Start Willi with a database of these rows: routed(row, ..., database="", willi={}, **settings of the mapping)."""
+
+    def start(*rows: object, database: str = "", willi: dict[str, Setting] | None = None, **settings: Setting) -> Willi:
+        name = database or mariadb.table(*rows)  # type: ignore[arg-type]
+        return start_willi(mappings={"db": mariadb.mapping(name, **settings)}, **(willi or {}))
+
+    return start
+
+
+def rcpt(client: Client, recipient: str) -> str:
+    """The answer to one recipient in a transaction of its own."""
+    answers = say(client, b"RSET", MAIL + b" SMTPUTF8", b"RCPT TO:<" + recipient.encode() + b">")
+    assert answers[1] == SENDER_KEPT
+    return answers[2]
+
+
+def code(answer: str) -> str:
+    return answer[:3]
+
+
+# What is found
+
+
+def test_a_message_goes_where_its_row_says(
+    routed: StartWithDatabase, upstream: ScriptedUpstream, start_upstream: StartUpstream
+):
+    other = start_upstream()
+    willi = routed(
+        ("b.example", upstream.server, False),
+        ("bob@b.example", other.server, False),
+        ("none@b.example", None, None),
+        ("empty@b.example", "", True),
+        ("nowhere.example", None, None),
+        willi={"recipient_delimiter": "+"},
+    )
+    with greeted(willi) as client:
+        assert deliver(client, b"RCPT TO:<ann@b.example>") == QUEUED
+        assert deliver(client, b"RCPT TO:<Bob+Lists@B.Example>") == QUEUED
+        assert deliver(client, b"RCPT TO:<none@b.example>") == QUEUED
+        assert deliver(client, b"RCPT TO:<empty@b.example>") == QUEUED
+        assert rcpt(client, "ann@c.example") == NO_ROUTE
+        assert rcpt(client, "ann@nowhere.example") == NO_ROUTE
+    assert [len(server.messages) for server in (upstream, other)] == [3, 1]
+    assert willi.wait_for_log(msg="Message accepted")["mapping"] == "mysql:db"
+
+
+@pytest.mark.parametrize("charset", ["latin1", "utf8mb3", "utf8mb4"])
+def test_a_hostile_address_finds_its_own_row_or_none(
+    charset: str, mariadb: Mariadb, routed: StartWithDatabase, upstream: ScriptedUpstream
+):
+    known = ["o'brien", "100%", "%s", "back'slash", "what?", "a=b", "`id`"]
+    rows = [(f"{local}@b.example", upstream.server, False) for local in known]
+    willi = routed(database=mariadb.table(*rows, ("c.example", upstream.server, False), charset=charset))
+    unknown = ["ann", "' or '1'='1", "'; drop table routes; -- ", "%", "a_b", "😀", "日本", "jürgen", "\\", "\x1b["]
+    with greeted(willi) as client:
+        for local in known:
+            assert rcpt(client, f"{local}@b.example") == OK
+        for local in unknown:
+            quoted = '"' + re.sub(r'(["\\])', r"\\\1", local) + '"'
+            expected = NO_ROUTE if local.isprintable() else "501"
+            assert rcpt(client, f"{quoted}@b.example").startswith(expected), local
+            assert rcpt(client, f"{quoted}@c.example").startswith(OK if local.isprintable() else "501"), local
+    assert len(mariadb.query("SHOW TABLES FROM " + str(willi.settings["mappings"]["db"]["database"]))) == 1  # type: ignore[call-overload,index]
+
+
+def test_a_faulty_row_is_a_451_that_the_log_explains(routed: StartWithDatabase, upstream: ScriptedUpstream):
+    willi = routed(("b.example", "mx:25:26", True), ("c.example", upstream.server, False))
+    willi.tolerate("the row for 'b.example'")
+    with greeted(willi) as client:
+        assert rcpt(client, "bob@b.example") == CANNOT_LOOK_UP
+        assert rcpt(client, "bob@c.example") == OK
+    line = willi.wait_for_log(msg="Lookup failed", lvl="error")
+    assert line["error"].startswith("mysql:db: the row for 'b.example': 'mx:25:26': ")
+
+
+def test_a_query_with_a_third_column_is_a_451_and_a_later_mapping_is_not_asked(
+    start_willi: StartWilli, mariadb: Mariadb, upstream: ScriptedUpstream
+):
+    mapping = mariadb.mapping(mariadb.table(), query="SELECT server, tls_verify, pattern FROM routes WHERE pattern = ?")
+    willi = start_willi(mappings={"db": mapping}, server=upstream.server)
+    willi.tolerate("the query must return the columns server and, if you like, tls_verify")
+    with greeted(willi) as client:
+        assert rcpt(client, "bob@b.example") == CANNOT_LOOK_UP
+    assert upstream.connections == []
+
+
+# Who asks
+
+
+def test_a_hundred_sessions_that_want_the_same_recipient_make_one_query_for_each_key(
+    mariadb: Mariadb, routed: StartWithDatabase, upstream: ScriptedUpstream
+):
+    willi = routed(
+        ("b.example", upstream.server, False),
+        query="SELECT server, tls_verify FROM routes WHERE pattern = ? OR SLEEP(0.2)",
+        willi={"max_connections_per_ip": 200},
+        timeout="5s",
+    )
+    clients = [greeted(willi) for _ in range(100)]
+    before = mariadb.count_queries()
+    for client in clients:
+        client.send(MAIL + b"\r\n" + BOB + b"\r\n")
+    assert {str(client.read_reply()) for client in clients} == {SENDER_KEPT}
+    assert {str(client.read_reply()) for client in clients} == {OK}
+    assert mariadb.count_queries() - before == 2
+    for client in clients:
+        client.close()
+
+
+def test_clients_that_hang_up_while_the_database_is_slow_use_up_no_connection(
+    routed: StartWithDatabase, upstream: ScriptedUpstream
+):
+    willi = routed(
+        ("b.example", upstream.server, False),
+        query="SELECT server FROM routes WHERE pattern = ? AND SLEEP(0.2) = 0",
+        pool_size=2,
+        timeout="5s",
+    )
+    for number in range(10):
+        client = greeted(willi)
+        client.send(MAIL + b"\r\nRCPT TO:<%d@%d.example>\r\n" % (number, number))
+        client.reset()
+    with greeted(willi) as client:
+        assert rcpt(client, "bob@b.example") == OK
+
+
+def test_a_stop_does_not_wait_for_the_database(mariadb: Mariadb, routed: StartWithDatabase, upstream: ScriptedUpstream):
+    willi = routed(("b.example", upstream.server, False), timeout="60s", willi={"drain_timeout": "1s"})
+    with greeted(willi) as client, mariadb.hanging():
+        assert say(client, MAIL) == [SENDER_KEPT]
+        client.send(BOB + b"\r\n")
+        began = monotonic()
+        willi.stop()
+        assert monotonic() - began < 5
+        assert client.read_reply().code in (421, 451)
+
+
+# When it is not well
+
+
+@pytest.mark.parametrize("tls", [False, True], ids=["plain", "TLS"])
+def test_a_database_that_hangs_stops_nobody_who_does_not_need_it(
+    tls: bool, mariadb: Mariadb, routed: StartWithDatabase, upstream: ScriptedUpstream, certificates: Authority
+):
+    settings: dict[str, Setting] = {"tls_ca": str(certificates.ca)} if tls else {}
+    willi = routed(("b.example", upstream.server, False), timeout="2s", **settings)
+    with greeted(willi) as known, greeted(willi) as unknown, greeted(willi) as late:
+        assert rcpt(known, "bob@b.example") == OK
+        with mariadb.hanging():
+            began = monotonic()
+            unknown.send(b"RSET\r\n" + MAIL + b"\r\nRCPT TO:<new@b.example>\r\n")
+            for _ in range(20):
+                assert deliver(known) == QUEUED
+            assert monotonic() - began < 1.5, "they went on while the other one waited"
+            assert [str(unknown.read_reply()) for _ in range(3)][2] == CANNOT_LOOK_UP
+            assert 1.5 < monotonic() - began < 3
+            began = monotonic()
+            for number in range(50):
+                assert rcpt(late, f"{number}@b.example") == CANNOT_LOOK_UP
+            assert monotonic() - began < 1, "it is known to hang, and nobody waits again for 5 s"
+        wait_until(lambda: rcpt(late, "new@b.example") == OK, "the first answer after it was back")
+    assert len(willi.lines(msg="Database is down")) == 1
+    willi.tolerate("mysql:db")
+
+
+def test_what_is_known_goes_on_and_the_log_tells_the_outage_once(
+    mariadb: Mariadb, routed: StartWithDatabase, upstream: ScriptedUpstream
+):
+    willi = routed(("b.example", upstream.server, False), cache_ttl="1s", stale_ttl="1h")
+    willi.tolerate("mysql:db")
+    with greeted(willi) as client:
+        assert deliver(client) == QUEUED
+        assert rcpt(client, "bob@c.example") == NO_ROUTE
+        mariadb.stop()
+        try:
+            wait_until(lambda: rcpt(client, "new@b.example") == CANNOT_LOOK_UP, "an unknown recipient")
+            wait_until(lambda: rcpt(client, "bob@c.example") == CANNOT_LOOK_UP, "the end of a definite no")
+            for _ in range(5):
+                assert deliver(client) == QUEUED
+        finally:
+            mariadb.start()
+        wait_until(lambda: rcpt(client, "bob@c.example") == NO_ROUTE, "the database again")
+        assert rcpt(client, "new@b.example") == OK
+    told = [line for line in willi.log if "atabase" in line["msg"]]
+    assert [(line["lvl"], line["mapping"]) for line in told] == [(level, "mysql:db") for level in ("error", "warn", "info")]
+    assert told[0]["msg"] == "Database is down" and "Connection refused" in told[0]["error"]
+    assert told[1]["msg"] == "Using remembered answers of the database"
+    assert re.fullmatch(r"Database is back after \d+\.\d s", told[2]["msg"])
+    assert willi.lines(msg="Lookup failed") == [], "not for every client"
+
+
+class Traffic:
+    """Clients that ask for ever new recipients; `answers` are times and replies."""
+
+    def __init__(self, willi: Willi, clients: int) -> None:
+        self.answers: list[tuple[float, str]] = []
+        self.faults: list[BaseException] = []
+        self._numbers = itertools.count()
+        self._end = threading.Event()
+        self._threads = [threading.Thread(target=self._run, args=(willi,)) for _ in range(clients)]
+
+    def _run(self, willi: Willi) -> None:
+        try:
+            with greeted(willi) as client:
+                while not self._end.wait(0.01):
+                    answer = rcpt(client, f"{next(self._numbers)}@b.example")
+                    self.answers.append((monotonic(), answer))
+        except BaseException as fault:  # noqa: BLE001 -- raised again at the end, in the test
+            self.faults.append(fault)
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        for thread in self._threads:
+            thread.start()
+        try:
+            yield
+        finally:
+            self._end.set()
+            for thread in self._threads:
+                thread.join()
+        assert self.faults == []
+
+    def wait_for_more(self, number: int, answer: str) -> None:
+        before = self.count(answer)
+        wait_until(lambda: self.count(answer) >= before + number, f"{number} more {answer}", 15)
+
+    def count(self, answer: str) -> int:
+        return Counter(answer for _, answer in list(self.answers))[answer]
+
+
+@pytest.mark.parametrize("end", ["stop", "kill"])
+def test_a_restart_in_the_middle_of_traffic_costs_nothing_but_451s_that_soon_end(
+    end: str, mariadb: Mariadb, routed: StartWithDatabase, upstream: ScriptedUpstream
+):
+    willi = routed(("b.example", upstream.server, False))
+    willi.tolerate("mysql:db")
+    traffic = Traffic(willi, clients=10)
+    with traffic.running():
+        traffic.wait_for_more(100, OK)
+        (mariadb.stop if end == "stop" else mariadb.kill)()
+        traffic.wait_for_more(50, CANNOT_LOOK_UP)
+        mariadb.start()
+        back = monotonic()
+        traffic.wait_for_more(200, OK)
+    assert {answer for _, answer in traffic.answers} == {OK, CANNOT_LOOK_UP}
+    last = max(at for at, answer in traffic.answers if answer == CANNOT_LOOK_UP)
+    assert last - back < 10
+    assert len(willi.lines(msg="Database is down")) <= 2
+    assert willi.text.count("Database is back") == len(willi.lines(msg="Database is down"))
+
+
+def test_killed_connections_cost_no_recipient(mariadb: Mariadb, routed: StartWithDatabase, upstream: ScriptedUpstream):
+    name = mariadb.table(("b.example", upstream.server, False))
+    willi = routed(database=name)
+    traffic = Traffic(willi, clients=5)
+    with traffic.running():
+        for _ in range(5):
+            traffic.wait_for_more(20, OK)
+            mariadb.kill_connections(name)
+        traffic.wait_for_more(20, OK)
+    assert {answer for _, answer in traffic.answers} == {OK}
+    assert len(mariadb.connections(name)) <= 5
+
+
+def test_the_next_host_takes_over(mariadb: Mariadb, routed: StartWithDatabase, upstream: ScriptedUpstream):
+    willi = routed(("b.example", upstream.server, False), host=[f"{HOST}:{free_port()}", mariadb.host])
+    with greeted(willi) as client:
+        assert deliver(client) == QUEUED
+
+
+def test_willi_starts_without_its_database(mariadb: Mariadb, routed: StartWithDatabase, upstream: ScriptedUpstream):
+    name = mariadb.table(("b.example", upstream.server, False))
+    mariadb.stop()
+    try:
+        willi = routed(database=name)
+        willi.tolerate("mysql:db")
+        with greeted(willi) as client:
+            assert rcpt(client, "bob@b.example") == CANNOT_LOOK_UP
+            mariadb.start()
+            wait_until(lambda: rcpt(client, "bob@b.example") == OK, "the database")
+    finally:
+        if not mariadb.running:
+            mariadb.start()
+
+
+# A million rows
+
+
+def test_a_table_of_a_million_rows(
+    mariadb: Mariadb, routed: StartWithDatabase, upstream: ScriptedUpstream, capsys: pytest.CaptureFixture[str]
+):
+    name = mariadb.table()
+    mariadb.query(
+        f"INSERT INTO {name}.routes SELECT CONCAT('user', seq, '@b.example'), %s, FALSE FROM {name}.seq_1_to_{ROWS}",
+        upstream.server,
+    )
+    willi = routed(database=name, timeout="5s")
+    with greeted(willi) as client:
+        for number in (1, 77_777, ROWS):
+            assert rcpt(client, f"User{number}@b.example") == OK
+        began = monotonic()
+        for number in range(2, 502):
+            assert rcpt(client, f"user{number}@b.example") == OK
+        cold = 500 / (monotonic() - began)
+        assert rcpt(client, f"user{ROWS + 1}@b.example") == NO_ROUTE
+        assert rcpt(client, "😀@b.example") == NO_ROUTE
+    with capsys.disabled():
+        print(f"\n{ROWS:,} rows, one client: {cold:,.0f} transactions a second with a new recipient each", end="")
+
+
+# check and lookup
+
+
+@pytest.fixture
+def config(tmp_path: Path, mariadb: Mariadb, upstream: ScriptedUpstream) -> Callable[..., Path]:
+    """A configuration file with a database in which b.example is known."""
+
+    def write(**settings: Setting) -> Path:
+        rows = (("b.example", upstream.server, False), ("nowhere.example", None, None))
+        mapping = mariadb.mapping(mariadb.table(*rows), **settings)
+        return write_config(tmp_path / "willi.conf", {"domain": "willi.example", "mappings": {"db": mapping}})
+
+    return write
+
+
+def test_lookup_shows_each_key_with_its_time_and_whether_it_was_remembered(
+    config: Callable[..., Path], upstream: ScriptedUpstream
+):
+    done = run_willi("lookup", "-c", config(), "ann@b.example", "bob@b.example", "ann@c.example")
+    assert done.returncode == 1
+    assert re.sub(r"\(\d+\.\d ms", "(TIME ms", done.stdout).splitlines() == [
+        "ann@b.example",
+        "  mysql:db  ann@b.example  -  (TIME ms)",
+        f"  mysql:db  b.example  {upstream.server}  (TIME ms)",
+        f"  route: {upstream.server}, tls_verify = no",
+        "bob@b.example",
+        "  mysql:db  bob@b.example  -  (TIME ms)",
+        f"  mysql:db  b.example  {upstream.server}  (TIME ms, from the cache)",
+        f"  route: {upstream.server}, tls_verify = no",
+        "ann@c.example",
+        "  mysql:db  ann@c.example  -  (TIME ms)",
+        "  mysql:db  c.example  -  (TIME ms)",
+        "  no mapping matches, the client gets 554 5.7.1 Relay access denied",
+    ]
+
+
+def test_lookup_says_why_there_is_no_answer(config: Callable[..., Path]):
+    port = free_port()
+    done = run_willi("lookup", "-c", config(host=f"{HOST}:{port}"), "ann@b.example")
+    assert done.returncode == 1
+    assert f"  mysql:db  ann@b.example  failed: {HOST}:{port}: Can't connect" in done.stdout
+    assert "the search ends here, the client gets 451 4.3.0" in done.stdout
+
+
+def test_check_shows_version_and_columns(config: Callable[..., Path], mariadb: Mariadb, certificates: Authority):
+    done = run_willi("check", "-c", config(tls_ca=str(certificates.ca)))
+    version = str(mariadb.query("SELECT VERSION()")[0][0])
+    assert (
+        f"ok     mysql:db: {mariadb.host}: {version}, TLSv1.3, certificate verified, columns server, tls_verify\n"
+        in done.stdout
+    )
+    assert done.returncode == 0
+    done = run_willi("check", "-c", config(unix_socket=str(mariadb.socket)))
+    assert f"ok     mysql:db: {mariadb.socket}: {version}, no TLS, columns server, tls_verify\n" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("settings", "why"),
+    [
+        ({"password": "wrong"}, "Access denied for user 'willi'@'127.0.0.1' (using password: YES) (1045)"),
+        ({"query": "SELECT server FRM routes WHERE pattern = ?"}, "You have an error in your SQL syntax"),
+        ({"query": "SELECT server FROM roots WHERE pattern = ?"}, "roots' doesn't exist (1146)"),
+        ({"query": "SELECT pattern, server FROM routes WHERE pattern = ?"}, "not: pattern, server"),
+        ({"query": "SELECT '?, ' FROM routes"}, "query: has no ? outside quotation marks"),
+        ({"database": "nothing"}, "Unknown database 'nothing' (1049)"),
+    ],
+)
+def test_check_says_what_is_wrong_with_the_database(settings: dict[str, Setting], why: str, config: Callable[..., Path]):
+    done = run_willi("check", "-c", config(**settings))
+    assert done.returncode == 1
+    (line,) = [line for line in done.stdout.splitlines() if line.startswith("wrong")]
+    assert line.startswith("wrong  mysql:db: ") and why in line
+
+
+def test_every_host_is_checked(config: Callable[..., Path], mariadb: Mariadb):
+    port = free_port()
+    done = run_willi("check", "-c", config(host=[mariadb.host, f"{HOST}:{port}"]))
+    assert done.returncode == 1
+    assert f"ok     mysql:db: {mariadb.host}: " in done.stdout
+    assert f"wrong  mysql:db: {HOST}:{port}: Can't connect" in done.stdout
+
+
+@pytest.mark.parametrize("mode", [0o600, 0o640, 0o604])
+def test_a_password_file_that_others_can_read_is_warned_of(
+    mode: int, mariadb: Mariadb, config: Callable[..., Path], routed: StartWithDatabase, tmp_path: Path
+):
+    file = tmp_path / "password"
+    file.write_text(PASSWORD + "\n")
+    file.chmod(mode)
+    done = run_willi("check", "-c", config(password="", password_file=str(file)))
+    assert f"ok     mysql:db: {mariadb.host}: " in done.stdout
+    warning = f"warn   mysql:db: others than its owner can read {file}: chmod 600\n"
+    assert (warning in done.stdout) == (mode != 0o600)
+    willi = routed(password="", password_file=str(file))
+    warned = willi.lines(msg="Others than its owner can read the password file", lvl="warn", error=str(file))
+    assert len(warned) == (mode != 0o600)
+
+
+@pytest.mark.parametrize("content", ["", "\n", "two\nlines\n"])
+def test_a_password_file_is_one_line(content: str, config: Callable[..., Path], tmp_path: Path):
+    file = tmp_path / "password"
+    file.write_text(content)
+    done = run_willi("-c", config(password="", password_file=str(file)))
+    assert done.returncode == 1
+    assert f"password_file: {file} must be one line, the password" in done.stdout
+
+
+def test_the_old_connection_setting_is_recognised(config: Callable[..., Path]):
+    done = run_willi("check", "-c", config(connection="root:password@tcp(db:3306)/mail?tls=true"))
+    assert done.returncode == 1
+    assert "connection: is now written as host, port, user, password, database and tls_ca" in done.stderr
+
+
+def test_the_query_of_the_example_fits_the_table_of_the_readme():
+    assert QUERY.replace("routes", "upstream_servers") in Path(__file__).parents[2].joinpath(
+        "etc/willi.conf.example"
+    ).read_text(encoding="utf-8")

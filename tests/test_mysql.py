@@ -1,0 +1,432 @@
+"""The mapping `mysql` without a database: what it remembers, whom it lets wait, what it says of an outage."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from time import monotonic
+
+import gevent
+import pytest
+from gevent.event import Event
+
+from tests.support.loopback import PATIENCE
+from willi_lib.routing import Answer, LookupFailed, Policy, Route, parse_servers
+from willi_lib.routing import mysql as module
+from willi_lib.routing.database import Access, Database, Down, Host, _Routes, statement_of
+from willi_lib.routing.mysql import Mysql, Notice
+
+TIMEOUT = 0.3  # seconds for a recipient
+QUERY = "SELECT server FROM routes WHERE pattern = ?"
+
+
+@pytest.fixture(autouse=True)
+def _limited(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Nothing waits for ever; and `lookup`s may say a moment after TIMEOUT why they failed."""
+    monkeypatch.setattr(module, "GRACE", 0.05)
+    with gevent.Timeout(PATIENCE):
+        yield
+
+
+class Table:
+    """What stands in for the database: routes, a fault, or no answer until `release` is set."""
+
+    def __init__(self, **routes: str) -> None:
+        self.routes = {key.replace("_", "@") if "_" in key else key: to(server) for key, server in routes.items()}
+        self.fault: Exception | None = None
+        self.release = Event()
+        self.release.set()
+        self.asked: list[str] = []
+
+    def ask(self, key: str) -> Route | None:
+        self.asked.append(key)
+        if not self.release.wait(TIMEOUT):
+            raise Down("it hangs")
+        if self.fault:
+            raise self.fault
+        return self.routes.get(key)
+
+
+class Watched:
+    """A mapping over a table, and what it told."""
+
+    def __init__(self, table: Table, cache_ttl: float = 60.0, cache_size: int = 1000, stale_ttl: float = 60.0) -> None:
+        self.notices: list[Notice] = []
+        self.mapping = Mysql("mysql:t", table.ask, TIMEOUT, cache_ttl, cache_size, stale_ttl, self.notices.append)
+
+    def find(self, *keys: str) -> list[Answer]:
+        """The answers up to the first match, as `search` takes them."""
+        answers = []
+        for answer in self.mapping.find(keys):
+            answers.append(answer)
+            if answer.route:
+                break
+        return answers
+
+    def fails(self, *keys: str) -> LookupFailed:
+        with pytest.raises(LookupFailed) as failure:
+            self.find(*keys)
+        return failure.value
+
+    @property
+    def told(self) -> list[str]:
+        return [notice.level for notice in self.notices]
+
+
+def to(servers: str, tls_verify: bool = True) -> Route:
+    return Route(parse_servers(servers), tls_verify)
+
+
+def together(number: int, work: Callable[[], object]) -> list[object]:
+    """Do it in so many greenlets; what each returned or raised."""
+    greenlets = [gevent.spawn(work) for _ in range(number)]
+    gevent.joinall(greenlets)
+    return [greenlet.value if greenlet.successful() else greenlet.exception for greenlet in greenlets]
+
+
+@pytest.fixture
+def table() -> Table:
+    return Table(b="mx1", bob_b="mx2")
+
+
+@pytest.fixture
+def time(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
+    """The mapping's clock: call it to let seconds pass."""
+    passed = [0.0]
+    monkeypatch.setattr(module, "monotonic", lambda: monotonic() + passed[0])
+    return lambda seconds: passed.__setitem__(0, passed[0] + seconds)
+
+
+# What is remembered
+
+
+def test_keys_are_asked_in_their_order_and_not_beyond_the_match(table: Table):
+    watched = Watched(table)
+    assert watched.find("ann@b", "b") == [Answer(None, "asked"), Answer(to("mx1"), "asked")]
+    assert watched.find("bob@b", "b") == [Answer(to("mx2"), "asked")]
+    assert table.asked == ["ann@b", "b", "bob@b"]
+
+
+def test_hits_and_misses_are_remembered(table: Table):
+    watched = Watched(table)
+    watched.find("ann@b", "b")
+    assert watched.find("ann@b", "b") == [Answer(None, "cache"), Answer(to("mx1"), "cache")]
+    assert table.asked == ["ann@b", "b"]
+
+
+def test_an_answer_is_asked_for_again_after_cache_ttl(table: Table, time):
+    watched = Watched(table, cache_ttl=60)
+    watched.find("b")
+    time(59.9)
+    assert watched.find("b") == [Answer(to("mx1"), "cache")]
+    table.routes["b"] = to("mx9")
+    time(0.2)
+    assert watched.find("b") == [Answer(to("mx9"), "asked")]
+
+
+def test_without_cache_ttl_the_database_is_always_asked(table: Table):
+    watched = Watched(table, cache_ttl=0)
+    watched.find("b")
+    assert watched.find("b") == [Answer(to("mx1"), "asked")]
+
+
+def test_the_answer_that_nobody_wanted_longest_is_forgotten_first(table: Table):
+    watched = Watched(table, cache_size=2)
+    for key in ("b", "x", "b", "y"):
+        watched.find(key)
+    assert watched.find("b")[0].origin == "cache"
+    assert watched.find("x")[0].origin == "asked"
+
+
+def test_a_flood_of_unknown_recipients_does_not_drive_out_their_domain(table: Table):
+    watched = Watched(table, cache_size=10)
+    for number in range(100):
+        watched.find(f"{number}@b", "b")
+    assert table.asked.count("b") == 1
+
+
+def test_a_hundred_sessions_with_the_same_key_make_one_query(table: Table):
+    watched = Watched(table)
+    table.release.clear()
+    gevent.spawn_later(0.05, table.release.set)
+    assert together(100, lambda: watched.find("b")) == [[Answer(to("mx1"), "asked")]] * 100
+    assert table.asked == ["b"]
+
+
+def test_a_session_that_is_ended_leaves_the_query_to_the_others(table: Table):
+    watched = Watched(table)
+    table.release.clear()
+    first = gevent.spawn(watched.find, "b")
+    second = gevent.spawn(watched.find, "b")
+    gevent.sleep(0)
+    first.kill()
+    table.release.set()
+    assert second.get() == [Answer(to("mx1"), "asked")]
+    assert table.asked == ["b"]
+
+
+# Failures
+
+
+def test_a_faulty_query_or_row_is_a_failure_with_its_text_and_no_outage(table: Table):
+    watched = Watched(table)
+    table.fault = LookupFailed("no such table")
+    assert [(str(failure), failure.told) for failure in (watched.fails("b"), watched.fails("b"))] == [
+        ("no such table", False)
+    ] * 2
+    assert watched.told == []
+    table.fault = None
+    assert watched.find("b") == [Answer(to("mx1"), "asked")]
+
+
+def test_a_faulty_row_is_not_covered_by_what_is_remembered(table: Table, time):
+    watched = Watched(table)
+    watched.find("b")
+    time(61)
+    table.fault = LookupFailed("the row is wrong")
+    assert str(watched.fails("b")) == "the row is wrong"
+
+
+def test_a_bug_is_raised_in_the_session_that_asked(table: Table):
+    watched = Watched(table)
+    table.fault = ZeroDivisionError("bug")
+    with pytest.raises(ZeroDivisionError):
+        watched.find("b")
+    assert watched.told == []
+
+
+def test_the_time_limit_is_for_all_keys_of_a_recipient():
+    def slow(key: str) -> None:
+        gevent.sleep(TIMEOUT * 0.45)
+
+    watched = Watched(Table())
+    watched.mapping = Mysql("mysql:t", slow, TIMEOUT, 60, 1000, 60)
+    began = monotonic()
+    assert str(watched.fails("a+x@b", "a@b", "b", "c")) == f"no answer within {TIMEOUT:g} s"
+    assert monotonic() - began < TIMEOUT * 1.6
+
+
+# Outages
+
+
+def test_an_outage_is_told_once_at_its_beginning_and_once_at_its_end(table: Table, time):
+    watched = Watched(table)
+    table.fault = Down("refused")
+    for _ in range(10):
+        failure = watched.fails("b")
+        assert (str(failure), failure.told) == ("refused", True)
+        time(6)
+    assert watched.notices == [Notice("error", "Database is down", "mysql:t", "refused")]
+    table.fault = None
+    watched.find("b")
+    watched.find("bob@b")
+    assert watched.told == ["error", "info"]
+    assert watched.notices[1].text.startswith("Database is back after 6")
+
+
+def test_while_it_is_down_one_session_waits_every_five_seconds(table: Table, time):
+    watched = Watched(table)
+    table.release.clear()
+    watched.fails("b")
+    assert len(table.asked) == 1
+    began = monotonic()
+    for number in range(50):
+        assert watched.fails(f"{number}@b").told
+    assert monotonic() - began < TIMEOUT / 2
+    assert len(table.asked) == 1
+    time(5)
+    failures = together(50, lambda: watched.find("b"))
+    assert {str(failure) for failure in failures} == {"it hangs"}
+    assert len(table.asked) == 2
+
+
+def test_sessions_with_the_same_key_do_not_wait_with_the_one_that_tries(table: Table, time):
+    watched = Watched(table)
+    table.release.clear()
+    watched.fails("b")
+    time(5)
+    trying = gevent.spawn(watched.find, "b")
+    gevent.sleep(0)
+    began = monotonic()
+    watched.fails("b")
+    assert monotonic() - began < TIMEOUT / 2
+    table.release.set()
+    assert trying.get() == [Answer(to("mx1"), "asked")]
+
+
+def test_those_who_wait_are_let_go_when_it_is_known_to_be_down(table: Table):
+    watched = Watched(table)
+    table.release.clear()
+    first = gevent.spawn(watched.fails, "b")
+    gevent.sleep(TIMEOUT / 2)
+    second = gevent.spawn(watched.fails, "bob@b")
+    first.join()
+    began = monotonic()
+    assert str(second.get()) == "it hangs"
+    assert monotonic() - began < TIMEOUT / 4
+
+
+def test_a_single_slow_key_among_answers_is_no_outage(table: Table):
+    watched = Watched(table)
+    table.release.clear()
+    slow = gevent.spawn(watched.fails, "slow@b")
+    gevent.sleep(0)
+    table.release.set()
+    table.release = Event()
+    table.release.set()
+    watched.find("b")
+    slow.join()
+    assert watched.told == []
+
+
+def test_a_known_route_serves_while_the_database_is_down_and_that_is_told_once(table: Table, time):
+    watched = Watched(table, stale_ttl=3600)
+    watched.find("ann@b", "b")
+    time(61)
+    table.fault = Down("refused")
+    for _ in range(3):
+        assert watched.find("ann@b", "b") == [Answer(None, "stale"), Answer(to("mx1"), "stale")]
+    assert watched.notices == [
+        Notice("error", "Database is down", "mysql:t", "refused"),
+        Notice("warn", "Using remembered answers of the database", "mysql:t"),
+    ]
+
+
+def test_a_known_route_does_not_wait_while_the_database_is_down_and_still_finds_out_that_it_is_back(
+    table: Table, time
+):
+    watched = Watched(table, stale_ttl=3600)
+    watched.find("b")
+    time(61)
+    table.release.clear()
+    watched.find("b")
+    time(6)
+    began = monotonic()
+    assert watched.find("b") == [Answer(to("mx1"), "stale")]
+    assert monotonic() - began < TIMEOUT / 2
+    table.release.set()
+    gevent.sleep(0.01)
+    assert watched.told == ["error", "warn", "info"]
+    assert watched.find("b") == [Answer(to("mx1"), "cache")]
+
+
+def test_after_stale_ttl_nothing_serves(table: Table, time):
+    watched = Watched(table, stale_ttl=3600)
+    watched.find("b")
+    time(3659)
+    table.fault = Down("refused")
+    assert watched.find("b") == [Answer(to("mx1"), "stale")]
+    time(2)
+    watched.fails("b")
+
+
+def test_an_old_no_never_becomes_a_definite_one(table: Table, time):
+    watched = Watched(table)
+    assert watched.find("ann@c", "c") == [Answer(None, "asked")] * 2
+    time(61)
+    table.fault = Down("refused")
+    assert str(watched.fails("ann@c", "c")) == "the database is down, and no route is remembered"
+    assert watched.fails("ann@c", "c").told
+
+
+def test_a_fresh_no_is_definite_even_while_the_database_is_down(table: Table):
+    watched = Watched(table)
+    watched.find("ann@c", "c")
+    table.fault = Down("refused")
+    watched.fails("x")
+    assert watched.find("ann@c", "c") == [Answer(None, "cache")] * 2
+
+
+# The query
+
+
+@pytest.mark.parametrize(
+    ("query", "statement", "parameters"),
+    [
+        ("SELECT server FROM t WHERE p = ?", "SELECT server FROM t WHERE p = %s", 1),
+        ("SELECT s FROM t WHERE p = ? OR q = ?", "SELECT s FROM t WHERE p = %s OR q = %s", 2),
+        ("SELECT s FROM t WHERE p = ? AND q LIKE '%x'", "SELECT s FROM t WHERE p = %s AND q LIKE '%%x'", 1),
+        ("SELECT 10 % 3 FROM t WHERE p = ? % 2", "SELECT 10 %% 3 FROM t WHERE p = %s %% 2", 1),
+        ("SELECT '%s', s FROM t WHERE p=?", "SELECT '%%s', s FROM t WHERE p=%s", 1),
+        ("SELECT 'what?' FROM t WHERE p=?", "SELECT 'what?' FROM t WHERE p=%s", 1),
+        ("SELECT 'it''s?', 'it\\'s?' FROM t WHERE p=?", "SELECT 'it''s?', 'it\\'s?' FROM t WHERE p=%s", 1),
+        ('SELECT "what?" FROM `t?` WHERE p=?', 'SELECT "what?" FROM `t?` WHERE p=%s', 1),
+        ("SELECT s -- why?\nFROM t /* ? */ WHERE p=? # ?", "SELECT s -- why?\nFROM t /* ? */ WHERE p=%s # ?", 1),
+    ],
+)
+def test_only_a_question_mark_outside_quotation_marks_stands_for_the_key(query, statement, parameters):
+    assert statement_of(query) == (statement, parameters)
+
+
+@pytest.mark.parametrize("query", ["SELECT server FROM t", "SELECT 'what?'", "SELECT 1 /* ? */"])
+def test_a_query_without_one_is_refused(query):
+    with pytest.raises(ValueError, match=r"has no \? outside quotation marks"):
+        Database(Access((Host("db", 3306),)), query, Policy(), "mysql:t")
+
+
+def test_a_tls_ca_that_is_no_certificate_is_refused(tmp_path):
+    file = tmp_path / "ca.pem"
+    file.write_text("nothing")
+    with pytest.raises(ValueError, match=f"tls_ca: {file}: "):
+        Database(Access((Host("db", 3306),), tls_ca=str(file)), QUERY, Policy(), "mysql:t")
+
+
+def test_a_password_is_not_shown():
+    assert "secret" not in repr(Access((Host("db", 3306),), password=b"secret"))
+
+
+# Its rows
+
+
+def route(columns: str, *row: object) -> Route | None:
+    return _Routes(Policy(), "mysql:t").of_row("b.example", columns.split(), row or None)
+
+
+@pytest.mark.parametrize(
+    ("columns", "row", "expected"),
+    [
+        ("server", ("mx1",), to("mx1")),
+        ("server tls_verify", ("mx1:26, mx2", "no"), to("mx1:26,mx2", False)),
+        ("tls_verify server", (0, "mx1"), to("mx1", False)),
+        ("SERVER Tls_Verify", ("mx1", 1), to("mx1")),
+        ("server tls_verify", ("mx1", None), to("mx1")),
+        ("server tls_verify", ("mx1", ""), to("mx1")),
+        ("server tls_verify", ("mx1", b"\0"), to("mx1", False)),
+        ("server tls_verify", (b"mx1", b"\1"), to("mx1")),
+        ("server tls_verify", (b"mx1", b"False"), to("mx1", False)),
+        ("server tls_verify", (" mx1 ", " TRUE "), to("mx1")),
+        ("server tls_verify", (None, 1), None),
+        ("server tls_verify", ("", 1), None),
+        ("server tls_verify", ("  ", "maybe"), None),
+        ("server", (), None),
+    ],
+)
+def test_a_row_is_a_route_by_the_names_of_its_columns(columns, row, expected):
+    assert route(columns, *row) == expected
+
+
+@pytest.mark.parametrize(
+    ("columns", "row", "why"),
+    [
+        ("server tls_verify", ("mx1", "maybe"), "the row for 'b.example': 'maybe': tls_verify must be true or false"),
+        ("server tls_verify", ("mx1", 2), "the row for 'b.example': '2': tls_verify must be true or false"),
+        ("server", ("mx1:0",), "the row for 'b.example': 'mx1:0': the port must be 1 to 65535"),
+        ("server", (b"\xff",), "the row for 'b.example': 'utf-8' codec can't decode"),
+        ("server tls_verify", (7, 1), "the row for 'b.example': '7': not a host name"),
+        ("server tls_verify port", (), "not: server, tls_verify, port"),
+        ("server port", ("mx1", 25), "not: server, port"),
+        ("tls_verify", (1,), "not: tls_verify"),
+        ("server server", ("mx1", "mx2"), "not: server, server"),
+        ("", (), "not: none"),
+    ],
+)
+def test_what_is_no_route_is_a_failure_with_a_reason(columns, row, why):
+    with pytest.raises(LookupFailed) as failure:
+        route(columns, *row)
+    assert why in str(failure.value)
+
+
+def test_equal_routes_are_one_object():
+    routes = _Routes(Policy(), "mysql:t")
+    assert routes.of_row("a", ["server"], ["mx"]) is routes.of_row("b", ["server"], ["mx"])
+    found = routes.of_row("a", ["server"], ["mx"])
+    assert found and found.mapping == "mysql:t"

@@ -1,0 +1,185 @@
+"""The upstream side of a session: which upstream hears a transaction, on which connection, in which writes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from time import monotonic
+
+from . import log
+from .config import Settings
+from .relay import Relay
+from .routing import LookupFailed, Mapping, NoRoute, Route, find_route
+from .smtp import reply as replies
+from .smtp.reply import Reject, Reply
+from .smtp.syntax import MAX_COMMAND_LINE, Mail, Path, parse_rcpt, split_command
+from .smtp.wire import Wire
+from .upstream import Client, Connector, Refused, Upstream, UpstreamFailed
+
+
+@dataclass
+class Transaction:
+    """One message under way (RFC 5321 §3.3)."""
+
+    mail: Mail
+    began: float = field(default_factory=monotonic)
+    recipients: list[Path] = field(default_factory=list)  # those that the upstream accepted
+    refused: bool = False  # at least one recipient was refused
+    refusals: dict[Route, Reject | Refused] = field(default_factory=dict)  # routes that did not work out
+    route: Route | None = None  # the last one asked, for the log
+    upstream: Upstream | None = None  # which accepted MAIL
+    relay: Relay | None = None  # the content has begun
+    verdict: Reply | None = None  # the message was refused before its end: what further chunks get
+
+
+class Dispatch:
+    """Chooses the upstream of each transaction, and keeps the connection for the client's next one."""
+
+    def __init__(
+        self,
+        sid: str,
+        settings: Settings,
+        mappings: Sequence[Mapping],
+        connector: Connector,
+        client_wire: Wire,
+        client: Client,
+    ) -> None:
+        self.upstream: Upstream | None = None
+        self._sid = sid
+        self._settings = settings
+        self._mappings = mappings
+        self._connector = connector
+        self._client_wire = client_wire
+        self._client = client
+
+    def ask_rcpt(self, transaction: Transaction, recipient: Path) -> Reply:
+        """The upstream's answer to RCPT; find and open the upstream first if need be.
+
+        Raises NoRoute, LookupFailed, UpstreamFailed, Reject, Refused.
+        """
+        line = _rcpt_line(recipient)
+        upstream = transaction.upstream
+        if upstream and not self._may_share(transaction, upstream.route, recipient):
+            if transaction.recipients or not transaction.refusals:
+                raise Reject(replies.OTHER_DESTINATION)
+            upstream = transaction.upstream = None
+        if upstream is None:
+            upstream = self._choose(transaction, recipient)
+        elif not upstream.is_ahead():
+            upstream.send_ahead([line, *self._lines_ahead(transaction, upstream)])
+        return upstream.ask(line)
+
+    def _choose(self, transaction: Transaction, recipient: Path) -> Upstream:
+        """The upstream for a recipient, which has accepted MAIL. A route is not tried twice in a transaction."""
+        route = transaction.route = self._route_of(recipient)
+        if route in transaction.refusals:
+            raise transaction.refusals[route]
+        try:
+            upstream, answer = self._begin(transaction, route, recipient)
+            if not answer.positive:
+                self._settle(upstream, answer)
+                raise Refused(answer)
+        except (Reject, Refused) as refusal:
+            transaction.refusals[route] = refusal
+            raise
+        except UpstreamFailed:
+            transaction.refusals[route] = Reject(replies.UPSTREAM_FAILED)
+            raise
+        transaction.upstream = upstream
+        return upstream
+
+    def _begin(self, transaction: Transaction, route: Route, recipient: Path) -> tuple[Upstream, Reply]:
+        """Say MAIL on the kept connection if it is of this route and still of use, else on a new one."""
+        if self.upstream and self.upstream.route != route:
+            self.quit()
+        if self.upstream:
+            try:
+                self.upstream.reset()
+                answer = self._say_mail(self.upstream, transaction, recipient)
+                if answer.code != 421:
+                    return self.upstream, answer
+            except UpstreamFailed as failure:
+                if self._client_wire.clock.overdue():
+                    raise
+                log.debug("Kept upstream connection is gone", sid=self._sid, error=str(failure))
+            self.drop()
+        self.upstream = self._connector.connect(route, self._client, self._client_wire.clock, self._sid)
+        return self.upstream, self._say_mail(self.upstream, transaction, recipient)
+
+    def _say_mail(self, upstream: Upstream, transaction: Transaction, recipient: Path) -> Reply:
+        """MAIL, and behind it in the same write what the client has sent in one group with this RCPT."""
+        mail = transaction.mail
+        if mail.smtputf8 and "SMTPUTF8" not in upstream.features:
+            raise Reject(replies.NO_SMTPUTF8)
+        if mail.body == "8BITMIME" and self._settings.strict_8bitmime and "8BITMIME" not in upstream.features:
+            raise Reject(replies.NO_8BITMIME)
+        line = mail.line(upstream.features)
+        upstream.send_ahead([line, _rcpt_line(recipient), *self._lines_ahead(transaction, upstream)])
+        upstream.in_transaction = True
+        return upstream.ask(line)
+
+    def _lines_ahead(self, transaction: Transaction, upstream: Upstream) -> list[bytes]:
+        """The RCPT commands that the client has sent already, and DATA after them (RFC 2920).
+
+        Only what will be passed on without fail when its turn comes; it stays in the
+        buffer until then.
+        """
+        lines: list[bytes] = []
+        if "PIPELINING" not in upstream.features:
+            return lines
+        room = self._settings.max_recipients - len(transaction.recipients) - 1
+        for octets in self._client_wire.peek_lines():
+            try:
+                verb, argument = split_command(octets)
+                if verb == b"RCPT" and len(lines) < room and len(octets) + 2 <= MAX_COMMAND_LINE:
+                    recipient = parse_rcpt(argument, transaction.mail.smtputf8)
+                    if not self._may_share(transaction, upstream.route, recipient):
+                        break
+                    lines.append(_rcpt_line(recipient))
+                    continue
+                if verb == b"DATA" and not argument:
+                    lines.append(b"DATA")
+            except (Reject, NoRoute, LookupFailed):  # its turn will come, and its reply
+                pass
+            break
+        return lines
+
+    def _route_of(self, recipient: Path) -> Route:
+        """Raises NoRoute, LookupFailed. A bare postmaster is the postmaster of our own domain."""
+        address = recipient.address if recipient.domain else f"{recipient.address}@{self._settings.domain}"
+        return find_route(self._mappings, address, self._settings.recipient_delimiter)
+
+    def _may_share(self, transaction: Transaction, route: Route, recipient: Path) -> bool:
+        """Whether a later recipient may go to the upstream of the first one. Raises NoRoute, LookupFailed.
+
+        While none is accepted, one whose own upstream has refused MAIL or failed must not be asked of another.
+        """
+        settled = bool(transaction.recipients) or not transaction.refusals
+        return (settled and self._settings.mixed_recipients == "first") or self._route_of(recipient) == route
+
+    def _settle(self, upstream: Upstream, answer: Reply) -> None:
+        """After a refused MAIL: fetch what else was asked in the same write. After 421 nothing more comes."""
+        if answer.code == 421:
+            self.drop()
+            return
+        try:
+            upstream.settle()
+        except UpstreamFailed as failure:
+            log.debug("Upstream dropped", sid=self._sid, error=str(failure))
+            self.drop()
+
+    def drop(self) -> None:
+        """Close the connection: an unfinished message stays unfinished."""
+        if self.upstream:
+            self.upstream.drop()
+            self.upstream = None
+
+    def quit(self) -> None:
+        """Say goodbye to the upstream."""
+        if self.upstream:
+            self.upstream.quit()
+            self.upstream = None
+
+
+def _rcpt_line(recipient: Path) -> bytes:
+    return b"RCPT TO:" + recipient.octets
