@@ -138,8 +138,26 @@ class Resolver:
         return [str(record.target) for record in answer]
 
     def _ask(self, name: str, kind: str) -> dns.resolver.Answer:
-        """By dnspython. Raises DNSException."""
-        return (self._dnspython or dns.resolver.get_default_resolver()).resolve(name, kind, lifetime=self._timeout)
+        """By dnspython, in a greenlet of its own: it would take a time limit of ours for a server's silence, and go on.
+
+        Raises DNSException.
+        """
+
+        def resolve() -> dns.resolver.Answer | dns.exception.DNSException:
+            try:
+                resolver = self._dnspython or dns.resolver.get_default_resolver()
+                return resolver.resolve(name, kind, lifetime=self._timeout)
+            except dns.exception.DNSException as error:
+                return error
+
+        asking = gevent.spawn(resolve)
+        try:
+            answer = asking.get()
+        finally:
+            asking.kill(block=False)
+        if isinstance(answer, dns.exception.DNSException):
+            raise answer
+        return answer
 
     def _leads_to(self, name: str, address: str) -> bool:
         """Raises OSError if DNS does not answer."""

@@ -268,9 +268,7 @@ class Connector:
         except (DnsFailed, WireError) as error:
             raise UpstreamFailed(f"{server}: {error}") from None
 
-    def _open(
-        self, route: Route, server: Server, address: Address, client: Client, clock: Clock, sid: str
-    ) -> Upstream:
+    def _open(self, route: Route, server: Server, address: Address, client: Client, clock: Clock, sid: str) -> Upstream:
         """One attempt at one address. Raises UpstreamFailed, WireError, BadReply, Refused, Reject."""
         with clock.limit(self._settings.connect_timeout, "connecting (connect_timeout)"):
             connection = _connect(address, server.port)

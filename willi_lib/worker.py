@@ -10,6 +10,7 @@ from gevent import monkey
 # gevent's SSLContext can't do SNI without its own SSLSocket.
 monkey.patch_all(ssl=False)
 
+import errno
 import gc
 import os
 import pwd
@@ -17,7 +18,7 @@ import signal
 import socket as stdlib_socket
 import sys
 from _socket import socket as Socket
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from grp import getgrnam
 from ipaddress import IPv4Network, IPv6Network, ip_address
 
@@ -31,9 +32,10 @@ from .dns import Resolver
 from .limits import Limits
 from .mappings import MappingError, open_mappings
 from .routing.csv_file import CsvError, CsvFile
-from .routing.mysql import Notice
+from .routing.mysql import Mysql, Notice
 from .session import Service, Session, new_session_id
 from .smtp import proxy_protocol
+from .smtp import reply as replies
 from .smtp.reply import Reply
 from .smtp.wire import Clock, Wire, WireError
 from .tls import CertificateError, server_context
@@ -49,16 +51,40 @@ GARBAGE_THRESHOLD = 50_000  # allocations between collections: -3 to -8 % CPU a 
 class Listener(StreamServer):
     """gevent's server, handing out the raw non-blocking socket: one object and two watchers less a connection."""
 
+    def __init__(self, listener: stdlib_socket.socket, serve: Callable[..., None]) -> None:
+        super().__init__(listener, serve)
+        self._spare = open(os.devnull, "rb")  # noqa: PTH123, SIM115 -- a descriptor to let go of when none is left
+
     def do_read(self) -> tuple[Socket, tuple[str, int]] | None:  # type: ignore[override]
         """Accept one connection; None: there is none just now."""
         try:
             descriptor, address = self.socket._accept()  # type: ignore[attr-defined]
         except (BlockingIOError, ConnectionAbortedError):
             return None
+        except OSError as error:
+            if error.errno not in (errno.EMFILE, errno.ENFILE):
+                raise
+            self._turn_away()
+            return None
         # With its family and type told, Python need not ask the kernel for them: three system calls less.
         connection = Socket(self.socket.family, self.socket.type, self.socket.proto, descriptor)
         connection.setblocking(False)
         return connection, address
+
+    def _turn_away(self) -> None:
+        """No descriptor is left: use the spare one to say so, or the client would wait for a greeting in vain."""
+        self._spare.close()
+        try:
+            descriptor, address = self.socket._accept()  # type: ignore[attr-defined]
+            connection = Socket(self.socket.family, self.socket.type, self.socket.proto, descriptor)
+            connection.setblocking(False)
+            connection.send(replies.TOO_MANY_CONNECTIONS.octets)
+            connection.close()
+            log.warn("Connection refused, no file descriptors left", client=address[0])
+        except OSError as error:
+            log.warn("Connection refused, no file descriptors left", error=str(error))
+        finally:
+            self._spare = open(os.devnull, "rb")  # noqa: PTH123, SIM115
 
     def do_close(self, connection: Socket, *_: object) -> None:
         """Called when the handler has come to its end, however."""
@@ -110,6 +136,9 @@ class Worker:
         log.info("Draining", sessions=len(self._sessions), drain_timeout=self._settings.drain_timeout)
         watcher.kill()
         self._drain()
+        for mapping in self._mappings:
+            if isinstance(mapping, Mysql):
+                mapping.close()
         log.info("Stopped")
 
     def _on_signal(self) -> None:

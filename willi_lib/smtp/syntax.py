@@ -29,8 +29,7 @@ _ADDRESS = rb"%s(?:@(%s))?" % (_LOCAL_PART, _DOMAIN)
 _SOURCE_ROUTE = rb"(?:@%s(?:,@%s)*:)?" % (_DOMAIN, _DOMAIN)  # to be ignored, RFC 5321 §4.1.1.3
 _PATH = re.compile(
     # A space after the colon and a path without brackets are common; Postfix takes both.
-    rb" ?(?:<(?:%s(?P<path>%s))?>|(?P<bare>%s))(?: +(?P<parameters>.*))?"
-    % (_SOURCE_ROUTE, _ADDRESS, _ADDRESS)
+    rb" ?(?:<(?:%s(?P<path>%s))?>|(?P<bare>%s))(?: +(?P<parameters>.*))?" % (_SOURCE_ROUTE, _ADDRESS, _ADDRESS)
 )
 _PARAMETER = re.compile(rb"([0-9A-Za-z][0-9A-Za-z-]*)(?:=([\x21-\x3c\x3e-\x7e]+))?")
 _HELO = re.compile(rb"[\x21-\x7e]{1,%d}" % MAX_HELO)
