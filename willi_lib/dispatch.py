@@ -24,12 +24,19 @@ class Transaction:
     mail: Mail
     began: float = field(default_factory=monotonic)
     recipients: list[Path] = field(default_factory=list)  # those that the upstream accepted
-    refused: bool = False  # at least one recipient was refused
+    refused: list[Reply] = field(default_factory=list)  # what was said to those that were not accepted
     refusals: dict[Route, Reject | Refused] = field(default_factory=dict)  # routes that did not work out
     route: Route | None = None  # the last one asked, for the log
     upstream: Upstream | None = None  # which accepted MAIL
     relay: Relay | None = None  # the content has begun
     verdict: Reply | None = None  # the message was refused before its end: what further chunks get
+
+    def no_recipients(self) -> Reply:
+        """Why there can be no message; a client that looks at nothing else must not take a 4yz for final."""
+        if not self.refused:
+            return replies.RCPT_FIRST
+        final = all(answer.permanent for answer in self.refused)
+        return replies.NO_VALID_RECIPIENTS if final else replies.NO_RECIPIENTS_YET
 
 
 class Dispatch:

@@ -342,7 +342,7 @@ class Session:
             transaction.recipients.append(recipient)
             self.stage = Stage.RECIPIENT
         else:
-            transaction.refused = True
+            transaction.refused.append(answer)
             self.log_message(transaction, answer, recipient)
         return answer
 
@@ -370,7 +370,7 @@ class Session:
         if self.stage is Stage.FAILED:
             return replies.UPSTREAM_LOST
         if upstream is None or not (transaction.recipients or upstream.is_ahead(b"DATA")):
-            return replies.NO_VALID_RECIPIENTS if transaction.refused else replies.RCPT_FIRST
+            return transaction.no_recipients()
         answer = self.guarded(lambda: self.ask_for_content(upstream))
         if answer.code != 354:
             if transaction.recipients:
@@ -378,7 +378,7 @@ class Session:
             return answer
         if not transaction.recipients:
             self.drop_upstream()  # it waits for a message that the client will not send
-            return replies.NO_VALID_RECIPIENTS
+            return transaction.no_recipients()
         transaction.relay = Relay(self.settings, self.wire, upstream)
         self.stage = Stage.CONTENT
         return answer
@@ -427,7 +427,7 @@ class Session:
             return transaction.verdict
         if self.stage is Stage.FAILED:
             return replies.UPSTREAM_LOST
-        return replies.NO_VALID_RECIPIENTS if transaction.refused else replies.RCPT_FIRST
+        return transaction.no_recipients()
 
     def relayed(self, transaction: Transaction, relay: Relay, work: Callable[[], Reply], last: bool = True) -> Reply:
         """Pass on message content, and draw the consequences.

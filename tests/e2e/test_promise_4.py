@@ -30,6 +30,7 @@ from tests.support.upstream import Close, Reset, ScriptedUpstream
 from willi_lib.smtp.reply import Reply
 
 NO_VALID_RECIPIENTS = "554 5.5.1 No valid recipients"
+NO_RECIPIENTS_YET = "451 4.5.1 No valid recipients, try again"
 UNKNOWN = Reply(550, (b"5.1.1 unknown",))
 GREYLISTED = Reply(450, (b"4.7.1 greylisted",))
 
@@ -98,14 +99,15 @@ def test_no_message_goes_to_nobody(verb: bytes, answer: Reply, willi: Willi, ups
     """Also if this upstream says 354 without a single recipient."""
     upstream.answers[b"RCPT"] = answer
     upstream.answers[b"DATA"] = Reply(354, (b"go on",))
+    nobody = NO_VALID_RECIPIENTS if answer.permanent else NO_RECIPIENTS_YET
     client = greeted(willi)
     assert say(client, MAIL, BOB, BEN) == [SENDER_KEPT, str(answer), str(answer)]
     if verb == b"DATA":
-        assert say(client, b"DATA") == [NO_VALID_RECIPIENTS]
+        assert say(client, b"DATA") == [nobody]
     else:
-        assert chunk(client, b"QUIT\r\n", last=True) == NO_VALID_RECIPIENTS
+        assert chunk(client, b"QUIT\r\n", last=True) == nobody
     assert say_together(client, b"RSET", MAIL, BOB, BEN, b"DATA") == [
-        "250 2.0.0 Ok", SENDER_KEPT, str(answer), str(answer), NO_VALID_RECIPIENTS
+        "250 2.0.0 Ok", SENDER_KEPT, str(answer), str(answer), nobody
     ]  # fmt: skip
     upstream.answers.clear()
     assert say(client, b"RSET") == ["250 2.0.0 Ok"]

@@ -98,6 +98,7 @@ UPSTREAM_FAILED = own(451, "4.4.1", "No answer from the server for this recipien
 UPSTREAM_LOST = own(451, "4.4.2", "Lost the server for this recipient, try again")
 OTHER_DESTINATION = own(451, "4.3.0", "Different destination, please send separately")
 OUR_FAULT = own(451, "4.3.0", "Internal error, try again")
+NO_RECIPIENTS_YET = own(451, "4.5.1", "No valid recipients, try again")
 XCLIENT_NEEDED = own(451, "4.3.5", "Server for this recipient does not accept our XCLIENT, try again")
 TOO_MANY_RECIPIENTS = own(452, "4.5.3", "Too many recipients")  # RFC 5321 §4.5.3.1.10
 TLS_UNAVAILABLE = own(454, "4.7.0", "TLS not available now")  # RFC 3207 §4
