@@ -35,15 +35,22 @@ class Table:
         self.fault: Exception | None = None
         self.release = Event()
         self.release.set()
+        self.slow: set[str] = set()
         self.asked: list[str] = []
 
     def ask(self, key: str) -> Route | None:
         self.asked.append(key)
+        if key in self.slow:
+            gevent.sleep(TIMEOUT)
+            raise Down("it is slow")
         if not self.release.wait(TIMEOUT):
             raise Down("it hangs")
         if self.fault:
             raise self.fault
         return self.routes.get(key)
+
+    def close(self) -> None:
+        pass
 
 
 class Watched:
@@ -51,7 +58,7 @@ class Watched:
 
     def __init__(self, table: Table, cache_ttl: float = 60.0, cache_size: int = 1000, stale_ttl: float = 60.0) -> None:
         self.notices: list[Notice] = []
-        self.mapping = Mysql("mysql:t", table.ask, TIMEOUT, cache_ttl, cache_size, stale_ttl, self.notices.append)
+        self.mapping = Mysql("mysql:t", table, TIMEOUT, cache_ttl, cache_size, stale_ttl, self.notices.append)
 
     def find(self, *keys: str) -> list[Answer]:
         """The answers up to the first match, as `search` takes them."""
@@ -195,11 +202,12 @@ def test_a_bug_is_raised_in_the_session_that_asked(table: Table):
 
 
 def test_the_time_limit_is_for_all_keys_of_a_recipient():
-    def slow(key: str) -> None:
-        gevent.sleep(TIMEOUT * 0.45)
+    class Slow(Table):
+        def ask(self, key: str) -> Route | None:
+            gevent.sleep(TIMEOUT * 0.45)
+            return None
 
-    watched = Watched(Table())
-    watched.mapping = Mysql("mysql:t", slow, TIMEOUT, 60, 1000, 60)
+    watched = Watched(Slow())
     began = monotonic()
     assert str(watched.fails("a+x@b", "a@b", "b", "c")) == f"no answer within {TIMEOUT:g} s"
     assert monotonic() - began < TIMEOUT * 1.6
@@ -239,6 +247,18 @@ def test_while_it_is_down_one_session_waits_every_five_seconds(table: Table, tim
     assert len(table.asked) == 2
 
 
+def test_a_failure_that_costs_no_time_is_tried_again_after_a_second(table: Table, time):
+    watched = Watched(table)
+    table.fault = Down("refused")
+    watched.fails("b")
+    time(0.9)
+    watched.fails("b")
+    assert len(table.asked) == 1
+    time(0.2)
+    table.fault = None
+    assert watched.find("b") == [Answer(to("mx1"), "asked")]
+
+
 def test_sessions_with_the_same_key_do_not_wait_with_the_one_that_tries(table: Table, time):
     watched = Watched(table)
     table.release.clear()
@@ -267,14 +287,12 @@ def test_those_who_wait_are_let_go_when_it_is_known_to_be_down(table: Table):
 
 def test_a_single_slow_key_among_answers_is_no_outage(table: Table):
     watched = Watched(table)
-    table.release.clear()
+    table.slow.add("slow@b")
     slow = gevent.spawn(watched.fails, "slow@b")
     gevent.sleep(0)
-    table.release.set()
-    table.release = Event()
-    table.release.set()
     watched.find("b")
-    slow.join()
+    failure = slow.get()
+    assert (str(failure), failure.told) == ("it is slow", False)
     assert watched.told == []
 
 

@@ -478,7 +478,7 @@ def test_limits_of_one_session_do_not_strike_in_another(connect):
 
     seconds = [SHORT * number / 10 for number in range(1, 30)]
     sessions = [gevent.spawn(session, number) for number in seconds]
-    assert [one.get() for one in sessions] == [f"{number}" for number in seconds]
+    assert [one.get() for one in sessions] == [f"timed out {number}" for number in seconds]
 
 
 def timers() -> int:

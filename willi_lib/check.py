@@ -22,6 +22,7 @@ from .mappings import MappingError, open_database, open_mappings, others_can_rea
 from .routing import LookupFailed, Mapping, Route, Server, Step, search
 from .routing.csv_file import CsvError, CsvFile
 from .routing.database import Down
+from .routing.mysql import Mysql
 from .routing.static import Static
 from .smtp.reply import Reject
 from .smtp.syntax import parse_rcpt
@@ -182,7 +183,11 @@ def lookup(settings: Settings, addresses: Sequence[str]) -> int:
     except (MappingError, CsvError) as error:
         print(error)
         return WRONG
-    return max([_lookup_one(settings, mappings, address) for address in addresses])
+    worst = max([_lookup_one(settings, mappings, address) for address in addresses])
+    for mapping in mappings:
+        if isinstance(mapping, Mysql):
+            mapping.close()
+    return worst
 
 
 def _lookup_one(settings: Settings, mappings: Sequence[Mapping], address: str) -> int:

@@ -48,9 +48,7 @@ def _open(
         database = open_database(mapping)
     except ValueError as fault:
         raise MappingError(f"mapping {mapping.name}: {fault}") from None
-    return Mysql(
-        name, database.ask, mapping.timeout, mapping.cache_ttl, mapping.cache_size, mapping.stale_ttl, tell
-    )  # fmt: skip
+    return Mysql(name, database, mapping.timeout, mapping.cache_ttl, mapping.cache_size, mapping.stale_ttl, tell)
 
 
 def open_database(mapping: MysqlSettings) -> Database:

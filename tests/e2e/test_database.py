@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from time import monotonic
 
@@ -184,6 +186,33 @@ def test_a_query_that_is_killed_is_tried_once_more(mariadb: Mariadb, open_databa
     mariadb.kill_connections(name)
     assert asking.get() == to("mx1")
     assert open_connections(database) == (1, 1)
+
+
+def test_nobody_ever_gets_the_answer_to_another_key(mariadb: Mariadb, open_database: Open):
+    """Connections are killed and run into time limits all the while."""
+    name = mariadb.table(*((f"{number}.example", f"mx{number}", True) for number in range(200)))
+    query = "SELECT server FROM routes WHERE pattern = ? AND SLEEP(RAND() * 0.03) = 0"
+    database = open_database(name, query, pool_size=8, timeout=0.4)
+    database._access = replace(database._access, timeout=0.04)  # for a query; a connection had longer
+
+    def kill() -> None:
+        for _ in range(50):
+            mariadb.kill_connections(name)
+            gevent.sleep(0.01)
+
+    killing = gevent.spawn(kill)
+    right = late = 0
+    while not killing.ready():
+        answers = together(*[partial(database.ask, f"{number}.example") for number in range(40)])
+        for number, answer in enumerate(answers):
+            if isinstance(answer, Down):
+                late += 1
+            else:
+                assert answer == to(f"mx{number}")
+                right += 1
+    assert right > 50 and late > 50
+    assert open_connections(database) == (len(database._idle),) * 2
+    assert len(database._idle) <= 8
 
 
 def test_a_slow_query_ends_at_the_time_limit_and_loses_no_slot(mariadb: Mariadb, open_database: Open):

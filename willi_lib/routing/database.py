@@ -192,6 +192,11 @@ class Database:
 
     # -- connections
 
+    def close(self) -> None:
+        """Take leave of the server on all connections that nobody uses."""
+        while self._idle:
+            self._close(self._idle.pop())
+
     def _connect(self, host: Host) -> _Connection:
         """Raises Down."""
         access = self._access

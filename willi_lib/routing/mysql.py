@@ -14,7 +14,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from time import monotonic
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Protocol
 
 import gevent
 from gevent.event import AsyncResult
@@ -22,7 +22,9 @@ from gevent.event import AsyncResult
 from willi_lib.routing import Answer, LookupFailed, Route
 from willi_lib.routing.database import Down
 
-RETRY_INTERVAL = 5.0  # seconds between sessions that wait for a database that is down
+RETRY_INTERVAL = 5.0  # seconds between sessions that wait for a database that is down ...
+QUICK_RETRY = 1.0  # ... and between tries if they cost nobody any time, as with a refused connection ...
+QUICK = 0.2  # ... that is, failed within this
 GRACE = 0.2  # seconds for a query that has just run into the time limit to say why
 
 
@@ -53,23 +55,31 @@ class _Entry(NamedTuple):
     since: float
 
 
+class Source(Protocol):
+    """What `Database` is to the mapping."""
+
+    def ask(self, key: str) -> Route | None:
+        """The route for this key, within a time limit. Raises Down, LookupFailed."""
+
+    def close(self) -> None:
+        """Take leave."""
+
+
 class Mysql:
-    """A mapping whose answers come from `ask`, slowly or not at all."""
+    """A mapping whose answers come from a database, slowly or not at all."""
 
     def __init__(
-        self, name: str, ask: Callable[[str], Route | None], timeout: float,
+        self, name: str, database: Source, timeout: float,
         cache_ttl: float, cache_size: int, stale_ttl: float,
         tell: Callable[[Notice], None] = lambda _notice: None,
     ) -> None:  # fmt: skip
-        """ask: the route for a key. It raises Down or LookupFailed, the first within `timeout`.
-
-        timeout: seconds for all keys of a recipient.
+        """timeout: seconds for all keys of a recipient.
         cache_ttl: seconds an answer is used without asking again.
         stale_ttl: seconds after that for which it still serves while the database is down.
         tell: called at the beginning and at the end of an outage.
         """
         self.name = name
-        self._ask = ask
+        self._database = database
         self._timeout = timeout
         self._cache_ttl = cache_ttl
         self._cache_size = cache_size
@@ -95,6 +105,10 @@ class Mysql:
                 raise LookupFailed("the database is down, and no route is remembered", self._outage is not None)
             yield answer
 
+    def close(self) -> None:
+        """At the end of the process: the server's log then has no word about lost connections."""
+        self._database.close()
+
     def _answer(self, key: str, deadline: float) -> Answer:
         now = monotonic()
         entry = self._entries.get(key)
@@ -119,7 +133,7 @@ class Mysql:
     def _ask_in_turn(self, key: str, now: float) -> AsyncResult[Route | None] | None:
         """The query for this key, under way or new. None: the database is down, and it is not our turn to try it."""
         if self._outage:
-            if now < self._outage.next_try or key in self._asking:
+            if now < self._outage.next_try:
                 return None
             self._outage.next_try = now + RETRY_INTERVAL
         asking = self._asking.get(key)
@@ -132,10 +146,10 @@ class Mysql:
         """Ask the database, in a greenlet of its own, and tell all who wait."""
         began = monotonic()
         try:
-            route = self._ask(key)
+            route = self._database.ask(key)
         except Down as why:
             if self._answered < began:  # if others had answers meanwhile, it is a matter of this key
-                self._note_down(str(why))
+                self._note_down(str(why), began)
             asking.set_exception(why)
         except LookupFailed as failure:
             self._note_up()
@@ -171,13 +185,14 @@ class Mysql:
             self._tell(Notice("warn", "Using remembered answers of the database", self.name))
         return Answer(entry.route, "stale")
 
-    def _note_down(self, why: str) -> None:
+    def _note_down(self, why: str, began: float) -> None:
         """An outage begins or goes on. Nobody waits any longer."""
+        now = monotonic()
         if self._outage is None:
-            now = monotonic()
-            self._outage = _Outage(why, now, now + RETRY_INTERVAL)
+            self._outage = _Outage(why, now, now)
             self._tell(Notice("error", "Database is down", self.name, why))
         self._outage.why = why
+        self._outage.next_try = began + (QUICK_RETRY if now - began < QUICK else RETRY_INTERVAL)
         given_up, self._asking = self._asking, {}
         for asking in given_up.values():
             asking.set_exception(Down(why))
