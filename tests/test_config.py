@@ -185,6 +185,7 @@ SIZE = "must be a number and kB, MB (1000), KiB or MiB (1024), as in 20MiB"
 NETWORK = "must be like 192.0.2.1, 192.0.2.0/24 or 2001:db8::/32"
 COMMA = 'has a comma, but is no list: quote the whole value, as in "a, b"'
 HASH = "has a #, which begins a comment: quote the value, or put a blank before the #"
+COMMENT = "is empty, since a # begins a comment: quote a value that begins with #"
 ONE_HOUR = "must be more than 0s and at most 1h"
 
 BAD = [
@@ -198,7 +199,9 @@ BAD = [
     ("listen", ":-1", f"':-1': {ADDRESS}"),
     ("listen", "2001:db8::1:25", f"'2001:db8::1:25': {ADDRESS}"),
     ("listen", "[2001:db8::1]", f"'[2001:db8::1]': {ADDRESS}"),
-    ("listen", "mx.example:25", f"'mx.example:25': {ADDRESS}"),
+    ("listen", "mx.example:25", f"'mx.example:25': {ADDRESS}, an IP address, not a name"),
+    ("listen", "localhost:25", f"'localhost:25': {ADDRESS}, an IP address, not a name"),
+    ("listen", "localhost", f"'localhost': {ADDRESS}"),
     ("listen", ":25, x", f"'x': {ADDRESS}"),
     ("domain", "a_b.example", "'a_b.example': must be a host name"),
     ("domain", "mx.example.", "'mx.example.': must be a host name"),
@@ -261,7 +264,10 @@ BAD = [
     ("status_listen", ":1, :2", COMMA),
     ("domain", "a.example, b.example", COMMA),
     ("domain", "a.example#x", HASH),
-    ("domain", "#x", HASH),
+    ("domain", "#x", COMMENT),
+    ("recipient_delimiter", "#", COMMENT),
+    ("recipient_delimiter", " \t#+", COMMENT),
+    ("listen", "# :25", COMMENT),
     ("domain", '"a.example', 'quote the whole value, as in "a, b"'),
 ]
 
@@ -382,6 +388,8 @@ def test_a_database_has_these_defaults(load):
         ("unix_socket = /run/mysqld.sock", "unix_socket", "/run/mysqld.sock"),
         ("user = willi", "user", "willi"),
         ('password = "a,b#c"', "password", "a,b#c"),
+        ('password = "#secret"', "password", "#secret"),
+        ('password = "" # none', "password", ""),
         ("password = %(home)s$x", "password", "%(home)s$x"),
         ("password_file = /dev/null", "password_file", "/dev/null"),
         ("database = mail", "database", "mail"),
@@ -424,7 +432,8 @@ CONNECTION = "is now written as host, port, user, password, database and tls_ca"
         ("type = csv", "2: file: is missing in [[m]]"),
         ("type = static", "2: server: is missing in [[m]]"),
         ("type = mysql", "2: query: is missing in [[m]]"),
-        ("file = x.csv", "2: type: '': must be static, csv or mysql"),
+        ("file = x.csv", "2: type: is missing; must be static, csv or mysql"),
+        ("type =", "3: type: '': must be static, csv or mysql"),
         ("type = ldap", "3: type: 'ldap': must be static, csv or mysql"),
         ("type = csv, static", f"3: type: {COMMA}"),
         ("type = static\nserver = a, b", f"4: server: {COMMA}"),
@@ -450,6 +459,8 @@ CONNECTION = "is now written as host, port, user, password, database and tls_ca"
         ),
         (f"{DATABASE}password_file = /none", "5: password_file: cannot read /none: No such file or directory"),
         (f"{DATABASE}password = abc#def", f"5: password: {HASH}"),
+        (f"{DATABASE}password = #secret", f"5: password: {COMMENT}"),
+        (f"{DATABASE}password =#secret", f"5: password: {COMMENT}"),
         (f"{DATABASE}tls_ca = /none", "5: tls_ca: cannot read /none: No such file or directory"),
         (f"{DATABASE}pool_size = 0", "5: pool_size: '0': must be a whole number from 1 to 1000"),
         (f"{DATABASE}pool_size = 1001", "5: pool_size: '1001': must be a whole number from 1 to 1000"),

@@ -111,7 +111,7 @@ def test_our_own_refusals_are_those_of_the_catalogue_that_are_permanent():
 
 
 def test_what_goes_wrong_inside_willi_is_temporary():
-    ours = ("OUR_FAULT", "LOOKUP_FAILED", "UPSTREAM_FAILED", "UPSTREAM_LOST", "TLS_UNAVAILABLE", "XCLIENT_NEEDED")
+    ours = ("OUR_FAULT", "LOOKUP_FAILED", "UPSTREAM_FAILED", "UPSTREAM_LOST", "XCLIENT_NEEDED")
     assert {OWN[name].code // 100 for name in ours} == {4}
 
 

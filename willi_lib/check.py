@@ -24,6 +24,7 @@ from .routing.csv_file import CsvError, CsvFile
 from .routing.database import Down
 from .routing.mysql import Mysql
 from .routing.static import Static
+from .smtp import reply as replies
 from .smtp.reply import Reject
 from .smtp.syntax import parse_rcpt
 from .smtp.wire import Clock
@@ -58,9 +59,11 @@ class Report:
 
 def check(settings: Settings) -> int:
     """Try all that the file names; the exit status. (The file itself has been read without fault.)"""
-    log.set_up("error", "stdout")
+    log.silence()
     report = Report()
     report.ok(f"{settings.path}: mappings: {len(settings.mappings)}, domain {settings.domain}")
+    if "." not in settings.domain:
+        report.warn(f"domain {settings.domain} is no full host name: upstreams may refuse it in EHLO")
     _check_certificates(settings, report)
     _check_upstreams(settings, _check_mappings(settings, report), report)
     return report.status
@@ -94,7 +97,7 @@ def _check_mappings(settings: Settings, report: Report) -> list[Route]:
                 report.wrong(fault)
             continue
         if isinstance(mapping, CsvFile):
-            report.ok(f"{mapping.name}: {len(mapping)} patterns")
+            (report.ok if len(mapping) else report.warn)(f"{mapping.name}: {len(mapping)} patterns")
             routes.update(dict.fromkeys(mapping.routes()))
         elif isinstance(mapping, Static):
             report.warn(f"{mapping.name}: takes every recipient, so {mapping.route} must refuse foreign ones itself")
@@ -154,27 +157,43 @@ def _probe(settings: Settings, connector: Connector, route: Route, server: Serve
     except UpstreamFailed as error:
         return False, str(error)
     except (Reject, Refused) as refusal:
-        return False, f"{server}: {refusal.reply}"
+        loop = f": it calls itself {settings.domain}, which is our domain" if refusal.reply == replies.MAIL_LOOP else ""
+        return False, f"{server}: {refusal.reply}{loop}"
     finally:
         clock.close()
 
 
 def _describe(upstream: Upstream, route: Route) -> str:
-    version = upstream.wire.tls_version
-    if not version:
-        tls = "no STARTTLS" + (", though tls_verify is on" if route.tls_verify else "")
-    elif route.tls_verify:
-        tls = f"{version}, certificate verified"
-    else:
-        tls = f"{version}, certificate not verified"
-    xclient = "XCLIENT accepted" if upstream.knows_client else "no XCLIENT: it sees our address as the client's"
     lacks = [name for name in ("PIPELINING", "8BITMIME", "SMTPUTF8", "CHUNKING") if name not in upstream.features]
-    return f"{tls}, {xclient}" + (f", lacks {' '.join(lacks)}" if lacks else "")
+    lacking = f", lacks {' '.join(lacks)}" if lacks else ""
+    return f"{_describe_tls(upstream, route)}, {_describe_introduction(upstream, route)}{lacking}"
+
+
+def _describe_tls(upstream: Upstream, route: Route) -> str:
+    version = upstream.wire.tls_version
+    if version:
+        return f"{version}, certificate {'verified' if route.tls_verify else 'not verified'}"
+    if route.policy.upstream_tls == "never":
+        return "TLS is off (upstream_tls = never)"
+    return "no STARTTLS" + (", though tls_verify is on" if route.tls_verify else "")
+
+
+def _describe_introduction(upstream: Upstream, route: Route) -> str:
+    """How the upstream learns who the client is."""
+    if route.policy.send_proxy != "no":
+        return f"PROXY header {route.policy.send_proxy} sent"
+    if upstream.knows_client:
+        return "XCLIENT accepted"
+    if route.policy.xclient == "no":
+        return "XCLIENT is off: it sees our address as the client's"
+    if "XCLIENT" in upstream.features:
+        return "XCLIENT refused: allow our address to use it (Postfix: smtpd_authorized_xclient_hosts)"
+    return "no XCLIENT: it sees our address as the client's"
 
 
 def lookup(settings: Settings, addresses: Sequence[str]) -> int:
     """Show what a session would find for each address; 0 if each has a route."""
-    log.set_up("error", "stdout")
+    log.silence()
     try:
         mappings = open_mappings(settings)
         for mapping in mappings:
@@ -206,7 +225,7 @@ def _lookup_one(settings: Settings, mappings: Sequence[Mapping], address: str) -
             print("  the search ends here, the client gets 451 4.3.0")
             return WRONG
         if step.route:
-            print(f"  route: {step.route}, tls_verify = {'yes' if step.route.tls_verify else 'no'}")
+            print(f"  route: {step.route}, tls_verify = {'true' if step.route.tls_verify else 'false'}")
             return GOOD
     print("  no mapping matches, the client gets 554 5.7.1 Relay access denied")
     return WRONG

@@ -50,8 +50,8 @@ OLD_FILE = (
     " [[name]] below a line [mappings], as willi.conf.example shows"
 )
 NO_MAPPING = (
-    "there is no mapping, so that every recipient would be refused; write the three lines [[default]],"
-    " type = static and server = mail.example.org:25 below a line [mappings], or see willi.conf.example"
+    "there is no mapping, so that every recipient would be refused; write the three lines [[file]],"
+    " type = csv and file = upstream_servers.csv below a line [mappings], or see willi.conf.example"
 )
 SECTIONS = "a section line must be [mappings], or below it [[name]] for each mapping"
 QUOTE = 'quote the whole value, as in "a, b"'
@@ -170,14 +170,18 @@ def host_port(text: str) -> Address:
 
 def socket_address(text: str) -> Address:
     """Where to listen: a port that is written, and an IP address or nothing. Port 0 is any free port."""
+    must_be = f"{text[:80]!r}: must be like :25, 192.0.2.1:25 or [2001:db8::1]:25"
     try:
         address = host_port(text)
-        if address.host:
-            ip_address(address.host)
     except ValueError:
         address = None
     if address is None or not re.search(":[0-9]+$", text):
-        raise ValueError(f"{text[:80]!r}: must be like :25, 192.0.2.1:25 or [2001:db8::1]:25")
+        raise ValueError(must_be)
+    try:
+        if address.host:
+            ip_address(address.host)
+    except ValueError:
+        raise ValueError(f"{must_be}, an IP address, not a name") from None
     return address
 
 
@@ -502,6 +506,8 @@ class Reader:
                 claim(lines, name, line)
                 if name not in known:
                     raise ValueError(unknown(name, known))
+                if not section[written] and self.lines[line - 1].partition("=")[2].lstrip().startswith("#"):
+                    raise ValueError("is empty, since a # begins a comment: quote a value that begins with #")
                 if self.is_cut(line, section.inline_comments[written]):
                     raise ValueError("has a #, which begins a comment: quote the value, or put a blank before the #")
                 values[known[name].name] = key_of(known[name]).value(section[written], self.directory)
@@ -538,10 +544,13 @@ class Reader:
         faults = len(self.faults)
         for inner in section.sections:
             self.fault(name_and_line(inner)[1], f"[[[{name_and_line(inner)[0]}]]]", SECTIONS)
-        written = next((name for name in section.scalars if name_and_line(name)[0] == "type"), f"type@{line}")
+        written = next((name for name in section.scalars if name_and_line(name)[0] == "type"), None)
+        if written is None:
+            self.fault(line, "type", f"is missing; must be {enumerated(get_args(MappingType))}")
+            return None
         kind = ""
         with self.blame(name_and_line(written)[1], "type"):
-            kind = TYPE.value(section.get(written, ""), self.directory)
+            kind = TYPE.value(section[written], self.directory)
         if not kind:
             return None
         values, lines = self.read_keys(section, MAPPING_FIELDS[kind])

@@ -66,6 +66,8 @@ class Dispatch:
         """
         line = _rcpt_line(recipient)
         upstream = transaction.upstream
+        if upstream and upstream.is_ahead(line):
+            return upstream.ask(line)  # decided when it was sent: a second look-up might differ
         if upstream and not self._may_share(transaction, upstream.route, recipient):
             if transaction.recipients or not transaction.refusals:
                 raise Reject(replies.OTHER_DESTINATION)
@@ -122,8 +124,9 @@ class Dispatch:
             raise Reject(replies.NO_8BITMIME)
         line = mail.line(upstream.features)
         upstream.send_ahead([line, _rcpt_line(recipient), *self._lines_ahead(transaction, upstream)])
-        upstream.in_transaction = True
-        return upstream.ask(line)
+        answer = upstream.ask(line)
+        upstream.in_transaction = answer.positive
+        return answer
 
     def _lines_ahead(self, transaction: Transaction, upstream: Upstream) -> list[bytes]:
         """The RCPT commands that the client has sent already, and DATA after them (RFC 2920).
@@ -136,9 +139,11 @@ class Dispatch:
             return lines
         room = self._settings.max_recipients - len(transaction.recipients) - 1
         for octets in self._client_wire.peek_lines():
+            if len(octets) + 2 > MAX_COMMAND_LINE:
+                break  # it will be refused
             try:
                 verb, argument = split_command(octets)
-                if verb == b"RCPT" and len(lines) < room and len(octets) + 2 <= MAX_COMMAND_LINE:
+                if verb == b"RCPT" and len(lines) < room:
                     recipient = parse_rcpt(argument, transaction.mail.smtputf8)
                     if not self._may_share(transaction, upstream.route, recipient):
                         break

@@ -29,6 +29,11 @@ class Limits:
         self._recent: dict[str, deque[float]] = {}
         self._swept = monotonic()
 
+    @property
+    def has_room(self) -> bool:
+        """Whether most of the connections are still to be had."""
+        return self.total * 2 < self._most
+
     def enter(self) -> Reply | None:
         """Count a connection in; the refusal if there are too many: then it is not counted."""
         if self.total >= self._most:

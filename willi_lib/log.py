@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import os
 import re
+import select
 import socket
+import stat
 import time
 import traceback
 from collections.abc import Callable
@@ -18,6 +20,7 @@ LEVELS = {"debug": 0, "info": 1, "warn": 2, "error": 3}
 SYSLOG_SOCKET = "/dev/log"
 SYSLOG_FACILITY = 2 << 3  # mail, RFC 5424 §6.2.1
 SYSLOG_SEVERITIES = {"debug": 7, "info": 6, "warn": 4, "error": 3}
+PATIENCE = 100  # milliseconds for whoever reads the log from a pipe; then lines are lost, and counted
 MAX_VALUE = 1000  # characters; a reply of 200 lines must not flood the log
 
 _PLAIN = re.compile(r"[!#-<>-\[\]-~]+")  # printable ASCII but space, double quote, = and backslash
@@ -38,6 +41,11 @@ def set_up(level: str, target: str) -> None:
     """level: a key of LEVELS; target: `stdout` or `syslog`."""
     _sink.threshold = LEVELS[level]
     _sink.write = _Syslog().write if target == "syslog" else _write_stdout
+
+
+def silence() -> None:
+    """Write nothing at all: for commands that have a report of their own."""
+    _sink.threshold = len(LEVELS)
 
 
 def enabled(level: str) -> bool:
@@ -128,7 +136,22 @@ def _log(level: str, message: str, fields: dict[str, Value], trace: str = "") ->
 def _write_stdout(_level: str, line: str) -> None:
     if not _HAS_JOURNAL:
         line = f"t={time.strftime('%Y-%m-%dT%H:%M:%S%z')} {line}"
+    if _stdout is not None and not _stdout.poll(0 if _sink.lost else PATIENCE):
+        raise BlockingIOError("nobody reads the log")
     os.write(1, (line + "\n").encode("utf-8", "backslashreplace"))
+
+
+def _watch_stdout() -> select.poll | None:
+    """Of a pipe or socket we must know whether somebody reads it: a write would stop all mail until somebody does."""
+    try:
+        mode = os.fstat(1).st_mode
+    except OSError:  # closed: writing will say so
+        return None
+    if not (stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode)):
+        return None
+    poller = select.poll()
+    poller.register(1, select.POLLOUT)
+    return poller
 
 
 class _Syslog:
@@ -158,3 +181,4 @@ class _Syslog:
 
 _HAS_JOURNAL = "JOURNAL_STREAM" in os.environ  # systemd stamps the time itself
 _sink = _Sink()
+_stdout = _watch_stdout()

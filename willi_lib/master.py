@@ -57,7 +57,8 @@ def _bind(family: socket.AddressFamily, host: str, port: int) -> socket.socket:
         listener.listen(BACKLOG)
         listener.setblocking(False)
     except OSError as error:
-        raise CannotBind(f"cannot listen on {Address(host, port)}: {error.strerror}") from error
+        hint = "; start Willi as root, it becomes `user` afterwards" if error.errno == errno.EACCES else ""
+        raise CannotBind(f"cannot listen on {Address(host, port)}: {error.strerror}{hint}") from error
     return listener
 
 

@@ -127,12 +127,7 @@ class Relay:
 
     def _begin_data(self) -> Reply:
         with self._client.clock.limit(self._settings.upstream_timeout, "asking the upstream (upstream_timeout)"):
-            answer = self._upstream.ask(b"DATA")
-        if answer.code >= 400:
-            raise Refused(answer)
-        if answer.code != 354:
-            raise UpstreamFailed(f"{self._upstream.server}: DATA: {answer}")
-        return answer
+            return self._upstream.begin_data()
 
     def _pass_on(self, octets: bytes) -> None:
         if self.refusal is None and octets:

@@ -36,6 +36,7 @@ from .smtp.syntax import (
 from .smtp.wire import BadFraming, LineTooLong, TimeLimit, TlsFailed, Wire, WireError
 from .upstream import Client, Connector, Refused, Upstream, UpstreamFailed
 
+SESSION_ID_LENGTH = 10
 SESSION_ID_LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"
 XCLIENT_ATTRIBUTES = frozenset(("NAME", "ADDR", "PORT", "PROTO", "HELO"))  # what `xclient_hosts` may tell us
 
@@ -221,6 +222,8 @@ class Session:
     def end_with(self, answer: Reply, why: str) -> None:
         """Say why we hang up, if the client still listens."""
         log.info("Hanging up", sid=self.sid, client=str(self.client), error=why)
+        if self.stage is Stage.HANDSHAKE:
+            return  # clear text would be no TLS
         try:
             self.wire.write(answer.octets)
         except WireError as error:
@@ -325,8 +328,7 @@ class Session:
             if mail.size is not None and mail.size > self.settings.max_message_bytes:
                 raise Reject(replies.TOO_BIG)
         except Reject as refusal:
-            error = str(refusal.reply)
-            log.info("MAIL refused", sid=self.sid, client=str(self.client), argument=_text(argument), reply=error)
+            self.log_syntax("MAIL refused", argument, refusal)
             raise
         self.forget_transaction()
         self.transaction = Transaction(mail)
@@ -336,7 +338,11 @@ class Session:
     def rcpt(self, argument: bytes) -> Reply:
         """RCPT (RFC 5321 §4.1.1.3). The first recipient chooses the upstream."""
         transaction = self.current()
-        recipient = parse_rcpt(argument, transaction.mail.smtputf8)
+        try:
+            recipient = parse_rcpt(argument, transaction.mail.smtputf8)
+        except Reject as refusal:
+            self.log_syntax("RCPT refused", argument, refusal)
+            raise
         answer = self.guarded(lambda: self.offer(transaction, recipient))
         if answer.positive:
             transaction.recipients.append(recipient)
@@ -373,7 +379,7 @@ class Session:
             return transaction.no_recipients()
         answer = self.guarded(lambda: self.ask_for_content(upstream))
         if answer.code != 354:
-            if transaction.recipients:
+            if transaction.recipients and transaction.upstream:  # else `fail` has logged it
                 self.log_message(transaction, answer)
             return answer
         if not transaction.recipients:
@@ -386,12 +392,7 @@ class Session:
     def ask_for_content(self, upstream: Upstream) -> Reply:
         """DATA upstream; its 354."""
         with self.clock.limit(self.settings.upstream_timeout, "asking the upstream (upstream_timeout)"):
-            answer = upstream.ask(b"DATA")
-        if answer.code >= 400:
-            raise Refused(answer)
-        if answer.code != 354:
-            raise UpstreamFailed(f"{upstream.server}: DATA: {answer}")
-        return answer
+            return upstream.begin_data()
 
     def content(self) -> Reply:
         """The message after 354."""
@@ -436,8 +437,12 @@ class Session:
         """
         try:
             answer = work()
-        except (WireError, ShuttingDown) as error:
+        except WireError as error:
             self.blame = ("client", f"message not finished: {error}")
+            self.log_message(transaction, None)
+            raise
+        except ShuttingDown:
+            self.blame = ("internal", "shutting down before the verdict (drain_timeout)")
             self.log_message(transaction, None)
             raise
         if last or relay.refusal is not None:
@@ -452,7 +457,7 @@ class Session:
             self.finish_transaction()
         elif relay.failed:
             self.stage = Stage.FAILED
-        if answer.positive:
+        if last and answer.positive:
             self.errors = 0
         return answer
 
@@ -480,7 +485,7 @@ class Session:
         return replies.HELP
 
     def not_implemented(self, _argument: bytes) -> Reply:
-        """EXPN, AUTH, TURN and the like: known, and not for an MX."""
+        """EXPN and AUTH: known, and not for an MX."""
         return replies.NOT_IMPLEMENTED
 
     def quit(self, argument: bytes) -> Reply:
@@ -494,13 +499,16 @@ class Session:
         """The upstream is of no more use: the transaction has failed, and is not forgotten."""
         transaction = self.transaction
         log.error("Upstream failed", sid=self.sid, client=str(self.client), error=str(failure))
+        answer = self.refuse(replies.UPSTREAM_FAILED, str(failure))
         if transaction:
             self.stage = Stage.FAILED
             if transaction.upstream:
                 transaction.refusals[transaction.upstream.route] = Reject(replies.UPSTREAM_FAILED)
+            if transaction.recipients:
+                answer = self.refuse(replies.UPSTREAM_LOST, str(failure))
+                self.log_message(transaction, answer)  # for those who had been accepted
         self.drop_upstream()
-        lost = transaction and transaction.recipients
-        return self.refuse(replies.UPSTREAM_LOST if lost else replies.UPSTREAM_FAILED, str(failure))
+        return answer
 
     def drop_upstream(self) -> None:
         """Close the upstream connection: an unfinished message stays unfinished."""
@@ -528,6 +536,11 @@ class Session:
         if transaction and upstream and (transaction.relay or upstream.is_ahead()):
             self.drop_upstream()
         self.transaction = None
+
+    def log_syntax(self, message: str, argument: bytes, refusal: Reject) -> None:
+        """A command of which no address can be told."""
+        text = argument.decode("utf-8", "backslashreplace")
+        log.info(message, sid=self.sid, client=str(self.client), argument=text, reply=str(refusal.reply))
 
     def log_message(self, transaction: Transaction, answer: Reply | None, recipient: Path | None = None) -> None:
         """The one line for a message or a refused recipient; the fields of the Go program, and four more.
@@ -560,11 +573,7 @@ class Session:
 
 def new_session_id() -> str:
     """What all log lines of a session have in common."""
-    return "".join(random.choices(SESSION_ID_LETTERS, k=10))
-
-
-def _text(octets: bytes) -> str:
-    return octets.decode("utf-8", "backslashreplace")
+    return "".join(random.choices(SESSION_ID_LETTERS, k=SESSION_ID_LENGTH))
 
 
 VERBS: dict[bytes, tuple[Callable[[Session, bytes], Reply], frozenset[Stage]]] = {

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import socket as stdlib_socket
 import ssl
 from _socket import socket as Socket
@@ -31,7 +32,12 @@ from .tls import CertificateError, client_context
 
 DOWN_TIME = 60.0  # seconds that a host that failed is tried last
 QUIT_TIMEOUT = 5.0  # seconds for the answer to QUIT, on which nothing depends
+LAST_WORDS_TIMEOUT = 0.1  # seconds for the rest of a reply of which the beginning has come already
 ONE_WRITE = 64 << 10  # octets up to which copying the end of a message costs less than a second write
+
+
+# Two words at the least: a client's own words in a refusal, its HELO or the name of its address, have no space.
+_NOT_AUTHORIZED = re.compile(rb"(?:insufficient|not|no|lacks?|without|missing) authori[sz]", re.IGNORECASE)
 
 
 class UpstreamFailed(Exception):
@@ -127,8 +133,19 @@ class Upstream:
 
     # -- the message
 
+    def begin_data(self) -> Reply:
+        """DATA; the upstream's 354. Raises Refused, UpstreamFailed."""
+        answer = self.ask(b"DATA")
+        if answer.code >= 400:
+            raise Refused(answer)
+        if answer.code != 354:
+            raise UpstreamFailed(f"{self.server}: DATA: {answer}")
+        return answer
+
     def send(self, octets: bytes) -> None:
         """Pass on message content. Raises Refused, UpstreamFailed."""
+        if self._ahead:  # a DATA among them would make a message of what is meant as a chunk, or the reverse
+            raise UpstreamFailed(f"{self.server}: content before the answer to {self._ahead[0]!r}")
         try:
             self.wire.send(octets)
         except WireError as error:
@@ -164,7 +181,7 @@ class Upstream:
     def _last_words(self) -> None:
         """Raise Refused if the upstream has said why it wants no more of the message."""
         try:
-            with self.wire.clock.limit(0.1, "last words"):
+            with self.wire.clock.limit(LAST_WORDS_TIMEOUT, "last words"):
                 words = self.wire.read_reply() if self.wire.pending() and self.wire.buffered else None
         except (WireError, BadReply) as error:
             log.debug("No last words", upstream=str(self.server), error=str(error))
@@ -327,7 +344,7 @@ class Connector:
             raise UpstreamFailed(f"EHLO: {answer}")
         who = answer.lines[0].partition(b" ")[0].decode("ascii", "replace")
         if who.lower() == self._settings.domain.lower():
-            log.error("Mail loop: the upstream bears our domain", sid=sid, upstream=str(upstream.server), domain=who)
+            log.error("Mail loop: the upstream has our domain", sid=sid, upstream=str(upstream.server), domain=who)
             raise Reject(replies.MAIL_LOOP)
 
     def _hello_for(self, upstream: Upstream, client: Client, name: str) -> None:
@@ -397,7 +414,7 @@ def _ask_all(upstream: Upstream, lines: Sequence[bytes]) -> Reply | None:
 
 def _is_about_us(answer: Reply) -> bool:
     """Whether a refusal of XCLIENT says that we may not use it, not that the client is unwelcome."""
-    return 500 <= answer.code <= 504 or (answer.code == 550 and b"authori" in b" ".join(answer.lines).lower())
+    return 500 <= answer.code <= 504 or (answer.code == 550 and bool(_NOT_AUTHORIZED.search(b" ".join(answer.lines))))
 
 
 def _attributes(offered: str, client: Client) -> list[tuple[str, str]]:

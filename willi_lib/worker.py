@@ -37,7 +37,7 @@ from .session import Service, Session, new_session_id
 from .smtp import proxy_protocol
 from .smtp import reply as replies
 from .smtp.reply import Reply
-from .smtp.wire import Clock, Wire, WireError
+from .smtp.wire import Clock, PeerGone, Wire, WireError
 from .tls import CertificateError, server_context
 from .upstream import Client, Connector
 
@@ -186,6 +186,8 @@ class Worker:
             return
         try:
             self._admit(sid, wire, connection, address)
+        except PeerGone as error:  # a health check of a load balancer, as a rule
+            log.debug("Client gone", sid=sid, client=address[0], error=str(error))
         except (WireError, proxy_protocol.BadHeader, OSError) as error:
             log.warn("Connection dropped", sid=sid, client=address[0], error=str(error))
         except Exception:  # noqa: BLE001 -- nobody above us could answer for it
@@ -208,7 +210,7 @@ class Worker:
         counted = client.address
         refusal = self._limits.enter_address(counted)
         if refusal:
-            self._turn_away(wire, sid, counted, refusal, linger=True)
+            self._turn_away(wire, sid, counted, refusal, linger=self._limits.has_room)
             return
         try:
             self._talk(sid, wire, client, may_xclient=False)
@@ -235,7 +237,12 @@ class Worker:
         with wire.clock.limit(PROXY_HEADER_TIMEOUT, "waiting for the PROXY header"):
             parsed = None
             while parsed is None:
-                header += wire.read_some()
+                try:
+                    header += wire.read_some()
+                except PeerGone:
+                    if header:
+                        raise proxy_protocol.BadHeader("the connection ended inside the PROXY header") from None
+                    raise
                 parsed = proxy_protocol.parse(header)
         endpoints, length = parsed
         wire.unread(header[length:])
@@ -245,7 +252,8 @@ class Worker:
 
     def _turn_away(self, wire: Wire, sid: str, address: str, refusal: Reply, linger: bool) -> None:
         log.info("Connection refused", sid=sid, client=address, reply=str(refusal))
-        wire.write(refusal.octets)
+        if not is_in(address, self._settings.proxy_protocol_hosts):  # which hear nothing before their header
+            wire.write(refusal.octets)
         wire.hang_up(linger)
         wire.clock.close()
 
@@ -268,7 +276,10 @@ def _log_notice(notice: Notice) -> None:
 
 def drop_privileges(settings: Settings) -> None:
     """Become `user` and `group`, for good. Does nothing if Willi was not started as root."""
-    if os.geteuid() != 0 or not settings.user:
+    if os.geteuid() != 0:
+        return
+    if not settings.user:
+        log.warn("Willi runs as root: set user")
         return
     account = pwd.getpwnam(settings.user)
     group = getgrnam(settings.group).gr_gid if settings.group else account.pw_gid

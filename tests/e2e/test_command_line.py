@@ -94,7 +94,7 @@ def test_lookup_shows_each_key_and_the_route(tmp_path: Path):
         f"{name}  ann+news@b.example  -",
         f"{name}  ann@b.example  -",
         f"{name}  b.example  mx1.b.example:25,mx2.b.example:2525",
-        "route: mx1.b.example:25,mx2.b.example:2525, tls_verify = no",
+        "route: mx1.b.example:25,mx2.b.example:2525, tls_verify = false",
         "udo@c.example",
         f"{name}  udo@c.example  -",
         f"{name}  c.example  -",

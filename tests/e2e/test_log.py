@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import pwd
+from pathlib import Path
+
 import pytest
 
 from tests.conftest import StartWilli
 from tests.support.certificates import Authority
 from tests.support.client import Client
 from tests.support.daemon import Willi
+from tests.support.loopback import need
 from tests.support.talk import (
     BEN,
     BOB,
@@ -24,7 +28,7 @@ from tests.support.talk import (
     reply,
     say,
 )
-from tests.support.upstream import ScriptedUpstream
+from tests.support.upstream import Close, ScriptedUpstream
 
 CONTENT = b"Subject: x\r\n\r\nhello\r\n"
 
@@ -242,3 +246,34 @@ def test_debug_shows_the_dialogue_but_not_the_message(start_willi: StartWilli, u
     assert ("upstream <", GO_ON) in said
     assert ("client >", QUEUED) in said
     assert "secret" not in willi.text
+
+
+def test_accepted_recipients_of_a_lost_upstream_are_in_the_log(willi: Willi, upstream: ScriptedUpstream):
+    willi.tolerate("Upstream failed")
+    upstream.answers[BEN] = Close()
+    with greeted(willi) as client:
+        lost = "451 4.4.2 Lost the server for this recipient, try again"
+        assert say(client, MAIL, BOB, BEN, b"DATA") == [SENDER_KEPT, OK, lost, lost]
+    willi.wait_for_log(msg="Message rejected", count=2)
+    assert [line["to"] for line in willi.lines(msg="Message rejected")] == ["bob@b.example", "ben@b.example"]
+
+
+def test_a_recipient_that_is_no_address_is_in_the_log(willi: Willi):
+    with greeted(willi) as client:
+        assert say(client, MAIL, b"RCPT TO:<bob>") == [SENDER_KEPT, "553 5.1.3 Recipient address needs a domain"]
+    line = willi.wait_for_log(msg="RCPT refused")
+    assert (line["argument"], line["reply"]) == ("TO:<bob>", "553 5.1.3 Recipient address needs a domain")
+
+
+def test_willi_becomes_its_user_and_says_so_if_it_has_none(start_willi: StartWilli, upstream: ScriptedUpstream):
+    need("id", root=True)
+    root = start_willi(server=upstream.server)
+    assert root.wait_for_log(msg="Willi runs as root: set user")["lvl"] == "warn"
+    nobody = start_willi(server=upstream.server, user="nobody")
+    status = Path(f"/proc/{nobody.process.pid}/status").read_text()
+    account = pwd.getpwnam("nobody")
+    for key, number in (("Uid", account.pw_uid), ("Gid", account.pw_gid)):
+        assert f"{key}:\t" + "\t".join([str(number)] * 4) in status
+    with greeted(nobody) as client:
+        assert deliver(client) == QUEUED
+    assert nobody.lines(msg="Willi runs as root: set user") == []

@@ -16,6 +16,7 @@ from tests.support.talk import (
     OK,
     QUEUED,
     SENDER_KEPT,
+    chunk,
     content,
     deliver,
     greeted,
@@ -24,7 +25,7 @@ from tests.support.talk import (
     say_together,
     two_domains,
 )
-from tests.support.upstream import ScriptedUpstream
+from tests.support.upstream import Hold, ScriptedUpstream
 
 UNMAPPED = b"RCPT TO:<eve@e.example>"
 ELSEWHERE = "451 4.3.0 Different destination, please send separately"
@@ -85,3 +86,23 @@ def test_two_domains_of_one_upstream_go_together(start_willi: StartWilli, upstre
     with greeted(willi) as client:
         assert deliver(client, BOB, CARL) == QUEUED
     assert upstream.wait_for_message().recipients == (b"bob@b.example", b"carl@c.example")
+
+
+def test_a_route_that_changes_after_its_recipient_was_sent_ahead_changes_nothing(
+    start_willi: StartWilli, start_upstream: StartUpstream
+):
+    """The upstream's answer to it must not be left over and be taken for the answer to something else."""
+    here, there = start_upstream(), start_upstream()
+    csv = f"pattern;server;tls_verify\nb.example;{here.server}\nc.example;{here.server}\n"
+    willi = start_willi(csv=csv, mixed_recipients="defer")
+    hold = here.answers[b"RCPT TO:<bob@b.example>"] = Hold()
+    here.answers[b"BDAT"] = reply("554 5.7.1 refused")
+    with greeted(willi) as client:
+        client.send(MAIL + b"\r\nRCPT TO:<bob@b.example>\r\nRCPT TO:<eva@c.example>\r\n")
+        assert hold.reached.wait(5)
+        willi.csv.write_text(csv.replace(f"c.example;{here.server}", f"c.example;{there.server}"))
+        willi.wait_for_log(msg="CSV file read again")
+        hold.release()
+        assert [str(client.read_reply()) for _ in range(3)] == [SENDER_KEPT, OK, OK]
+        assert chunk(client, b"hello\r\n", last=True) == "554 5.7.1 refused"
+    assert there.connections == []

@@ -356,3 +356,17 @@ def test_a_message_in_a_chunk_is_content(willi: Willi, upstream: ScriptedUpstrea
     assert [message.content for message in upstream.messages] == [octets]
     assert say(client, b"RSET", MAIL, BOB, b"DATA")[3] == "354 go on"
     assert content(client) == QUEUED
+
+
+def test_a_data_line_that_is_refused_for_its_length_is_not_sent_ahead(willi: Willi, upstream: ScriptedUpstream):
+    """Else the chunk behind it would be content after the upstream's 354, and could end that message itself."""
+    forged = b"\r\n.\r\nRSET\r\nMAIL FROM:<boss@bank.example>\r\nRCPT TO:<ann@b.example>\r\nDATA\r\nforged\r\n.\r\n"
+    client = greeted(willi)
+    client.send(
+        MAIL + b"\r\n" + BOB + b"\r\nDATA" + b" " * 2050 + b"\r\n" + b"BDAT %d LAST\r\n%s" % (len(forged), forged)
+    )
+    assert [str(client.read_reply()) for _ in range(4)] == [
+        SENDER_KEPT, "250 2.0.0 ok", "500 5.5.2 Line too long", "250 2.0.0 ok"
+    ]  # fmt: skip
+    assert [message.content for message in upstream.messages] == [forged]
+    assert b"DATA" not in upstream.commands

@@ -187,6 +187,10 @@ def fold_pattern(pattern: str) -> str:
     domain = _fold_domain(domain)
     if at and not local:
         raise ValueError(f"{pattern[:80]!r}: a whole domain is written without @")
+    if domain.startswith((".", "*")):
+        raise ValueError(
+            f"{pattern[:80]!r}: neither an address nor a domain; there are no wildcards: one line for each domain"
+        )
     if not (_DOMAIN.fullmatch(domain) or _LITERAL.fullmatch(domain)):
         raise ValueError(f"{pattern[:80]!r}: neither an address nor a domain")
     if not at:
@@ -258,6 +262,8 @@ def _parse_server(entry: str) -> Server:
         scheme, colon, domain = entry.partition(":")
         if colon and scheme.lower() == "mx" and not domain.isdigit():  # `mx:25` is a host called mx
             return Server(_parse_name(domain), mx=True)
+        if re.match(r"smtp:(?![0-9]*$)", entry, re.IGNORECASE):  # `smtp:25` is a host called smtp
+            raise ValueError("write the host alone, without smtp:")
         if entry.count(":") > 1 and "[" not in entry:  # where would a port begin?
             raise ValueError("an IPv6 address needs brackets, as in [2001:db8::1] or [2001:db8::1]:25")
         parts = _HOST_AND_PORT.fullmatch(entry)

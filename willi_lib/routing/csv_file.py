@@ -79,7 +79,10 @@ class CsvFile:
 
     def load(self) -> None:
         """Read the file; all of it replaces the old table, or, after CsvError, nothing does."""
-        self._table = self._parse(self._read())
+        table = self._parse(self._read())
+        if self._table and not table:
+            raise CsvError(f"{self.file}: no patterns any more; write a new file beside it and rename that")
+        self._table = table
 
     def _stamp(self) -> Stamp | None:
         try:
@@ -148,7 +151,7 @@ class _Builder:
         if not text:
             return
         pattern, rest = _split(text)
-        key = fold_pattern(pattern.strip())
+        key = _fold(pattern, rest)
         route = self._routes.get(rest) or self._new_route(rest)
         known = self.table.get(key)
         if known is None:
@@ -168,6 +171,16 @@ class _Builder:
         route = Route(parse_servers(server), tls_verify, self._policy, self._mapping)
         self._routes[rest] = self._unique.setdefault(route, route)
         return self._routes[rest]
+
+
+def _fold(pattern: str, rest: str) -> str:
+    """The key that the pattern stands for. Raises ValueError."""
+    try:
+        return fold_pattern(pattern.strip())
+    except ValueError as fault:
+        if "," in pattern and not rest:
+            raise ValueError(f"{fault}; fields are separated by ;") from None
+        raise
 
 
 def _text(line: bytes) -> str:

@@ -101,7 +101,6 @@ OUR_FAULT = own(451, "4.3.0", "Internal error, try again")
 NO_RECIPIENTS_YET = own(451, "4.5.1", "No valid recipients, try again")
 XCLIENT_NEEDED = own(451, "4.3.5", "Server for this recipient does not accept our XCLIENT, try again")
 TOO_MANY_RECIPIENTS = own(452, "4.5.3", "Too many recipients")  # RFC 5321 §4.5.3.1.10
-TLS_UNAVAILABLE = own(454, "4.7.0", "TLS not available now")  # RFC 3207 §4
 
 # 5yz: do not try again
 LINE_TOO_LONG = own(500, "5.5.2", "Line too long")  # RFC 5321 §4.5.3.1.4

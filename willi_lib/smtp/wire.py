@@ -34,7 +34,8 @@ MAX_REPLY_LINE = 4096  # octets with CRLF; RFC 5321 §4.5.3.1.5 asks for 512
 WRITE_TIMEOUT = 300.0  # seconds, if nobody says otherwise: what RFC 5321 §4.5.3.2 has a server wait
 LINGER = 2.0  # seconds for the peer to read our last words before the socket goes
 LINGER_OCTETS = 1 << 20  # what we throw away meanwhile
-FAIR_READS = 32  # reads without a wait after which the other sessions, and the clock, get their turn
+FAIR_LINES = 64  # lines from the buffer, likewise
+FAIR_READS = 8  # reads without a wait after which the other sessions, and the clock, get their turn
 FOREVER = float("inf")
 
 
@@ -153,7 +154,7 @@ class Wire:
     """
 
     __slots__ = (
-        "_at", "_body_read", "_buffer", "_clear_in", "_clear_out", "_output", "_output_size",
+        "_at", "_body_read", "_buffer", "_clear_in", "_clear_out", "_lines", "_output", "_output_size",
         "_readable", "_reads", "_socket", "_tls", "_writable", "_write_timeout", "clock", "trace",
     )  # fmt: skip
 
@@ -173,7 +174,7 @@ class Wire:
         self._buffer = b""  # what was received and not yet taken ...
         self._at = 0  # ... from here on
         self._body_read = FIRST_BODY_READ
-        self._reads = 0  # since we last waited
+        self._reads = self._lines = 0  # since we last waited
         self._output: list[bytes] = []
         self._output_size = 0
         self._tls: ssl.SSLObject | None = None
@@ -209,6 +210,10 @@ class Wire:
             self._receive(COMMAND_READ)
         line = self._buffer[self._at : end]
         self._at = end + 2
+        self._lines += 1
+        if self._lines > FAIR_LINES:
+            self._lines = 0
+            gevent.sleep(0)
         _refuse_bare_newline(line)
         if self.trace:
             self.trace("<", line)
@@ -292,7 +297,7 @@ class Wire:
                 self._reads = 0
                 gevent.sleep(0)
         while octets is None:
-            self._reads = 0
+            self._reads = self._lines = 0
             get_hub().wait(self._readable)
             octets = self._receive_now(size)
         if not octets:
@@ -314,9 +319,13 @@ class Wire:
             raise PeerGone(error.strerror or str(error)) from None
 
     def _decrypt(self, size: int) -> bytes:
-        """All that can be had, several TLS records at once. Raises BlockingIOError if that is nothing."""
+        """What can be had, several TLS records at once, of one recv. Raises BlockingIOError if that is nothing.
+
+        Of one only: a peer that sends nothing but key updates would never let go of us.
+        """
         assert self._tls and self._clear_in
         records: list[bytes] = []
+        received = False
         while True:
             try:
                 while size > 0:
@@ -330,6 +339,9 @@ class Wire:
                 self._send_encrypted()  # e.g. the answer to a key update
                 if records:
                     return b"".join(records)
+                if received:
+                    raise BlockingIOError from None
+                received = True
                 octets = self._socket.recv(ENCRYPTED_READ)
                 if not octets:
                     return b""  # also without close_notify: SMTP says itself where a message ends
