@@ -125,7 +125,7 @@ class Dispatch:
         line = mail.line(upstream.features)
         upstream.send_ahead([line, _rcpt_line(recipient), *self._lines_ahead(transaction, upstream)])
         answer = upstream.ask(line)
-        upstream.in_transaction = answer.positive
+        upstream.in_transaction = True  # refused or not: RSET makes sure of it before the next MAIL
         return answer
 
     def _lines_ahead(self, transaction: Transaction, upstream: Upstream) -> list[bytes]:
