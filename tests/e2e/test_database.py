@@ -10,6 +10,7 @@ from pathlib import Path
 from time import monotonic
 
 import gevent
+import gevent.server
 import gevent.socket
 import pymysql.connections
 import pytest
@@ -380,3 +381,34 @@ def test_a_query_that_hangs_within_tls_stops_nobody_else(
         assert turns > 30 and 0.4 < monotonic() - began < 0.8
         assert isinstance(asking.exception, Down)
     assert database.ask("b.example") == to("mx1")
+
+
+def test_a_key_that_one_of_several_comparisons_cannot_take_is_no_miss(mariadb: Mariadb, open_database: Open):
+    """The other comparison might have found its row: a miss would be a 554, or another mapping's route."""
+    name = mariadb.table(("😀@b.example", "mx1", True), charset="utf8mb4")
+    query = (
+        "SELECT server FROM routes WHERE pattern = ? UNION SELECT server FROM routes"
+        " WHERE CONVERT(pattern USING latin1) COLLATE latin1_swedish_ci = ?"
+    )
+    with pytest.raises(LookupFailed):
+        open_database(name, query).ask("😀@b.example")
+
+
+@pytest.mark.parametrize(
+    "greeting", [b"\x05\x00\x00\x00\x0b\x08\x05\x1a\x00", b"\x00\x00\x00\x00", b"\x01\x00\x00\x00\xfe"]
+)
+def test_a_host_that_is_no_database_is_passed_over(mariadb: Mariadb, open_database: Open, greeting: bytes):
+    name = mariadb.table(("b.example", "mx1", True))
+
+    def answer(client: socket.socket, _address: object) -> None:
+        client.sendall(greeting)
+
+    server = gevent.server.StreamServer((HOST, 0), answer)
+    server.start()
+    try:
+        hosts = (Host(HOST, int(server.server_port or 0)), Host(HOST, mariadb.port))
+        assert open_database(name, hosts=hosts).ask("b.example") == to("mx1")
+        with pytest.raises(Down):
+            open_database(name, hosts=hosts[:1]).ask("b.example")
+    finally:
+        server.stop()

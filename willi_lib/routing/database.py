@@ -172,8 +172,8 @@ class Database:
             if not connection.driver.open or number in CONNECTION_ERRORS:
                 raise _Lost(_text(error)) from None
             usable = isinstance(number, int) and number >= 1000 and number not in DRIVER_ERRORS
-            if number in UNKNOWN_CHARACTER_ERRORS and not key.isascii():
-                return None  # no row can have this key
+            if number in UNKNOWN_CHARACTER_ERRORS and not key.isascii() and self._parameters == 1:
+                return None  # no row can have this key; of several comparisons, another one might have found it
             raise LookupFailed(_text(error)) from None
         finally:
             if usable:
@@ -220,8 +220,10 @@ class Database:
             )
         except (pymysql.MySQLError, OSError) as error:
             raise Down(_text(error)) from None
-        except RuntimeError:  # of PyMySQL, without the package cryptography
-            raise Down("the account wants to log in with sha2, which needs tls_ca or unix_socket") from None
+        except RuntimeError as error:  # of PyMySQL, without the package cryptography
+            raise Down(f"logging in with sha2 needs tls_ca or unix_socket: {error}") from None
+        except Exception as error:  # noqa: BLE001 -- PyMySQL reads a greeting without looking where it ends
+            raise Down(f"no greeting of a database: {error!r}") from None
         self._open += 1
         return _Connection(host, driver)
 
