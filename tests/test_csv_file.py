@@ -405,3 +405,14 @@ def test_a_long_reading_pauses_and_the_old_table_answers_to_its_end(file):
     mapping.load()
     assert answers == [to("mx1")] * 3
     assert find(mapping, "b.example") == to("mx2")
+
+
+def test_a_file_that_has_become_empty_does_not_replace_a_table(tmp_path: Path):
+    file = tmp_path / "map.csv"
+    file.write_text("pattern;server\nb.example;mx1\n")
+    mapping = CsvFile("csv:x", str(file), Policy())
+    mapping.load()
+    file.write_text("pattern;server\n")
+    with pytest.raises(CsvError, match="no patterns any more"):
+        mapping.load()
+    assert len(mapping) == 1

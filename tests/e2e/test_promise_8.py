@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
 from tests.conftest import StartWilli
 from tests.support.certificates import Pair
 from tests.support.client import Client
-from tests.support.daemon import Willi
+from tests.support.daemon import Setting, Willi, write_config
+from tests.support.loopback import HOST, ROOT, free_port
 from tests.support.promise import all_at_once, greeted, in_data, in_envelope, meet, meet_in_data, resident
 from tests.support.raw import Meanwhile, Peer, RawUpstream
-from tests.support.talk import BOB, EHLO, LOST, MAIL, NO_ANSWER, SENDER_KEPT, chunk, content, say
+from tests.support.talk import BOB, EHLO, LOST, MAIL, NO_ANSWER, QUEUED, SENDER_KEPT, chunk, content, deliver, say
 from tests.support.upstream import GREETING, VERDICT, Delay, Drip, ScriptedUpstream
 from willi_lib.smtp.reply import Reply
 
@@ -391,3 +395,22 @@ def test_errors_have_a_limit(start_willi: StartWilli, upstream: ScriptedUpstream
     assert say(client, EHLO, *[b"XYZZY"] * 4)[1:] == ["500 5.5.2 Command not recognized"] * 4
     assert say(client, b"XYZZY") == ["421 4.7.0 Too many errors"]
     client.expect_eof()
+
+
+def test_a_log_that_nobody_reads_stops_no_mail(tmp_path: Path, upstream: ScriptedUpstream):
+    """Its pipe takes 64 KiB; then lines are lost."""
+    static: dict[str, Setting] = {"type": "static", "server": upstream.server, "tls_verify": False}
+    port = free_port()
+    config = write_config(tmp_path / "willi.conf", {"listen": f"{HOST}:{port}", "mappings": {"all": static}})
+    command = [sys.executable, str(ROOT / "willi.py"), "-c", str(config)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+        assert process.stdout
+        while b"msg=Ready" not in process.stdout.readline():
+            pass
+        with Client(port) as client:
+            assert client.read_reply().code == 220
+            assert client.command(b"EHLO " + b"h" * 250).code == 250
+            for _ in range(150):
+                assert deliver(client) == QUEUED
+        process.terminate()
+        assert process.wait(10) == 0

@@ -315,3 +315,13 @@ def test_postfix_believes_it(start_willi: StartWilli, postfix: Postfix, dns: Dns
         assert deliver(client, b"RCPT TO:<xclient@b.example>").startswith("250 2.0.0 Ok: queued as ")
     stored = postfix.wait_for_message("xclient@b.example")
     assert "from strange+name=x.example (client.example [127.0.0.7])" in stored.received
+
+
+@pytest.mark.parametrize("name", [b"spammer.example", b"authority.example", b"not-authorized.example"])
+def test_the_clients_own_words_do_not_make_its_refusal_our_affair(
+    name: bytes, willi: Willi, upstream: ScriptedUpstream
+):
+    refusal = b"550 5.7.1 <%s>: Helo command rejected: listed" % name
+    upstream.answers[b"XCLIENT"] = refusal + b"\r\n"
+    with greeted(willi, b"EHLO " + name) as client:
+        assert say(client, MAIL, BOB) == [SENDER_KEPT, refusal.decode()]
