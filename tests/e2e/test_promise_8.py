@@ -404,13 +404,16 @@ def test_a_log_that_nobody_reads_stops_no_mail(tmp_path: Path, upstream: Scripte
     config = write_config(tmp_path / "willi.conf", {"listen": f"{HOST}:{port}", "mappings": {"all": static}})
     command = [sys.executable, str(ROOT / "willi.py"), "-c", str(config)]
     with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
-        assert process.stdout
-        while b"msg=Ready" not in process.stdout.readline():
-            pass
-        with Client(port) as client:
-            assert client.read_reply().code == 220
-            assert client.command(b"EHLO " + b"h" * 250).code == 250
-            for _ in range(150):
-                assert deliver(client) == QUEUED
-        process.terminate()
-        assert process.wait(10) == 0
+        try:
+            assert process.stdout
+            while b"msg=Ready" not in process.stdout.readline():
+                pass
+            with Client(port) as client:
+                assert client.read_reply().code == 220
+                assert client.command(b"EHLO " + b"h" * 250).code == 250
+                for _ in range(150):
+                    assert deliver(client) == QUEUED
+            process.terminate()
+            assert process.wait(10) == 0
+        finally:
+            process.kill()
