@@ -8,7 +8,7 @@ Usage:
   willi.py (-h | --help | -V | --version)
 
 Commands:
-  (none)          Serve in the foreground until SIGTERM or Ctrl-C.
+  (none)          Serve in the foreground until SIGTERM or Ctrl-C. SIGHUP reads the file again.
   check           Try the file, the mappings, the certificates and the upstreams.
   lookup          Show each key asked in each mapping for an address, and its route.
 
@@ -31,6 +31,7 @@ from docopt import DocoptExit, docopt
 
 from willi_lib import VERSION, log, master
 from willi_lib.config import ConfigError, Settings, load
+from willi_lib.listeners import CannotBind
 
 DEFAULT_FILES = ("willi.conf", "/opt/willi/etc/willi.conf")
 GOOD, BAD_CONFIGURATION, BAD_USAGE, CANNOT_BIND = range(4)
@@ -70,8 +71,11 @@ def serve(settings: Settings, debug: bool) -> int:
     log.set_up(settings.loglevel, settings.log)
     log.info("Starting", version=VERSION, config=settings.path)
     try:
-        master.run(settings)
-    except master.CannotBind as error:
+        if debug:
+            master.run_alone(settings)
+        else:
+            master.run(settings, read_again=lambda: load(settings.path))
+    except CannotBind as error:
         log.error("Cannot start", error=str(error))
         return CANNOT_BIND
     except master.Unusable as error:

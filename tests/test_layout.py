@@ -17,8 +17,8 @@ from tests.support.loopback import ROOT
 FLOORS = [
     {"smtp"},  # these two know only themselves
     {"routing"},
-    {"config", "log", "limits", "dns", "tls"},
-    {"mappings", "upstream"},
+    {"config", "log", "systemd", "scoreboard", "limits", "dns", "tls"},
+    {"mappings", "upstream", "listeners", "child"},
     {"relay"},
     {"dispatch"},
     {"session"},

@@ -6,9 +6,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from willi_lib import limits as module
+from willi_lib import scoreboard as module
 from willi_lib.limits import Limits, client_of
+from willi_lib.scoreboard import Row, Scoreboard, cells_of
 from willi_lib.smtp import reply as replies
+
+
+def limits_of(*limits: int, board: Scoreboard | None = None, row: int = 0) -> Limits:
+    """Those of one worker; with a board, of several."""
+    return Limits(Row(board or Scoreboard(1), row), *limits)
 
 
 @pytest.fixture
@@ -24,15 +30,15 @@ def minutes(monkeypatch):
 
 
 def test_one_connection_more_than_allowed_is_refused_and_not_counted():
-    limits = Limits(2, 100, 0)
+    limits = limits_of(2, 100, 0)
     assert [limits.enter() for _ in range(3)] == [None, None, replies.TOO_MANY_CONNECTIONS]
-    assert limits.total == 2
+    assert limits._board.total == 2
     limits.leave()
     assert limits.enter() is None
 
 
 def test_one_connection_more_than_allowed_for_one_client_is_refused_and_others_are_not():
-    limits = Limits(100, 2, 0)
+    limits = limits_of(100, 2, 0)
     assert [limits.enter_address("192.0.2.1") for _ in range(3)] == [None, None, replies.TOO_MANY_CONNECTIONS_FROM_YOU]
     assert limits.enter_address("192.0.2.2") is None
     limits.leave_address("192.0.2.1")
@@ -41,53 +47,65 @@ def test_one_connection_more_than_allowed_for_one_client_is_refused_and_others_a
 
 
 def test_a_client_that_has_gone_leaves_nothing_behind():
-    limits = Limits(100, 2, 0)
+    limits = limits_of(100, 2, 0)
     for number in range(200):
         limits.enter_address(f"192.0.2.{number}")
         limits.leave_address(f"192.0.2.{number}")
-        limits.enter_address("192.0.3.1")
-    assert dict(limits._open) == {"192.0.3.1": 2}
+        limits.enter_address("192.0.3.1")  # of which two stay
+    assert limits.enter_address("192.0.3.1") == replies.TOO_MANY_CONNECTIONS_FROM_YOU
+    assert limits._board.open_of(cells_of("192.0.2.77")) == 0
 
 
 def test_a_rate_of_nothing_is_no_limit():
-    limits = Limits(100, 1000, 0)
+    limits = limits_of(100, 1000, 0)
     assert {limits.enter_address("192.0.2.1") for _ in range(500)} == {None}
 
 
 def test_the_rate_is_that_of_any_minute(minutes):
-    limits = Limits(100, 1000, 3)
+    limits = limits_of(100, 1000, 3)
     assert [limits.enter_address("192.0.2.1") for _ in range(4)] == [None, None, None, replies.TOO_FAST]
     assert limits.enter_address("192.0.2.2") is None
     minutes(0.99)
     assert limits.enter_address("192.0.2.1") == replies.TOO_FAST
-    minutes(0.01)
+    minutes(0.2)
     assert [limits.enter_address("192.0.2.1") for _ in range(4)] == [None, None, None, replies.TOO_FAST]
 
 
 def test_who_is_refused_for_its_rate_is_not_counted(minutes):
-    limits = Limits(100, 1, 1)
+    limits = limits_of(100, 1, 1)
     assert limits.enter_address("192.0.2.1") is None
     limits.leave_address("192.0.2.1")
     assert [limits.enter_address("192.0.2.1") for _ in range(3)] == [replies.TOO_FAST] * 3
-    minutes(1)
+    minutes(1.2)
     assert limits.enter_address("192.0.2.1") is None
 
 
 def test_who_is_refused_for_its_open_connections_does_not_use_up_its_rate(minutes):
-    limits = Limits(100, 1, 2)
+    limits = limits_of(100, 1, 2)
     assert limits.enter_address("192.0.2.1") is None
     assert limits.enter_address("192.0.2.1") == replies.TOO_MANY_CONNECTIONS_FROM_YOU
     limits.leave_address("192.0.2.1")
     assert limits.enter_address("192.0.2.1") is None
 
 
-def test_clients_of_the_last_minute_are_forgotten(minutes):
-    limits = Limits(10_000, 10, 5)
-    for number in range(1000):
-        limits.enter_address(f"10.0.{number // 250}.{number % 250}")
-    minutes(1.1)
-    limits.enter_address("192.0.2.1")
-    assert list(limits._recent) == ["192.0.2.1"]
+def test_all_workers_count_together():
+    board = Scoreboard(3)
+    first, second = (limits_of(3, 2, 0, board=board, row=row) for row in (0, 2))
+    assert [first.enter(), second.enter(), first.enter()] == [None] * 3
+    assert first.enter() == second.enter() == replies.TOO_MANY_CONNECTIONS
+    assert [first.enter_address("192.0.2.1"), second.enter_address("192.0.2.1")] == [None] * 2
+    assert first.enter_address("192.0.2.1") == replies.TOO_MANY_CONNECTIONS_FROM_YOU
+    second.leave_address("192.0.2.1")
+    assert first.enter_address("192.0.2.1") is None
+    board.clear(0)
+    assert [second.enter() for _ in range(3)] == [None, None, replies.TOO_MANY_CONNECTIONS]
+
+
+def test_all_workers_count_the_rate_together():
+    board = Scoreboard(2)
+    workers = [limits_of(100, 100, 4, board=board, row=row) for row in (0, 1)] * 3
+    answers = [worker.enter_address("192.0.2.1") for worker in workers]
+    assert answers == [None] * 4 + [replies.TOO_FAST] * 2
 
 
 @pytest.mark.parametrize(("address", "client"), [
@@ -104,11 +122,11 @@ def test_a_client_is_an_ipv4_address_or_the_64_of_an_ipv6_address(address, clien
 
 @given(st.lists(st.sampled_from(["192.0.2.1", "192.0.2.2", "2001:db8::1", "2001:db8::2"])))
 def test_who_was_let_in_is_counted_until_it_leaves(addresses):
-    limits = Limits(100, 2, 0)
+    limits = limits_of(100, 2, 0)
     inside = [address for address in addresses if limits.enter_address(address) is None]
-    counts = {client: [client_of(address) for address in inside].count(client) for client in map(client_of, inside)}
-    assert dict(limits._open) == counts
-    assert all(count <= 2 for count in counts.values())
+    for client in map(client_of, inside):
+        count = list(map(client_of, inside)).count(client)
+        assert limits._board.open_of(cells_of(client)) == count <= 2
     for address in inside:
         limits.leave_address(address)
-    assert not limits._open
+    assert not any(limits._board.open_of(cells_of(client_of(address))) for address in inside)

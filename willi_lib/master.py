@@ -1,69 +1,72 @@
-"""Processes: the listening sockets, and who serves them.
+"""Processes: forks the workers, replaces those that die, reloads, and ends them all.
 
-For now one worker in this very process. No gevent up here: a hub in the parent of a
-fork would be inherited by every child.
+The master touches no client and imports no gevent: a hub in the parent of a fork would be
+inherited by every child. Signals are blocked; the loop takes one at a time and then looks after
+its children, at least once in a `TICK`.
 """
 
 from __future__ import annotations
 
-import errno
+import os
 import resource
+import signal
 import socket
+from collections.abc import Callable
+from pathlib import Path
+from time import monotonic
+from typing import NoReturn
 
-from . import log
-from .config import Address, Settings
+from . import log, systemd
+from .child import Child, State
+from .config import ConfigError, MysqlSettings, Settings
+from .listeners import CannotBind, Listeners
+from .scoreboard import Row, Scoreboard
 
-BACKLOG = 4096  # connections that the kernel keeps until we accept them; net.core.somaxconn caps it
+SIGNALS = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGCHLD)
+TICK = 1.0  # seconds
+BUSY_TICK = 0.05  # seconds, while workers start
+START_TIMEOUT = 300.0  # seconds for a worker to read its tables and certificates
+HANG_TIMEOUT = 60.0  # seconds without a sign of life, after which a worker is killed
+FIRST_DELAY, LONGEST_DELAY = 1.0, 60.0  # seconds before a worker is replaced that soon died; doubled each time
+LONG_LIFE = 60.0  # seconds; a worker that dies later is replaced at once
+CERTIFICATE_INTERVAL = 5.0  # seconds between looks at the certificates
+GENERATIONS = 4  # at the same time: one that serves, one that starts, two that drain; then a reload has to wait
 DESCRIPTORS_PER_SESSION = 2  # the client and the upstream
 SPARE_DESCRIPTORS = 64  # listeners, log, database, DNS
-
-
-class CannotBind(Exception):
-    """An address of `listen` cannot be had."""
+RELOAD_FAILED = "Reload failed, nothing has changed"
+NOT_REPLACED = "Cannot replace a worker"
 
 
 class Unusable(Exception):
     """Something that the file names cannot be used; one line for each fault."""
 
 
-def open_listeners(addresses: tuple[Address, ...]) -> list[socket.socket]:
-    """Bound, listening, non-blocking sockets; two of them for an address without a host. Raises CannotBind."""
-    return [listener for address in addresses for listener in _open(address)]
+def run(settings: Settings, read_again: Callable[[], Settings]) -> None:
+    """Serve until told to end. read_again: reads the file for a reload. Raises CannotBind, Unusable."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    Master(settings, read_again).run()
 
 
-def _open(address: Address) -> list[socket.socket]:
-    if address.host:
-        family = socket.AF_INET6 if ":" in address.host else socket.AF_INET
-        return [_bind(family, address.host, address.port)]
-    listeners = [_bind(socket.AF_INET, "0.0.0.0", address.port)]
+def run_alone(settings: Settings) -> None:
+    """Serve from this very process, for --debug. Raises CannotBind, Unusable."""
+    listeners = Listeners()
+    listeners.open(settings.listen)
+    look_at_surroundings(settings)
+    from . import worker  # not before: it brings gevent
+
     try:
-        listeners.append(_bind(socket.AF_INET6, "::", address.port))
-    except CannotBind as failure:
-        cause = failure.__cause__
-        if not (isinstance(cause, OSError) and cause.errno in (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL)):
-            raise
-        log.info("No IPv6 on this host", listen=str(address))
-    return listeners
+        serving = worker.Worker(settings, listeners.sockets, Row(Scoreboard(1), 0))
+    except worker.STARTUP_FAULTS as faults:
+        raise Unusable(str(faults)) from None
+    log.info("Ready", listen=str(listeners), pid=os.getpid())
+    serving.run_alone()
+    log.info("Stopped")
 
 
-def _bind(family: socket.AddressFamily, host: str, port: int) -> socket.socket:
-    try:
-        listener = socket.socket(family, socket.SOCK_STREAM)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if family == socket.AF_INET6:
-            listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # inherited by every connection (Linux)
-        listener.bind((host, port))
-        listener.listen(BACKLOG)
-        listener.setblocking(False)
-    except OSError as error:
-        hint = "; start Willi as root, it becomes `user` afterwards" if error.errno == errno.EACCES else ""
-        raise CannotBind(f"cannot listen on {Address(host, port)}: {error.strerror}{hint}") from error
-    return listener
-
-
-def allow_descriptors(settings: Settings) -> None:
-    """Raise the limit on open files as far as max_connections needs, or say that it is too low."""
+def look_at_surroundings(settings: Settings) -> None:
+    """Raise the limit on open files as far as max_connections needs, and warn of what is no fault of the file."""
+    if os.geteuid() == 0 and not settings.user:
+        log.warn("Willi runs as root: set user")
     wanted = settings.max_connections * DESCRIPTORS_PER_SESSION + SPARE_DESCRIPTORS
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft >= wanted:
@@ -73,14 +76,288 @@ def allow_descriptors(settings: Settings) -> None:
         log.warn("Too few file descriptors for max_connections", limit=hard, needed=wanted)
 
 
-def run(settings: Settings) -> None:
-    """Serve until told to end. Raises CannotBind, Unusable."""
-    listeners = open_listeners(settings.listen)
-    allow_descriptors(settings)
-    from . import worker  # not before: it brings gevent
+class Master:
+    """The workers and what they share."""
 
+    def __init__(self, settings: Settings, read_again: Callable[[], Settings]) -> None:
+        """Raises CannotBind."""
+        self._settings = settings  # what the workers serve by
+        self._candidate: Settings | None = None  # whose workers are starting
+        self._read_again = read_again
+        self._listeners = Listeners()
+        self._board = Scoreboard(GENERATIONS * settings.workers)
+        self._children: list[Child] = []
+        self._certificates = Certificates()
+        self._reload_asked = False
+        self._stopping = False
+        self._delay = 0.0  # before the next dead worker is replaced
+        self._replace_at = 0.0
+        self._last_tick = self._awake_since = self._petted = monotonic()
+
+    def run(self) -> None:
+        """Raises CannotBind, Unusable: the workers could not start."""
+        self._begin(self._settings)
+        while self._children or not self._stopping:
+            arrived = signal.sigtimedwait(SIGNALS, BUSY_TICK if self._candidate else TICK)
+            if arrived:
+                self._on_signal(arrived.si_signo)
+            self._bury()
+            self._listen()
+            self._end_hopeless()
+            if not self._stopping:
+                self._replace()
+                self._reload_if_asked()
+            self._pet_watchdog()
+        log.info("Stopped")
+
+    def _on_signal(self, number: int) -> None:
+        if number == signal.SIGHUP:
+            self._reload_asked = True
+            if self._candidate or not self._has_room():
+                log.info("Reload waits for workers that still start or drain", workers=len(self._children))
+        elif number in (signal.SIGTERM, signal.SIGINT):
+            self._stop()
+
+    def _stop(self) -> None:
+        if self._stopping:
+            log.warn("Ended at once", workers=len(self._children))
+        else:
+            log.info("Stopping", workers=len(self._children), drain_timeout=self._settings.drain_timeout)
+            systemd.notify("STOPPING=1")
+            self._listeners.close()
+        for child in self._children:
+            if not self._stopping and child.state is State.SERVING:
+                child.drain()
+            elif self._stopping or child.state is not State.DRAINING:
+                child.kill()
+        self._stopping = True
+        self._candidate = None
+
+    # -- one generation after the other
+
+    def _begin(self, settings: Settings) -> None:
+        """Start the workers of a file; `_listen` goes on when they are ready. Raises CannotBind, Unusable."""
+        self._certificates.look(settings)
+        self._listeners.open(settings.listen)
+        look_at_surroundings(settings)
+        if settings.workers * GENERATIONS > self._board.rows:
+            self._board = Scoreboard(settings.workers * GENERATIONS)  # what still drains is not counted in this one
+        self._candidate = settings
+        for _ in range(settings.workers):
+            try:
+                self._fork(settings)
+            except OSError as error:
+                raise Unusable(f"cannot start a worker: {error.strerror}") from None
+
+    def _listen(self) -> None:
+        """Hear who is ready; when all of a new generation are, they take over."""
+        for child in self._children:
+            child.listen()
+            if child.state is State.READY and child.settings is not self._candidate:
+                child.go()
+                log.info("Worker replaced", pid=child.pid)
+        new = [child for child in self._children if child.settings is self._candidate]
+        if self._candidate and all(child.state is State.READY for child in new):
+            self._switch(self._candidate, new)
+
+    def _switch(self, settings: Settings, new: list[Child]) -> None:
+        first = settings is self._settings
+        for child in new:
+            child.go()
+        for child in self._children:
+            if child.state is State.SERVING and child not in new:
+                child.drain()
+            elif child.state in (State.STARTING, State.READY):  # a replacement that comes too late
+                child.kill()
+        self._settings, self._candidate = settings, None
+        self._delay = 0.0
+        self._listeners.close_others(settings.listen)
+        log.set_up(settings.loglevel, settings.log)
+        log.info("Ready" if first else "Reloaded", listen=str(self._listeners), workers=len(new), pid=os.getpid())
+        systemd.notify("READY=1", f"STATUS={len(new)} workers listen on {self._listeners}")
+
+    def _reload_if_asked(self) -> None:
+        if self._certificates.have_changed(self._settings):
+            log.info("A certificate has changed")
+            self._reload_asked = True
+        if not self._reload_asked or self._candidate or not self._has_room():
+            return
+        self._reload_asked = False
+        log.info("Reloading")
+        systemd.notify_reloading()
+        try:
+            self._begin(self._read_again())
+        except (ConfigError, CannotBind, Unusable) as faults:
+            self._give_up(str(faults))
+        except Exception:  # noqa: BLE001 -- whatever it is, those that serve shall go on
+            log.bug("Internal error")
+            self._give_up("internal error")
+
+    def _has_room(self) -> bool:
+        """Whether one more generation of workers may be."""
+        return len(self._free_rows()) * GENERATIONS >= self._board.rows
+
+    def _give_up(self, faults: str) -> None:
+        """The new workers cannot be: those that serve go on. Raises Unusable if there are none."""
+        for child in self._children:
+            if child.settings is self._candidate:
+                child.kill()
+        first = self._candidate is self._settings
+        self._candidate = None
+        if first:
+            for child in self._children:
+                os.waitpid(child.pid, 0)
+            raise Unusable(faults)
+        self._certificates.look(self._settings)
+        self._listeners.close_others(self._settings.listen)
+        for fault in faults.splitlines():
+            log.error(RELOAD_FAILED, error=fault)
+        systemd.notify("READY=1", f"STATUS={RELOAD_FAILED}: {faults.splitlines()[0]}")
+
+    # -- one child after the other
+
+    def _fork(self, settings: Settings) -> None:
+        """Raises OSError."""
+        row = min(self._free_rows())
+
+        def become(channel: socket.socket) -> NoReturn:
+            self._become_worker(settings, row, channel)
+
+        self._children.append(Child(settings, self._board, row, become))
+
+    def _free_rows(self) -> set[int]:
+        return set(range(self._board.rows)) - {c.row for c in self._children if c.board is self._board}
+
+    def _become_worker(self, settings: Settings, row: int, channel: socket.socket) -> NoReturn:
+        """In the child: what only the master may have is let go of, and then the worker is on its own."""
+        status = 1
+        try:
+            os.environ.pop("NOTIFY_SOCKET", None)
+            for number in (signal.SIGHUP, signal.SIGINT):  # meant for the master, even if a terminal sends it to all
+                signal.signal(number, signal.SIG_IGN)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+            for child in self._children:
+                child.channel.close()
+            self._listeners.close_others(settings.listen)
+            log.set_up(settings.loglevel, settings.log)
+            from . import worker  # not before: it brings gevent
+
+            status = worker.run(settings, self._listeners.sockets, Row(self._board, row), channel)
+        except BaseException:  # noqa: BLE001 -- the stack below is the master's
+            log.bug("Internal error")
+        finally:
+            os._exit(status)
+
+    def _bury(self) -> None:
+        """Take note of those that have ended."""
+        while self._children:
+            pid, status = os.waitpid(-1, os.WNOHANG)
+            if not pid:
+                return
+            child = next((child for child in self._children if child.pid == pid), None)
+            if child:
+                child.listen()
+                child.forget()
+                self._children.remove(child)
+                self._mourn(child, os.waitstatus_to_exitcode(status))
+
+    def _mourn(self, child: Child, status: int) -> None:
+        """Say so, unless it was to be expected."""
+        ended = f"ended with signal {-status}" if status < 0 else f"ended with {status}"
+        if child.state is State.KILLED or (child.state is State.DRAINING and status == 0):
+            return
+        if child.state is State.STARTING:
+            self._mourn_start(child, child.words.decode("utf-8", "replace") or f"worker {ended}")
+        else:
+            log.error("Worker ended by itself", pid=child.pid, error=ended)
+            self._schedule_replacement(monotonic() - child.started)
+
+    def _mourn_start(self, child: Child, faults: str) -> None:
+        """It could not start: nor can its generation, but a replacement is tried again."""
+        if child.settings is self._candidate:
+            self._give_up(faults)
+            return
+        for fault in faults.splitlines():
+            log.error(NOT_REPLACED, error=fault)
+        self._schedule_replacement(0)
+
+    def _schedule_replacement(self, lived: float) -> None:
+        if lived > LONG_LIFE:
+            self._delay = 0.0
+        else:
+            self._delay = min(max(FIRST_DELAY, self._delay * 2), LONGEST_DELAY)
+        self._replace_at = monotonic() + self._delay
+
+    def _replace(self) -> None:
+        """Have as many workers as there should be."""
+        alive = (State.STARTING, State.READY, State.SERVING)
+        serving = [c for c in self._children if c.settings is self._settings and c.state in alive]
+        if self._candidate is self._settings or monotonic() < self._replace_at:
+            return
+        for _ in range(self._settings.workers - len(serving)):
+            try:
+                self._fork(self._settings)
+            except OSError as error:
+                log.error(NOT_REPLACED, error=str(error))
+                self._schedule_replacement(0)
+                return
+
+    def _end_hopeless(self) -> None:
+        """Kill what takes too long to start, to drain or to show that it is alive."""
+        now = monotonic()
+        if now - self._last_tick > 5 * TICK:  # we were not running ourselves: nor may they have been
+            self._awake_since = now
+        self._last_tick = now
+        for child in self._children:
+            if child.state is State.STARTING and now - child.started > START_TIMEOUT:
+                child.kill()
+                self._mourn_start(child, f"worker was not ready within {START_TIMEOUT:g} s")
+            elif child.state is State.SERVING and min(child.silence(), now - self._awake_since) > HANG_TIMEOUT:
+                log.error("Worker hangs, it is killed", pid=child.pid, silent=child.silence())
+                child.kill()
+                self._schedule_replacement(now - child.started)
+            elif child.is_late():
+                log.error("Worker drains too long, it is killed", pid=child.pid)
+                child.kill()
+
+    def _pet_watchdog(self) -> None:
+        interval = systemd.watchdog_interval()
+        if interval and monotonic() - self._petted >= interval / 2:
+            self._petted = monotonic()
+            systemd.notify("WATCHDOG=1")
+
+
+class Certificates:
+    """Notices that a certificate file is another one than the workers have read."""
+
+    def __init__(self) -> None:
+        self._known = self._seen = ""
+        self._next_look = 0.0
+
+    def look(self, settings: Settings) -> None:
+        """The workers that are about to start will read the files as they are now."""
+        self._known = self._seen = _signature(settings)
+        self._next_look = monotonic() + CERTIFICATE_INTERVAL
+
+    def have_changed(self, settings: Settings) -> bool:
+        """Whether to reload. Not while they are being written: two looks must see the same."""
+        if monotonic() < self._next_look:
+            return False
+        self._next_look = monotonic() + CERTIFICATE_INTERVAL
+        before, self._seen = self._seen, _signature(settings)
+        return before == self._seen != self._known
+
+
+def _signature(settings: Settings) -> str:
+    """Differs when a certificate, key or file of authorities does."""
+    authorities = [settings.upstream_tls_ca, *(mapping.policy.upstream_tls_ca for mapping in settings.mappings)]
+    authorities += [mapping.tls_ca for mapping in settings.mappings if isinstance(mapping, MysqlSettings)]
+    return " ".join(map(_file_signature, filter(None, [*settings.tls_cert, *settings.tls_key, *authorities])))
+
+
+def _file_signature(path: str) -> str:
     try:
-        serving = worker.Worker(settings, listeners)
-    except worker.STARTUP_FAULTS as faults:
-        raise Unusable(str(faults)) from None
-    serving.run()
+        found = Path(path).stat()
+    except OSError as error:
+        return str(error.errno)
+    return f"{found.st_dev}:{found.st_ino}:{found.st_mtime_ns}:{found.st_size}"

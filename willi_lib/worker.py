@@ -1,4 +1,7 @@
-"""One process that serves clients: gevent, TLS, limits, CSV files read again, and the end of it all."""
+"""One process that serves clients: gevent, TLS, limits, CSV files read again, and the end of it all.
+
+`run` is a worker of the master's; `Worker.run_alone` is the only process there is.
+"""
 
 # ruff: noqa: E402
 
@@ -19,20 +22,25 @@ import socket as stdlib_socket
 import sys
 from _socket import socket as Socket
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from grp import getgrnam
 from ipaddress import IPv4Network, IPv6Network, ip_address
+from pathlib import Path
 
 import gevent
+import gevent.socket
 from gevent.event import Event
 from gevent.server import StreamServer
 
 from . import log
-from .config import Address, Settings
+from .child import GO, READY
+from .config import Settings
 from .dns import Resolver
 from .limits import Limits
 from .mappings import MappingError, open_mappings
 from .routing.csv_file import CsvError, CsvFile
 from .routing.mysql import Mysql, Notice
+from .scoreboard import Row
 from .session import Service, Session, new_session_id
 from .smtp import proxy_protocol
 from .smtp import reply as replies
@@ -43,6 +51,7 @@ from .upstream import Client, Connector
 
 PROXY_HEADER_TIMEOUT = 3.0  # seconds; the least that its specification allows
 CSV_INTERVAL = 2.0  # seconds between looks at the CSV files
+PULSE = 1.0  # seconds between two signs of life
 LAST_WORDS_TIMEOUT = 5.0  # seconds for sessions that are ended at drain_timeout to say so
 STARTUP_FAULTS = (MappingError, CsvError, CertificateError)
 GARBAGE_THRESHOLD = 50_000  # allocations between collections: -3 to -8 % CPU a session, measured
@@ -91,11 +100,34 @@ class Listener(StreamServer):
         connection.close()
 
 
+def run(settings: Settings, sockets: Sequence[stdlib_socket.socket], row: Row, channel: stdlib_socket.socket) -> int:
+    """A worker of the master's, from READY and GO to its end; the exit status."""
+    master = gevent.socket.socket(fileno=channel.detach())
+    with suppress(OSError):  # no /proc; the name is for ps and top only
+        Path("/proc/self/comm").write_text("willi-worker")
+    try:
+        worker = Worker(settings, sockets, row)
+    except STARTUP_FAULTS as faults:
+        master.sendall(str(faults).encode())
+        return 1
+    gevent.signal_handler(signal.SIGTERM, worker.end)  # a second one changes nothing: systemd sends it to all
+    master.sendall(READY)
+    if master.recv(len(GO)) != GO:
+        return 1  # the master has died meanwhile
+    watcher = gevent.spawn(worker.end_with, master)
+    worker.serve()
+    watcher.kill()
+    return 0
+
+
 class Worker:
     """Everything that one process holds."""
 
-    def __init__(self, settings: Settings, listeners: Sequence[stdlib_socket.socket]) -> None:
-        """Raises MappingError, CsvError, CertificateError: whatever is wrong is wrong before the first client."""
+    def __init__(self, settings: Settings, sockets: Sequence[stdlib_socket.socket], row: Row) -> None:
+        """Loads all tables and certificates, and becomes `user`: whatever is wrong is wrong before the first client.
+
+        Raises MappingError, CsvError, CertificateError.
+        """
         self._settings = settings
         self._mappings = open_mappings(settings, pause=lambda: gevent.sleep(0), tell=_log_notice)
         for csv_file in self._csv_files():
@@ -108,55 +140,78 @@ class Worker:
             resolver,
             server_context(settings.certificates, settings.tls_min_version),
         )
+        self._row = row
         self._limits = Limits(
-            settings.max_connections, settings.max_connections_per_ip, settings.max_connection_rate
+            row, settings.max_connections, settings.max_connections_per_ip, settings.max_connection_rate
         )
-        self._servers = [Listener(listener, self._serve) for listener in listeners]
+        self._servers = [Listener(listener, self._serve) for listener in sockets]
+        if settings.workers > 1:
+            for server in self._servers:
+                server.max_accept = 1  # at a time: leave some to the others
+        self._connections = 0  # those of no session, too: refused, or before a PROXY header
         self._sessions: set[Session] = set()
         self._wants_names = any(mapping.policy.xclient != "no" for mapping in settings.mappings)
         self._asked_to_end = Event()
         self._all_gone = Event()
-
-    def run(self) -> None:
-        """Serve until SIGTERM or SIGINT, then let running transactions finish; a second signal ends at once."""
-        for number in (signal.SIGTERM, signal.SIGINT):
-            gevent.signal_handler(number, self._on_signal)
-        gevent.signal_handler(signal.SIGHUP, log.warn, "SIGHUP is not for this version: restart Willi to read its file")
         sys.unraisablehook = _log_unraisable
-        drop_privileges(self._settings)
+        drop_privileges(settings)
         gc.collect()
         gc.freeze()
         gc.set_threshold(GARBAGE_THRESHOLD, 20, 20)
-        for server in self._servers:
-            server.start()
-        watcher = gevent.spawn(self._watch_csv_files)
-        listening = ",".join(str(Address(*server.address[:2])) for server in self._servers)
-        log.info("Ready", listen=listening, pid=os.getpid())
-        self._asked_to_end.wait()
-        log.info("Draining", sessions=len(self._sessions), drain_timeout=self._settings.drain_timeout)
-        watcher.kill()
-        self._drain()
-        for mapping in self._mappings:
-            if isinstance(mapping, Mysql):
-                mapping.close()
-        log.info("Stopped")
+
+    def run_alone(self) -> None:
+        """Serve until SIGTERM or SIGINT, then let running transactions finish; a second signal ends at once."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            gevent.signal_handler(number, self._on_signal)
+        gevent.signal_handler(signal.SIGHUP, log.warn, "There is no reload with --debug: start Willi again")
+        self.serve()
 
     def _on_signal(self) -> None:
         if self._asked_to_end.is_set():
             log.warn("Ended at once", sessions=len(self._sessions))
             os._exit(0)
+        self.end()
+
+    def end(self) -> None:
+        """Let `serve` drain and return."""
         self._asked_to_end.set()
+
+    def end_with(self, master: gevent.socket.socket) -> None:
+        """Wait for the death of the master, whose end of this socket then closes, and end as well."""
+        master.recv(1)
+        if not self._asked_to_end.is_set():
+            log.error("The master is dead, this worker drains and ends", pid=os.getpid())
+            self.end()
+
+    def serve(self) -> None:
+        """Take clients until asked to end, and let running transactions finish."""
+        for server in self._servers:
+            server.start()
+        helpers = [gevent.spawn(self._watch_csv_files), gevent.spawn(self._show_life)]
+        self._asked_to_end.wait()
+        self._drain()
+        gevent.killall(helpers)
+        for mapping in self._mappings:
+            if isinstance(mapping, Mysql):
+                mapping.close()
 
     def _drain(self) -> None:
         for server in self._servers:
             server.close()
+        gevent.sleep(0)  # connections that were accepted in this very moment have no session yet
+        log.info("Draining", pid=os.getpid(), sessions=len(self._sessions), drain_timeout=self._settings.drain_timeout)
         for session in list(self._sessions):
             session.drain()
-        if self._sessions and not self._all_gone.wait(self._settings.drain_timeout):
+        if self._connections and not self._all_gone.wait(self._settings.drain_timeout):
             log.warn("drain_timeout is over, ending sessions", sessions=len(self._sessions))
             for session in list(self._sessions):
                 session.stop()
             self._all_gone.wait(LAST_WORDS_TIMEOUT)
+
+    def _show_life(self) -> None:
+        while True:
+            self._row.beat()
+            gevent.sleep(PULSE)
 
     def _csv_files(self) -> list[CsvFile]:
         return [mapping for mapping in self._mappings if isinstance(mapping, CsvFile)]
@@ -178,6 +233,16 @@ class Worker:
 
     def _serve(self, connection: Socket, address: tuple[str, int]) -> None:
         """One connection, in its own greenlet."""
+        self._connections += 1
+        try:
+            self._serve_limited(connection, address)
+        finally:
+            self._connections -= 1
+            if self._asked_to_end.is_set() and not self._connections:
+                self._all_gone.set()
+
+    def _serve_limited(self, connection: Socket, address: tuple[str, int]) -> None:
+        """Unless there are too many already."""
         sid = new_session_id()
         wire = Wire(connection, Clock(), log.tracer(sid, "client"), self._settings.write_timeout)
         refusal = self._limits.enter()
@@ -199,7 +264,7 @@ class Worker:
 
     def _admit(self, sid: str, wire: Wire, connection: Socket, address: tuple[str, int]) -> None:
         """Find out who it is, and whether that client may have one more connection."""
-        peer, port = address[0].partition("%")[0], address[1]  # without the zone of a link-local address
+        peer, port = address[0].partition("%")[0].removeprefix("::ffff:"), address[1]
         client = Client(peer, port, own=connection.getsockname)
         if is_in(peer, self._settings.proxy_protocol_hosts):
             self._read_proxy_header(wire, client)
@@ -228,8 +293,6 @@ class Worker:
             session.run()
         finally:
             self._sessions.discard(session)
-            if self._asked_to_end.is_set() and not self._sessions:
-                self._all_gone.set()
 
     def _read_proxy_header(self, wire: Wire, client: Client) -> None:
         """What the load balancer says of the client (nothing, for a health check). Raises BadHeader, WireError."""
@@ -275,11 +338,8 @@ def _log_notice(notice: Notice) -> None:
 
 
 def drop_privileges(settings: Settings) -> None:
-    """Become `user` and `group`, for good. Does nothing if Willi was not started as root."""
-    if os.geteuid() != 0:
-        return
-    if not settings.user:
-        log.warn("Willi runs as root: set user")
+    """Become `user` and `group`, for good. Does nothing if Willi was not started as root, or shall stay it."""
+    if os.geteuid() != 0 or not settings.user:
         return
     account = pwd.getpwnam(settings.user)
     group = getgrnam(settings.group).gr_gid if settings.group else account.pw_gid

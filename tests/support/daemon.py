@@ -9,6 +9,7 @@ import smtplib
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from configobj import ConfigObj
@@ -76,8 +77,14 @@ def _environment() -> dict[str, str]:
 class Willi:
     """A running daemon. `directory` keeps its file, its CSV and its log."""
 
-    def __init__(self, directory: Path, settings: Mapping[str, Setting], prefix: Sequence[str] = ()) -> None:
-        """settings: as in willi.conf; `listen` is a free loopback port unless given. prefix: put before the command."""
+    def __init__(
+        self, directory: Path, settings: Mapping[str, Setting], prefix: Sequence[str] = (),
+        environment: Mapping[str, str] | None = None,
+    ) -> None:  # fmt: skip
+        """settings: as in willi.conf; `listen` is a free loopback port unless given.
+
+        prefix: put before the command. environment: besides ours.
+        """
         directory.mkdir(parents=True, exist_ok=True)
         self.directory = directory
         self.port = free_port()
@@ -88,6 +95,7 @@ class Willi:
         self.config = write_config(directory / "willi.conf", self.settings)
         self.log_file = directory / "willi.log"
         self.tolerated: list[str] = []
+        self._environment = {**_environment(), **(environment or {})}
         self._command = [*prefix, PYTHON, str(ROOT / "willi.py"), "-c", str(self.config)]
         self.start()
 
@@ -96,7 +104,7 @@ class Willi:
         ready = len(self.lines(msg="Ready")) if self.log_file.exists() else 0
         with self.log_file.open("ab") as log:
             self.process = subprocess.Popen(
-                self._command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=_environment()
+                self._command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=self._environment
             )
         try:
             wait_until(lambda: self._is_up(ready), "a line with msg=Ready in Willi's log")
@@ -119,6 +127,24 @@ class Willi:
     def csv(self) -> Path:
         """The file of the CSV mapping that start_willi(csv=...) wrote."""
         return self.directory / "upstream_servers.csv"
+
+    # Processes
+
+    @property
+    def workers(self) -> list[int]:
+        """The pids of the master's children, those that drain included."""
+        with suppress(FileNotFoundError):
+            return list(map(int, Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()))
+        return []
+
+    def reload(self, settings: Mapping[str, Setting] | None = None) -> None:
+        """Change some settings, send SIGHUP, and wait until the new workers serve."""
+        if settings:
+            self.settings.update(settings)
+            write_config(self.config, self.settings)
+        reloads = len(self.lines(msg="Reloaded"))
+        self.signal(signal.SIGHUP)
+        self.wait_for_log(msg="Reloaded", count=reloads + 1, seconds=20)
 
     # Clients
 
@@ -195,6 +221,10 @@ class Willi:
                 assert any(text in str(line) for text in self.tolerated), f"an error in Willi's log: {line}"
 
     def kill(self) -> None:
-        """SIGKILL, for tests and for clearing away."""
+        """SIGKILL to the master and all workers, for tests and for clearing away."""
+        workers = self.workers
         self.process.kill()
         self.process.wait()
+        for pid in workers:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)

@@ -1,0 +1,407 @@
+"""The master and its workers: what they share, who is replaced, how they end."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import StartWilli
+from tests.support.client import Client
+from tests.support.daemon import PYTHON, Willi, run_willi, write_config
+from tests.support.loopback import HOST, ROOT, free_port, wait_until
+from tests.support.promise import greeted, in_data
+from tests.support.talk import QUEUED, content, deliver
+from tests.support.upstream import ScriptedUpstream
+
+DIED = "Worker ended by itself"
+GOODBYE = "421 4.3.2 Service is shutting down, try again"
+TOO_MANY = "421 4.3.2 Too many connections, try again later"
+TOO_MANY_FROM_YOU = "421 4.7.0 Too many connections from your address"
+TOO_FAST = "421 4.7.0 Too many connections from your address in a minute"
+
+
+def status_of(pid: int, name: str) -> str:
+    """A line of /proc/PID/status."""
+    lines = Path(f"/proc/{pid}/status").read_text().split("\n")
+    return next(line.split(":", 1)[1].strip() for line in lines if line.startswith(f"{name}:"))
+
+
+def is_there(pid: int) -> bool:
+    """And no zombie."""
+    try:
+        return status_of(pid, "State")[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def connections_of(pid: int, port: int) -> int:
+    """How many connections to this port of ours a process has."""
+    own = set()
+    for descriptor in Path(f"/proc/{pid}/fd").iterdir():
+        with suppress(FileNotFoundError):  # closed meanwhile
+            own.add(str(descriptor.readlink()))
+    rows = [line.split() for line in Path(f"/proc/{pid}/net/tcp").read_text().split("\n")[1:-1]]
+    established = [f"socket:[{row[9]}]" for row in rows if row[1].endswith(f":{port:04X}") and row[3] == "01"]
+    return len(own.intersection(established))
+
+
+def served_by(willi: Willi, pid: int) -> Client:
+    """A client of this very worker: the others are stopped while it connects."""
+    others = [other for other in willi.workers if other != pid]
+    for other in others:
+        os.kill(other, signal.SIGSTOP)
+    wait_until(lambda: all(status_of(other, "State")[0] == "T" for other in others), "stopped workers")
+    try:
+        return greeted(willi)
+    finally:
+        for other in others:
+            os.kill(other, signal.SIGCONT)
+
+
+@pytest.fixture
+def two(start_willi: StartWilli, upstream: ScriptedUpstream) -> Willi:
+    """A Willi of two workers."""
+    willi = start_willi(server=upstream.server, workers=2, max_connections_per_ip=1000)
+    assert len(willi.workers) == 2
+    return willi
+
+
+def test_every_worker_serves(two: Willi, upstream: ScriptedUpstream):
+    for pid in two.workers:
+        client = served_by(two, pid)
+        assert deliver(client) == QUEUED
+    assert len(upstream.messages) == 2
+
+
+def test_auto_is_a_worker_for_each_cpu_that_willi_may_use(start_willi: StartWilli, upstream: ScriptedUpstream):
+    willi = start_willi(server=upstream.server, workers="auto")
+    assert len(willi.workers) == len(os.sched_getaffinity(0))
+    assert willi.lines(msg="Ready")[0]["workers"] == str(len(willi.workers))
+
+
+def test_the_master_holds_no_client_and_no_gevent(two: Willi):
+    clients = [served_by(two, pid) for pid in two.workers]
+    assert connections_of(two.process.pid, two.port) == 0
+    assert len(clients) == 2
+    mapped = Path(f"/proc/{two.process.pid}/maps").read_text()
+    assert "gevent" not in mapped and "greenlet" not in mapped
+    assert all("gevent" in Path(f"/proc/{pid}/maps").read_text() for pid in two.workers)
+
+
+def test_workers_have_a_name_for_ps(two: Willi):
+    assert [status_of(pid, "Name") for pid in two.workers] == ["willi-worker"] * 2
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
+def test_workers_are_user_and_the_master_stays_root(start_willi: StartWilli, upstream: ScriptedUpstream):
+    willi = start_willi(server=upstream.server, workers=2, user="nobody")
+    assert status_of(willi.process.pid, "Uid").split() == ["0"] * 4
+    for pid in willi.workers:
+        assert status_of(pid, "Uid").split() == ["65534"] * 4
+        assert status_of(pid, "Gid").split() == ["65534"] * 4
+        assert status_of(pid, "CapEff") == "0000000000000000"
+
+
+# The death of a worker
+
+
+def test_a_worker_that_dies_is_replaced(two: Willi, upstream: ScriptedUpstream):
+    two.tolerate(DIED)
+    victim, survivor = two.workers
+    client = served_by(two, survivor)
+    os.kill(victim, signal.SIGKILL)
+    wait_until(lambda: len(two.workers) == 2 and victim not in two.workers, "two workers again")
+    assert two.lines(msg=DIED) == [
+        {"lvl": "error", "msg": DIED, "pid": str(victim), "error": "ended with signal 9",
+         "t": two.lines(msg=DIED)[0]["t"]}
+    ]  # fmt: skip
+    assert deliver(client) == QUEUED
+    newcomer = next(pid for pid in two.workers if pid != survivor)
+    assert deliver(served_by(two, newcomer)) == QUEUED
+
+
+def test_a_worker_told_to_end_drains_and_is_replaced(two: Willi, upstream: ScriptedUpstream):
+    two.tolerate(DIED)
+    pid = two.workers[0]
+    client = served_by(two, pid)
+    os.kill(pid, signal.SIGTERM)
+    assert str(client.read_reply()) == GOODBYE
+    wait_until(lambda: len(two.workers) == 2 and pid not in two.workers, "two workers again")
+
+
+def test_clients_wait_while_the_only_worker_is_replaced(start_willi: StartWilli, upstream: ScriptedUpstream):
+    willi = start_willi(server=upstream.server, workers=1)
+    willi.tolerate(DIED)
+    os.kill(willi.workers[0], signal.SIGKILL)
+    assert deliver(greeted(willi)) == QUEUED
+
+
+def test_workers_that_die_at_once_are_replaced_ever_more_slowly(start_willi: StartWilli, upstream: ScriptedUpstream):
+    willi = start_willi(server=upstream.server, workers=1)
+    willi.tolerate(DIED)
+    for count in range(1, 3):
+        os.kill(willi.workers[0], signal.SIGKILL)
+        willi.wait_for_log(msg="Worker replaced", count=count)
+    times = {msg: [int(line["t"][17:19]) for line in willi.lines(msg=msg)] for msg in (DIED, "Worker replaced")}
+    gaps = [(after - before) % 60 for before, after in zip(times[DIED], times["Worker replaced"], strict=True)]
+    assert gaps == pytest.approx([1, 2], abs=1)
+
+
+def test_a_replacement_that_cannot_start_says_why_and_is_tried_again(
+    start_willi: StartWilli, upstream: ScriptedUpstream
+):
+    willi = start_willi(csv=f"pattern;server\nb.example;{upstream.server}\n", workers=2)
+    willi.tolerate(DIED)
+    willi.tolerate("the old table stays")
+    willi.tolerate("Cannot replace a worker")
+    good = willi.csv.read_text()
+    willi.csv.write_text("pattern;server\nb.example;;;\n")
+    os.kill(willi.workers[0], signal.SIGKILL)
+    fault = willi.wait_for_log(msg="Cannot replace a worker")
+    assert fault["error"].startswith(f"{willi.csv}:2: ")
+    assert deliver(greeted(willi)) == QUEUED  # the other worker has its old table
+    willi.csv.write_text(good)
+    wait_until(lambda: len(willi.workers) == 2, "two workers again")
+
+
+def test_a_worker_that_hangs_is_killed_and_replaced(start_willi: StartWilli, upstream: ScriptedUpstream):
+    """With a limit of 2 s in place of a minute: the constant of the module is changed in the program that is run."""
+    directory = Path(start_willi(server=upstream.server).directory)
+    port = free_port()
+    config = write_config(
+        directory / "hang.conf",
+        {"listen": f"{HOST}:{port}", "domain": "willi.example", "workers": 2, "mappings": {
+            "all": {"type": "static", "server": upstream.server}}},
+    )  # fmt: skip
+    program = (
+        f"import sys; sys.path.insert(0, {str(ROOT)!r}); sys.argv = ['willi.py', '-c', {str(config)!r}]\n"
+        "from willi_lib import master; master.HANG_TIMEOUT = 2.0\n"
+        "import willi; sys.exit(willi.main())"
+    )
+    with (directory / "hang.log").open("wb") as log:
+        process = subprocess.Popen([PYTHON, "-c", program], stdout=log, stderr=log)
+    try:
+        text = wait_until(lambda: (directory / "hang.log").read_text().partition("msg=Ready")[1], "Ready")
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+        hung = int(children.read_text().split()[0])
+        os.kill(hung, signal.SIGSTOP)
+        wait_until(lambda: f'msg="Worker hangs, it is killed" pid={hung}' in (directory / "hang.log").read_text(), text)
+        wait_until(lambda: str(hung) not in children.read_text().split() and len(children.read_text().split()) == 2, "")
+    finally:
+        process.terminate()
+        assert process.wait(15) == 0
+
+
+# The death of the master
+
+
+def test_without_their_master_workers_finish_what_has_begun_and_end(two: Willi, upstream: ScriptedUpstream):
+    workers = two.workers
+    two.tolerate("The master is dead")
+    busy = [in_data_at(two, pid) for pid in workers]
+    idle = served_by(two, workers[0])
+    os.kill(two.process.pid, signal.SIGKILL)
+    assert two.wait() == -signal.SIGKILL
+    assert str(idle.read_reply()) == GOODBYE
+    for client in busy:
+        assert content(client) == QUEUED
+        assert str(client.read_reply()) == GOODBYE
+    wait_until(lambda: not any(map(is_there, workers)), "the end of the workers")
+    assert len(upstream.messages) == 2
+    with pytest.raises(ConnectionError):
+        two.connect()
+
+
+def in_data_at(willi: Willi, pid: int) -> Client:
+    client = served_by(willi, pid)
+    for command, code in ((b"MAIL FROM:<ann@a.example>", 250), (b"RCPT TO:<bob@b.example>", 250), (b"DATA", 354)):
+        assert client.command(command).code == code
+    return client
+
+
+def test_a_new_master_may_start_while_the_workers_of_a_dead_one_drain(
+    start_willi: StartWilli, upstream: ScriptedUpstream
+):
+    willi = start_willi(server=upstream.server, workers=2)
+    willi.tolerate("The master is dead")
+    client = in_data(willi)
+    os.kill(willi.process.pid, signal.SIGKILL)
+    willi.wait()
+    willi.wait_for_log(msg="Draining", count=2)
+    willi.start()
+    assert deliver(greeted(willi)) == QUEUED
+    assert content(client) == QUEUED
+
+
+# Signals
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_the_whole_group_is_one_signal(
+    number: signal.Signals, start_willi: StartWilli, upstream: ScriptedUpstream
+):
+    """As from a terminal, or from systemd with KillMode=control-group: the workers get it twice, and still drain."""
+    willi = start_willi(server=upstream.server, workers=2)
+    client = in_data(willi)
+    for pid in (*willi.workers, willi.process.pid):
+        os.kill(pid, number)
+    willi.wait_for_log(msg="Draining", count=2)
+    assert content(client) == QUEUED
+    assert str(client.read_reply()) == GOODBYE
+    assert willi.wait() == 0
+    assert willi.lines(msg="Stopped")
+
+
+def test_a_hangup_of_the_whole_group_is_one_reload(two: Willi):
+    workers = two.workers
+    for pid in workers:
+        os.kill(pid, signal.SIGHUP)
+    two.reload()
+    wait_until(lambda: len(two.workers) == 2 and not set(two.workers) & set(workers), "two new workers")
+    assert len(two.lines(msg="Reloaded")) == 1
+
+
+def test_a_second_signal_ends_all_processes_at_once(two: Willi, upstream: ScriptedUpstream):
+    workers = two.workers
+    client = in_data(two)
+    client.send(b"half of it\r\n")
+    two.signal(signal.SIGTERM)
+    two.wait_for_log(msg="Draining", count=2)
+    two.signal(signal.SIGTERM)
+    assert two.wait(5) == 0
+    assert not any(map(is_there, workers))
+    wait_until(lambda: upstream.wait_for_ends(), "the upstream's side")
+    assert upstream.messages == []
+
+
+def test_a_connection_that_owes_its_proxy_header_is_not_reset(start_willi: StartWilli, upstream: ScriptedUpstream):
+    """It is told 421 when its header has come, and not before."""
+    willi = start_willi(server=upstream.server, workers=2, proxy_protocol_hosts=HOST, probe=False)
+    client = willi.connect(greeting=False)
+    wait_until(lambda: sum(connections_of(pid, willi.port) for pid in willi.workers) == 1, "accepted")
+    willi.signal(signal.SIGTERM)
+    willi.wait_for_log(msg="Draining", count=2)
+    client.send(b"PROXY TCP4 192.0.2.1 192.0.2.2 1000 25\r\n")
+    assert client.read_reply().code == 220
+    assert str(client.read_reply()) == GOODBYE
+    client.expect_eof()
+    assert willi.wait() == 0
+
+
+# Starting
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_what_a_worker_cannot_use_is_told_once_and_no_process_is_left(workers: int, tmp_path: Path):
+    (tmp_path / "map.csv").write_text("pattern;server\nb.example;;;\n")
+    config = write_config(
+        tmp_path / "willi.conf",
+        {"listen": f"{HOST}:{free_port()}", "workers": workers,
+         "mappings": {"csv": {"type": "csv", "file": "map.csv"}}},
+    )  # fmt: skip
+    result = run_willi("-c", config)
+    assert result.returncode == 1
+    assert result.stdout.count('msg="Cannot start"') == 1
+    assert f"{tmp_path}/map.csv:2:" in result.stdout
+
+
+def test_sigterm_while_workers_still_start_ends_it(tmp_path: Path):
+    (tmp_path / "map.csv").write_text(
+        "pattern;server\n" + "".join(f"d{number}.example;10.0.0.1\n" for number in range(400_000))
+    )
+    config = write_config(
+        tmp_path / "willi.conf",
+        {"listen": f"{HOST}:{free_port()}", "workers": 2, "mappings": {"csv": {"type": "csv", "file": "map.csv"}}},
+    )
+    with (tmp_path / "log").open("wb") as log:
+        process = subprocess.Popen([PYTHON, str(ROOT / "willi.py"), "-c", str(config)], stdout=log, stderr=log)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    workers = wait_until(lambda: children.read_text().split(), "workers")
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(5) == 0
+    assert "msg=Ready" not in (tmp_path / "log").read_text()
+    assert not any(is_there(int(pid)) for pid in workers)
+
+
+# Limits hold for all workers together
+
+
+def refusal(willi: Willi, source: str = "") -> str | None:
+    """What a connection hears that is not let in."""
+    client = willi.connect(source=source, greeting=False)
+    answer = client.read_reply()
+    return None if answer.code == 220 else str(answer)
+
+
+def test_max_connections_holds_across_workers_and_a_dead_one_does_not_count(
+    start_willi: StartWilli, upstream: ScriptedUpstream
+):
+    willi = start_willi(server=upstream.server, workers=2, max_connections=6, max_connections_per_ip=100)
+    willi.tolerate(DIED)
+    victim = willi.workers[0]
+    clients = [willi.connect() for _ in range(6)]
+    shares = [connections_of(pid, willi.port) for pid in willi.workers]
+    assert sum(shares) == 6
+    assert refusal(willi) == TOO_MANY
+    os.kill(victim, signal.SIGKILL)
+    wait_until(lambda: len(willi.workers) == 2 and victim not in willi.workers, "two workers again")
+    clients += [willi.connect() for _ in range(shares[0])]
+    assert refusal(willi) == TOO_MANY
+    assert len(clients) == 6 + shares[0]
+
+
+def test_the_rate_of_a_client_holds_across_workers(start_willi: StartWilli, upstream: ScriptedUpstream):
+    willi = start_willi(server=upstream.server, workers=2, max_connection_rate=5)
+    answers = []
+    for _ in range(8):
+        with willi.connect(greeting=False) as client:
+            answers.append(str(client.read_reply()))
+    assert answers == ["220 willi.example ESMTP Willi"] * 5 + [TOO_FAST] * 3
+
+
+def test_the_connections_of_a_client_are_counted_across_workers(start_willi: StartWilli, upstream: ScriptedUpstream):
+    willi = start_willi(server=upstream.server, workers=2, max_connections_per_ip=5)
+    clients = [willi.connect() for _ in range(5)]
+    assert refusal(willi) == TOO_MANY_FROM_YOU
+    assert refusal(willi, source="127.0.0.2") is None
+    for client in clients:
+        client.close()
+    wait_until(lambda: refusal(willi) is None, "room for one more")
+
+
+# systemd
+
+
+def test_systemd_hears_of_start_reload_and_stop(start_willi: StartWilli, upstream: ScriptedUpstream, tmp_path: Path):
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
+        systemd.bind(str(tmp_path / "notify"))
+        systemd.settimeout(10)
+        environment = {"NOTIFY_SOCKET": str(tmp_path / "notify"), "WATCHDOG_USEC": "2000000"}
+        willi = start_willi(server=upstream.server, workers=2, environment=environment)
+        stored = systemd.recvmsg(4096, socket.CMSG_SPACE(4))
+        assert stored[0] == f"FDSTORE=1\nFDNAME=listen {HOST} {willi.port}".encode()
+        descriptors = socket.CMSG_LEN(4)
+        assert len(stored[1][0][2]) == descriptors - socket.CMSG_LEN(0)
+        os.close(int.from_bytes(stored[1][0][2], "little"))
+
+        def next_word() -> str:
+            return next(word for word in iter(lambda: systemd.recv(4096).decode(), None) if word != "WATCHDOG=1")
+
+        assert next_word() == f"READY=1\nSTATUS=2 workers listen on {HOST}:{willi.port}"
+        willi.reload()
+        assert next_word().startswith("RELOADING=1\nMONOTONIC_USEC=")
+        assert next_word().startswith("READY=1\n")
+        willi.tolerate("Reload failed")
+        willi.config.write_text("nonsense\n")
+        willi.signal(signal.SIGHUP)
+        assert next_word().startswith("RELOADING=1\n")
+        assert next_word().startswith("READY=1\nSTATUS=Reload failed, nothing has changed: ")
+        assert [systemd.recv(4096) for _ in range(2)] == [b"WATCHDOG=1"] * 2
+        willi.stop()
+        assert next_word() == "STOPPING=1"

@@ -1,0 +1,103 @@
+"""One worker as the master sees it: a process, its socket, its row.
+
+The worker says READY by that socket when it could serve, or what is wrong, and ends; the master
+answers GO. The end of the socket tells a worker that the master is dead.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+from collections.abc import Callable
+from contextlib import suppress
+from enum import Enum, auto
+from time import monotonic
+
+from .config import Settings
+from .scoreboard import Scoreboard
+
+READY = b"ready"
+GO = b"go"
+MAX_WORDS = 100_000  # octets of what a worker says is wrong
+DRAIN_MARGIN = 15.0  # seconds after drain_timeout, in which a worker says goodbye
+
+
+class State(Enum):
+    """What a worker is about."""
+
+    STARTING = auto()
+    READY = auto()  # and has not been told to go
+    SERVING = auto()
+    DRAINING = auto()
+    KILLED = auto()
+
+
+class Child:
+    """A worker process."""
+
+    def __init__(
+        self, settings: Settings, board: Scoreboard, row: int, become: Callable[[socket.socket], None]
+    ) -> None:
+        """Forks. become: what the new process does, with its end of the socket; it must not return.
+
+        Raises OSError: no process or descriptor is left.
+        """
+        self.settings = settings
+        self.board = board
+        self.row = row
+        self.state = State.STARTING
+        self.words = b""  # what it said
+        self.since = self.started = monotonic()  # of its state, of the process
+        board.clear(row)
+        self.channel, theirs = socket.socketpair()
+        with theirs:
+            self.pid = os.fork()
+            if self.pid == 0:
+                self.channel.close()
+                become(theirs)
+        self.channel.setblocking(False)
+
+    def listen(self) -> None:
+        """Hear what it has to say while it starts."""
+        try:
+            while len(self.words) < MAX_WORDS and (octets := self.channel.recv(65536)):
+                self.words += octets
+        except (BlockingIOError, ConnectionError):
+            pass  # nothing more for now; its end is for waitpid to tell
+        if self.state is State.STARTING and self.words == READY:
+            self._turn(State.READY)
+
+    def go(self) -> None:
+        """Let it take clients."""
+        self._turn(State.SERVING)
+        with suppress(OSError):  # it has died just now: waitpid will tell
+            self.channel.send(GO)
+
+    def drain(self) -> None:
+        """Let it finish what it has begun, and end."""
+        self._turn(State.DRAINING)
+        os.kill(self.pid, signal.SIGTERM)
+
+    def kill(self) -> None:
+        """End it at once."""
+        self._turn(State.KILLED)
+        os.kill(self.pid, signal.SIGKILL)
+
+    def silence(self) -> float:
+        """Seconds since it last showed that it is alive."""
+        return monotonic() - max(self.board.last_beat(self.row), self.since)
+
+    def is_late(self) -> bool:
+        """Whether it drains longer than it may."""
+        limit = self.settings.drain_timeout + DRAIN_MARGIN
+        return self.state is State.DRAINING and monotonic() - self.since > limit
+
+    def forget(self) -> None:
+        """It has ended: so has all that it counted."""
+        self.channel.close()
+        self.board.clear(self.row)
+
+    def _turn(self, state: State) -> None:
+        self.state = state
+        self.since = monotonic()
