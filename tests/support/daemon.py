@@ -133,18 +133,23 @@ class Willi:
     @property
     def workers(self) -> list[int]:
         """The pids of the master's children, those that drain included."""
-        with suppress(FileNotFoundError):
-            return list(map(int, Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()))
-        return []
+        pid = self.process.pid
+        try:
+            return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+        except (FileNotFoundError, ProcessLookupError):
+            return []
 
     def reload(self, settings: Mapping[str, Setting] | None = None) -> None:
         """Change some settings, send SIGHUP, and wait until the new workers serve."""
-        if settings:
-            self.settings.update(settings)
-            write_config(self.config, self.settings)
+        self.change(settings or {})
         reloads = len(self.lines(msg="Reloaded"))
         self.signal(signal.SIGHUP)
         self.wait_for_log(msg="Reloaded", count=reloads + 1, seconds=20)
+
+    def change(self, settings: Mapping[str, Setting]) -> None:
+        """Write the file anew, with some settings changed."""
+        self.settings.update(settings)
+        write_config(self.config, self.settings)
 
     # Clients
 

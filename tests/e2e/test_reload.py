@@ -1,0 +1,331 @@
+"""SIGHUP and changed certificates: the new workers take over, nobody is refused, and what is wrong changes nothing."""
+
+from __future__ import annotations
+
+import itertools
+import shutil
+import signal
+import socket
+import ssl
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import StartUpstream, StartWilli
+from tests.support.certificates import Authority, Pair
+from tests.support.client import Client
+from tests.support.daemon import Willi
+from tests.support.loopback import HOST, free_port, wait_until
+from tests.support.promise import greeted, in_data, in_envelope
+from tests.support.talk import BOB, MAIL, OK, QUEUED, chunk, content, deliver
+from tests.support.upstream import Ended, ScriptedUpstream
+
+GOODBYE = "421 4.3.2 Service is shutting down, try again"
+FAILED = "Reload failed, nothing has changed"
+
+
+def wait_for_new_workers(willi: Willi, old: list[int], number: int = 2) -> None:
+    """All of the old ones have gone."""
+    wait_until(lambda: len(willi.workers) == number and not set(willi.workers) & set(old), "new workers only")
+
+
+@pytest.fixture
+def willi(start_willi: StartWilli, upstream: ScriptedUpstream) -> Willi:
+    return start_willi(server=upstream.server, workers=2, max_connections_per_ip=1000)
+
+
+# What a reload changes
+
+
+def test_a_changed_setting_counts_for_new_clients(willi: Willi):
+    old = willi.workers
+    willi.reload({"domain": "other.example", "max_message_bytes": "1MiB"})
+    wait_for_new_workers(willi, old)
+    client = willi.connect(greeting=False)
+    assert str(client.read_reply()) == "220 other.example ESMTP Willi"
+    assert b"SIZE 1048576" in client.command(b"EHLO c.example").lines
+
+
+def test_a_changed_route_counts_for_new_clients(
+    willi: Willi, upstream: ScriptedUpstream, start_upstream: StartUpstream
+):
+    other = start_upstream()
+    willi.reload({"mappings": {"all": {"type": "static", "server": other.server}}})
+    assert deliver(greeted(willi)) == QUEUED
+    assert (len(upstream.messages), len(other.messages)) == (0, 1)
+
+
+@pytest.mark.parametrize("number", [1, 3, 9])
+def test_the_number_of_workers_changes(number: int, willi: Willi):
+    old = willi.workers
+    willi.reload({"workers": number})
+    wait_for_new_workers(willi, old, number)
+    assert willi.lines(msg="Reloaded")[-1]["workers"] == str(number)
+    willi.probe()
+
+
+def test_loglevel_changes_in_master_and_workers(willi: Willi):
+    old = willi.workers
+    willi.change({"loglevel": "warn"})
+    willi.signal(signal.SIGHUP)
+    wait_for_new_workers(willi, old)
+    lines = len(willi.log)
+    assert deliver(greeted(willi)) == QUEUED
+    willi.reload({"loglevel": "info"})
+    assert [line["msg"] for line in willi.log[lines:] if line["lvl"] == "info"] == ["Reloaded"]
+    assert deliver(greeted(willi)) == QUEUED
+    willi.wait_for_log(msg="Message accepted")
+
+
+def test_an_address_is_added_and_another_one_is_given_up(willi: Willi):
+    first, second = willi.port, free_port()
+    willi.reload({"listen": [f"{HOST}:{first}", f"{HOST}:{second}"]})
+    willi.probe()
+    willi.port = second
+    willi.probe()
+    old = willi.workers
+    willi.reload({"listen": f"{HOST}:{second}"})
+    willi.probe()
+    wait_for_new_workers(willi, old)
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection((HOST, first), 5)
+
+
+# What an old worker does
+
+
+@pytest.mark.parametrize("stage", ["RCPT", "DATA", "BDAT"])
+def test_a_transaction_goes_on_to_its_end_in_the_old_worker(stage: str, willi: Willi, upstream: ScriptedUpstream):
+    client = in_envelope(willi) if stage != "DATA" else in_data(willi)
+    if stage == "BDAT":
+        assert chunk(client, b"Subject: x\r\n\r\n") == OK
+    willi.reload({"domain": "other.example"})
+    willi.wait_for_log(msg="Draining", count=2)
+    if stage == "BDAT":
+        assert chunk(client, b"hello\r\n", last=True) == OK
+    else:
+        assert stage == "DATA" or client.command(b"DATA").code == 354
+        assert content(client) == QUEUED
+    assert str(client.read_reply()) == GOODBYE
+    client.expect_eof()
+    assert len(upstream.messages) == 1
+    assert upstream.wait_for_ends() == [Ended.QUIT]
+
+
+def test_an_idle_client_of_an_old_worker_is_told_421_and_the_next_one_is_served(willi: Willi):
+    idle = greeted(willi)
+    willi.reload()
+    assert str(idle.read_reply()) == GOODBYE
+    idle.expect_eof()
+    assert deliver(greeted(willi)) == QUEUED
+
+
+def test_old_workers_are_still_counted(start_willi: StartWilli, upstream: ScriptedUpstream):
+    willi = start_willi(server=upstream.server, workers=2, max_connections_per_ip=3)
+    clients = [in_envelope(willi) for _ in range(3)]
+    willi.reload()
+    with willi.connect(greeting=False) as client:
+        assert str(client.read_reply()) == "421 4.7.0 Too many connections from your address"
+    clients[0].command(b"RSET")
+    assert str(clients[0].read_reply()) == GOODBYE
+    clients[0].close()
+    wait_until(lambda: accepted(willi), "room for one more")
+
+
+def accepted(willi: Willi) -> bool:
+    with willi.connect(greeting=False) as client:
+        return client.read_reply().code == 220
+
+
+def test_a_reload_waits_when_too_many_old_workers_drain(start_willi: StartWilli, upstream: ScriptedUpstream):
+    """The file that counts in the end is the last one."""
+    willi = start_willi(server=upstream.server, workers=1, drain_timeout="60s")
+    clients = []
+    for number in range(3):
+        clients.append(in_envelope(willi))
+        willi.reload({"domain": f"n{number}.example"})
+    willi.change({"domain": "last.example"})
+    willi.signal(signal.SIGHUP)
+    willi.wait_for_log(msg="Reload waits for workers that still start or drain")
+    assert len(willi.workers) == 4
+    assert accepted(willi)
+    clients[0].command(b"QUIT")
+    willi.wait_for_log(msg="Reloaded", count=4)
+    with willi.connect(greeting=False) as client:
+        assert str(client.read_reply()) == "220 last.example ESMTP Willi"
+    for client in clients[1:]:
+        client.command(b"QUIT")
+
+
+# What is wrong changes nothing
+
+
+def still_serves(willi: Willi, workers: list[int]) -> None:
+    assert willi.workers == workers
+    willi.probe()
+
+
+def test_a_broken_file_changes_nothing(willi: Willi):
+    willi.tolerate(FAILED)
+    workers = willi.workers
+    good = willi.config.read_text()
+    willi.config.write_text(good + "\n[[more]]\ntype = statc\nsever = x\n")
+    willi.signal(signal.SIGHUP)
+    line = good.count("\n") + 3
+    assert willi.wait_for_log(msg=FAILED)["error"].startswith(f"{willi.config}:{line}: type: 'statc'")
+    still_serves(willi, workers)
+    willi.config.unlink()
+    willi.signal(signal.SIGHUP)
+    willi.wait_for_log(msg=FAILED, error=f"{willi.config}: cannot read it: No such file or directory")
+    still_serves(willi, workers)
+    willi.config.write_text(good)
+    willi.reload()
+
+
+def test_a_broken_csv_file_changes_nothing(start_willi: StartWilli, upstream: ScriptedUpstream):
+    willi = start_willi(csv=f"pattern;server\nb.example;{upstream.server};false\n", workers=2)
+    for text in (FAILED, "the old table stays"):
+        willi.tolerate(text)
+    workers = willi.workers
+    willi.csv.write_text("pattern;server\nb.example;host;perhaps\n")
+    willi.signal(signal.SIGHUP)
+    assert willi.wait_for_log(msg=FAILED)["error"].startswith(f"{willi.csv}:2: ")
+    assert deliver(greeted(willi)) == QUEUED
+    still_serves(willi, workers)
+
+
+def test_a_broken_certificate_changes_nothing(
+    start_willi: StartWilli, upstream: ScriptedUpstream, postfix_certificate: Pair, tmp_path: Path
+):
+    cert, key = copied(postfix_certificate, tmp_path)
+    willi = start_willi(server=upstream.server, workers=2, tls_cert=cert, tls_key=key)
+    willi.tolerate(FAILED)
+    workers = willi.workers
+    Path(key).write_text("nonsense")
+    willi.signal(signal.SIGHUP)
+    assert key in willi.wait_for_log(msg=FAILED)["error"]
+    client = greeted(willi)
+    assert client.starttls().code == 220
+    still_serves(willi, workers)
+
+
+def test_an_address_that_is_taken_changes_nothing(willi: Willi):
+    willi.tolerate(FAILED)
+    workers = willi.workers
+    with socket.create_server((HOST, 0)) as other:
+        taken, free = other.getsockname()[1], free_port()
+        willi.change({"listen": [f"{HOST}:{free}", f"{HOST}:{taken}"]})
+        willi.signal(signal.SIGHUP)
+        fault = willi.wait_for_log(msg=FAILED)["error"]
+        assert fault == f"cannot listen on {HOST}:{taken}: Address already in use"
+    still_serves(willi, workers)
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection((HOST, free), 5)
+
+
+# Certificates
+
+
+def copied(pair: Pair, directory: Path) -> tuple[str, str]:
+    """Files of the test's own, to be changed."""
+    return str(shutil.copy(pair.cert, directory / "cert.pem")), str(shutil.copy(pair.key, directory / "key.pem"))
+
+
+def certificate_of(willi: Willi) -> bytes:
+    """What a client is shown."""
+    with greeted(willi) as client:
+        assert client.starttls().code == 220
+        assert isinstance(client.socket, ssl.SSLSocket)
+        return client.socket.getpeercert(binary_form=True) or b""
+
+
+def test_a_renewed_certificate_needs_no_signal(
+    start_willi: StartWilli, upstream: ScriptedUpstream, certificates: Authority, postfix_certificate: Pair,
+    tmp_path: Path,
+):  # fmt: skip
+    """The certificate first and the key seconds later, as some tools do it: what does not fit yet is not fatal."""
+    cert, key = copied(postfix_certificate, tmp_path)
+    willi = start_willi(server=upstream.server, workers=2, tls_cert=cert, tls_key=key)
+    willi.tolerate(FAILED)
+    old = certificate_of(willi)
+    renewed = certificates.issue("renewed.example")
+    for new, name in ((renewed.cert, cert), (renewed.key, key)):
+        Path(shutil.copy(new, tmp_path / "new")).replace(name)
+    willi.wait_for_log(msg="Reloaded", seconds=20)
+    assert willi.lines(msg="A certificate has changed")
+    assert certificate_of(willi) not in (old, b"")
+
+
+# Under load
+
+
+class Visitors:
+    """Clients that come all the time, one after the other in each of several threads, and what they were told."""
+
+    def __init__(self, willi: Willi, threads: int) -> None:
+        self.accepted: list[bytes] = []  # the messages that were answered 250
+        self.sent_away: list[bytes] = []  # the commands that were answered 421
+        self._port = willi.port
+        self._done = threading.Event()
+        self._numbers = itertools.count()
+        self._pool = ThreadPoolExecutor(threads)
+        self._work = [self._pool.submit(self._come) for _ in range(threads)]
+
+    def end(self) -> None:
+        """Let them finish. Raises what went wrong in a thread."""
+        self._done.set()
+        for work in self._work:
+            work.result(60)
+        self._pool.shutdown()
+
+    def _come(self) -> None:
+        while not self._done.is_set():
+            with Client(self._port) as client:
+                self._visit(client, b"Subject: %d\r\n\r\nhello\r\n" % next(self._numbers))
+
+    def _visit(self, client: Client, message: bytes) -> None:
+        """A refused or reset connection, or a 421 in place of the greeting or within a transaction, is an error."""
+        assert client.read_reply().code == 220
+        for command, wanted in (
+            (b"EHLO c.example", 250), (MAIL, 250), (BOB, 250), (b"DATA", 354), (message + b".", 250), (b"QUIT", 221),
+        ):  # fmt: skip
+            answer = client.command(command)
+            if str(answer) == GOODBYE:
+                self.sent_away.append(command)
+                return
+            assert answer.code == wanted, f"{answer} to {command!r}"
+            if command.endswith(b"."):
+                self.accepted.append(message)
+
+
+def memory_of(pid: int) -> int:
+    """KiB that are the process's own."""
+    lines = Path(f"/proc/{pid}/smaps_rollup").read_text().split("\n")
+    return sum(int(line.split()[1]) for line in lines if line.startswith("Private_"))
+
+
+def descriptors_of(pid: int) -> int:
+    return len(list(Path(f"/proc/{pid}/fd").iterdir()))
+
+
+def test_two_hundred_reloads_under_load_lose_nobody(willi: Willi, upstream: ScriptedUpstream):
+    """Not one client is refused, reset, or told 421 inside a transaction; and nothing grows."""
+    willi.reload()
+    wait_until(lambda: len(willi.workers) == 2, "two workers")
+    descriptors, memory = descriptors_of(willi.process.pid), memory_of(willi.process.pid)
+    visitors = Visitors(willi, threads=4)
+    pause = threading.Event()
+    for _ in range(200):
+        willi.signal(signal.SIGHUP)
+        pause.wait(0.05)
+    wait_until(lambda: willi.text.count("msg=Reloading\n") == willi.text.count("msg=Reloaded "), "the last one", 30)
+    visitors.end()
+    assert willi.text.count("msg=Reloaded ") > 5
+    assert len(visitors.accepted) > 100
+    assert {command[:4] for command in visitors.sent_away} <= {b"EHLO", b"MAIL", b"QUIT"}
+    assert sorted(message.content for message in upstream.messages) == sorted(visitors.accepted)
+    wait_until(lambda: len(willi.workers) == 2, "two workers, all others have gone")
+    assert descriptors_of(willi.process.pid) == descriptors
+    assert memory_of(willi.process.pid) - memory < 1024
