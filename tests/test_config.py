@@ -12,6 +12,9 @@ from hypothesis import strategies as st
 
 from willi_lib import config
 from willi_lib.config import Address, Certificate, ConfigError, CsvSettings, MysqlSettings, StaticSettings
+from willi_lib.config.lines import QUOTE, SECTIONS
+from willi_lib.config.reader import NO_MAPPING, OLD_FILE, Reader
+from willi_lib.config.settings import TOP_KEYS
 from willi_lib.routing import Policy, Server
 
 MAPPING = "[mappings]\n[[all]]\ntype = static\nserver = mx.example\n"
@@ -90,7 +93,6 @@ DEFAULTS = {
     "upstream_tls_ca": "",
     "xclient": "try",
     "send_proxy": "no",
-    "policy": Policy("auto", "", "try", "no"),
     "proxy_protocol_hosts": (),
     "xclient_hosts": (),
     "status_listen": None,
@@ -101,7 +103,7 @@ DEFAULTS = {
 def test_a_file_with_a_mapping_alone_has_these_defaults(load):
     settings = load("")
     assert {name: getattr(settings, name) for name in DEFAULTS} == DEFAULTS
-    assert config.TOP_FIELDS.keys() < DEFAULTS.keys()
+    assert TOP_KEYS.keys() < DEFAULTS.keys()
 
 
 GOOD = [
@@ -281,8 +283,8 @@ def test_a_bad_value_is_named_with_its_file_line_and_key(faults, directory, key,
 
 def test_every_key_has_a_good_and_a_bad_value_here():
     read_from_files = {"tls_cert", "tls_key", "upstream_tls_ca"}  # below
-    assert {key for key, _, _ in GOOD} | read_from_files == config.TOP_FIELDS.keys()
-    assert {key for key, _, _ in BAD} == config.TOP_FIELDS.keys()
+    assert {key for key, _, _ in GOOD} | read_from_files == TOP_KEYS.keys()
+    assert {key for key, _, _ in BAD} == TOP_KEYS.keys()
 
 
 def test_certificates_are_pairs_with_names_relative_to_the_file(load, directory):
@@ -293,7 +295,7 @@ def test_certificates_are_pairs_with_names_relative_to_the_file(load, directory)
         Certificate(f"{directory}/a.crt", f"{directory}/a.key"),
         Certificate(f"{directory}/b.crt", f"{directory}/b.key"),
     )
-    assert settings.policy == Policy(upstream_tls_ca=f"{directory}/a.crt")
+    assert settings.mappings[0].policy == Policy(upstream_tls_ca=f"{directory}/a.crt")
 
 
 def test_relative_names_do_not_depend_on_the_working_directory(load, directory, monkeypatch):
@@ -360,7 +362,6 @@ def test_a_mapping_overrides_what_it_says_and_keeps_the_rest(load):
         "upstream_tls = always\nsend_proxy = v1\n",
         "[mappings]\n[[a]]\ntype = csv\nfile = /x\nxclient = require\nsend_proxy = no\n[[b]]\ntype = csv\nfile = /x\n",
     )
-    assert settings.policy == Policy("always", "", "try", "v1")
     assert [mapping.policy for mapping in settings.mappings] == [
         Policy("always", "", "require", "no"),
         Policy("always", "", "try", "v1"),
@@ -372,7 +373,7 @@ DATABASE = "type = mysql\nquery = SELECT server FROM t WHERE pattern = ?\n"
 
 def test_a_database_has_these_defaults(load):
     assert mapping_of(load, DATABASE) == MysqlSettings(
-        name="m", policy=Policy(), hosts=(Address("localhost", 3306),), port=3306, unix_socket="", user="", password="",
+        name="m", policy=Policy(), host=(Address("localhost", 0),), port=3306, unix_socket="", user="", password="",
         password_file="", database="", tls_ca="", pool_size=5, timeout=5.0,
         query="SELECT server FROM t WHERE pattern = ?", cache_ttl=60.0, cache_size=100_000, stale_ttl=HOUR,
     )  # fmt: skip
@@ -383,6 +384,7 @@ def test_a_database_has_these_defaults(load):
     [
         ("host = a, b:3307", "hosts", (Address("a", 3306), Address("b", 3307))),
         ("host = a, [2001:db8::1]\nport = 3308", "hosts", (Address("a", 3308), Address("2001:db8::1", 3308))),
+        ("", "hosts", (Address("localhost", 3306),)),
         ("host = my_db", "hosts", (Address("my_db", 3306),)),
         ("port = 65535", "port", 65535),
         ("unix_socket = /run/mysqld.sock", "unix_socket", "/run/mysqld.sock"),
@@ -441,7 +443,7 @@ CONNECTION = "is now written as host, port, user, password, database and tls_ca"
         ("type = static\nserver = a\ntls_verify = maybe", "5: tls_verify: 'maybe': tls_verify must be true or false"),
         ("type = csv\nfile = a\nserver = b", "5: server: only for type = static"),
         ("type = csv\nfile = a\nxclient = yes", "5: xclient: 'yes': must be try, require or no"),
-        ("type = csv\nfile = a\n[[[x]]]", f"5: [[[x]]]: {config.SECTIONS}"),
+        ("type = csv\nfile = a\n[[[x]]]", f"5: [[[x]]]: {SECTIONS}"),
         ("type = csv\nfile = a\ntype = csv", "5: type: is in line 3 already"),
         ("type = csv\nfile = a\nlisten = :25", "5: listen: belongs to the top of the file, above [mappings]"),
         ("type = csv\nfle = a\nfile = b", "4: fle: unknown key; did you mean 'file'?"),
@@ -472,7 +474,7 @@ CONNECTION = "is now written as host, port, user, password, database and tls_ca"
         ("type = mysql\nquery = SELECT server FROM t", f"4: query: {QUERY}"),
         ("type = mysql\nquery = \"SELECT a FROM t WHERE p = '?'\"", f"4: query: {QUOTED}"),
         ("type = mysql\nquery = SELECT a, b FROM t WHERE p = ?", f"4: query: {COMMA}"),
-        ("type = mysql\nquery = SELECT a, 'true' FROM t WHERE p = ?", f"4: query: {config.QUOTE}"),
+        ("type = mysql\nquery = SELECT a, 'true' FROM t WHERE p = ?", f"4: query: {QUOTE}"),
     ],
 )
 def test_a_fault_in_a_mapping_is_one_line(faults, text, fault):
@@ -516,10 +518,10 @@ type = static
         "willi.conf:6: something: must be written as key = value",
         "willi.conf:7: log: must be written as key = value",
         "willi.conf:8: xyzzy: unknown key",
-        f"willi.conf:9: [mapping]: {config.SECTIONS}",
+        f"willi.conf:9: [mapping]: {SECTIONS}",
         "willi.conf:11: type: belongs to a mapping, below its line [[name]]",
         "willi.conf:14: server: only for type = static",
-        f"willi.conf:19: query: {config.QUOTE}",
+        f"willi.conf:19: query: {QUOTE}",
         "willi.conf:20: domain: belongs to the top of the file, above [mappings]",
         "willi.conf:21: [[a]]: is in line 12 already",
         "willi.conf:21: server: is missing in [[a]]",
@@ -530,18 +532,18 @@ def test_a_section_line_that_cannot_be_placed_hides_what_is_below_it(faults):
     text = "loglevel: info\n[[a]]\ntype = csv\nfile = a\nlog = file\n"
     assert faults(text, "") == [
         "willi.conf:1: loglevel: must be written as key = value",
-        f"willi.conf:2: [[a]]: {config.SECTIONS}",
+        f"willi.conf:2: [[a]]: {SECTIONS}",
     ]
 
 
 @pytest.mark.parametrize("line", ["[mappings", "[[x]", "[[a=b]]", "[]", "[ = 1", "['mappings']"])
 def test_a_malformed_section_line_is_a_fault(faults, line):
-    assert faults(f"{line}\n", "") == [f"willi.conf:1: {line}: {config.SECTIONS}"]
+    assert faults(f"{line}\n", "") == [f"willi.conf:1: {line}: {SECTIONS}"]
 
 
 def test_quotation_marks_that_are_never_closed_are_told_where_they_open(faults):
     text = '[mappings]\n[[m]]\ntype = mysql\nquery = """SELECT\nuser = x\n'
-    assert faults(text, "") == [f"willi.conf:4: query: {config.QUOTE}"]
+    assert faults(text, "") == [f"willi.conf:4: query: {QUOTE}"]
 
 
 def test_mappings_may_be_opened_once(faults):
@@ -552,7 +554,7 @@ def test_mappings_may_be_opened_once(faults):
 
 @pytest.mark.parametrize(("text", "line"), [("", 1), ("log = stdout\n\n", 1), ("log = stdout\n[mappings]\n\n", 2)])
 def test_a_file_without_a_mapping_is_told_what_to_add(faults, text, line):
-    assert faults(text, "") == [f"willi.conf:{line}: [mappings]: {config.NO_MAPPING}"]
+    assert faults(text, "") == [f"willi.conf:{line}: [mappings]: {NO_MAPPING}"]
 
 
 def test_mappings_as_a_key_is_told_to_be_a_section(faults):
@@ -571,7 +573,7 @@ mappings: [
     },
 ]
 """
-    assert faults(text, "") == [f"willi.conf:3: mappings: {config.OLD_FILE}"]
+    assert faults(text, "") == [f"willi.conf:3: mappings: {OLD_FILE}"]
 
 
 def test_a_key_in_capitals_is_unknown_and_its_neighbour_is_named(faults):
@@ -615,7 +617,7 @@ LINES = st.one_of(
 def test_any_text_is_settings_or_faults_of_one_line_each(lines):
     faults: list[str] = []
     try:
-        config.Reader("willi.conf", "\n".join(lines)).settings()
+        Reader("willi.conf", "\n".join(lines)).settings()
     except ConfigError as error:
         faults = error.faults or ["none"]
     assert all(fault.startswith("willi.conf:") and "\n" not in fault for fault in faults)

@@ -9,6 +9,8 @@ import pytest
 from tests.support.daemon import parse_logfmt
 from tests.support.loopback import ROOT
 from willi_lib import config
+from willi_lib.config.reader import NO_MAPPING
+from willi_lib.config.settings import ALL_KEYS, MAPPING_KEYS, TOP_KEYS, TYPES, keys_of
 from willi_lib.mappings import open_mappings
 from willi_lib.routing.csv_file import CsvFile
 from willi_lib.smtp import reply as replies
@@ -37,27 +39,27 @@ def load(tmp_path, text: str) -> config.Settings:
 
 
 def test_the_example_shows_every_key_with_its_default_in_the_order_of_the_table():
-    defaults = {name: config.key_of(field).default for name, field in config.TOP_FIELDS.items()}
+    defaults = {name: key.default for name, key in TOP_KEYS.items()}
     assert shown(TOP) == defaults
     assert list(shown(TOP)) == list(defaults)
 
 
-@pytest.mark.parametrize("kind", config.TYPES)
+@pytest.mark.parametrize("kind", TYPES)
 def test_the_example_shows_every_key_of_a_mapping_with_its_default(kind):
-    fields = config.fields_of(config.TYPES[kind])
+    keys = keys_of(TYPES[kind])
     section = next(part for part in re.split(r"^#\[\[", MAPPINGS, flags=re.MULTILINE) if f"#type = {kind}\n" in part)
     written = shown(section)
-    assert written.keys() == fields.keys() | {"type"}
-    required = {name for name, field in fields.items() if config.key_of(field).default is None}
-    for name in fields.keys() - required:
-        assert written[name] == config.key_of(fields[name]).default, name
+    assert written.keys() == keys.keys() | {"type"}
+    required = {name for name, key in keys.items() if key.default is None}
+    for name in keys.keys() - required:
+        assert written[name] == keys[name].default, name
 
 
 def test_the_example_without_changes_lacks_a_mapping_and_nothing_else(tmp_path):
     with pytest.raises(config.ConfigError) as error:
         load(tmp_path, EXAMPLE)
     line = EXAMPLE.split("\n").index("[mappings]") + 1
-    assert error.value.faults == [f"{tmp_path}/willi.conf:{line}: [mappings]: {config.NO_MAPPING}"]
+    assert error.value.faults == [f"{tmp_path}/willi.conf:{line}: [mappings]: {NO_MAPPING}"]
 
 
 @pytest.mark.parametrize("name", shown(TOP))
@@ -67,13 +69,13 @@ def test_a_line_of_the_example_changes_nothing_without_its_hash(tmp_path, name):
     assert load(tmp_path, f"{uncommented}\n{MAPPING}") == load(tmp_path, MAPPING)
 
 
-@pytest.mark.parametrize("kind", config.TYPES)
+@pytest.mark.parametrize("kind", TYPES)
 def test_a_mapping_of_the_example_has_the_defaults_without_its_hashes(tmp_path, kind):
     whole = blocks()[kind]
     required = "\n".join(
         line
         for line in whole.split("\n")
-        if line.startswith("[[") or config.key_of(config.MAPPING_FIELDS[kind][line.split(" =")[0]]).default is None
+        if line.startswith("[[") or MAPPING_KEYS[kind][line.split(" =")[0]].default is None
     )
     assert load(tmp_path, f"[mappings]\n{whole}\n") == load(tmp_path, f"[mappings]\n{required}\n")
 
@@ -122,14 +124,14 @@ def test_the_readme_names_files_that_exist():
 
 @pytest.mark.parametrize("name", sorted({text for text in QUOTED if re.fullmatch("[a-z][a-z0-9_]*", text)}))
 def test_a_quoted_name_is_a_setting_or_a_field_of_the_log(name):
-    assert name in config.ALL_KEYS | LOG_FIELDS
+    assert name in ALL_KEYS | LOG_FIELDS
 
 
 @pytest.mark.parametrize("line", sorted({text for text in QUOTED if re.fullmatch("[a-z_0-9]+ = .+", text)}))
 def test_a_quoted_setting_is_right(tmp_path, line):
     name, _, value = line.partition(" = ")
     if name == "type":
-        assert value in config.TYPES
+        assert value in TYPES
     else:
         load(tmp_path, f"{line}\n{MAPPING}")
 
@@ -142,7 +144,7 @@ def test_a_quoted_reply_is_one_that_willi_gives(text):
 def test_the_limits_of_the_readme_have_their_defaults():
     shown_defaults = {name: default for name, default, _ in rows(section("Limits and times"))}
     assert len(shown_defaults) > 10
-    assert shown_defaults == {name: config.key_of(config.TOP_FIELDS[name]).default for name in shown_defaults}
+    assert shown_defaults == {name: TOP_KEYS[name].default for name in shown_defaults}
 
 
 def test_the_readme_explains_each_field_of_its_log_lines():

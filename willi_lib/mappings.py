@@ -38,7 +38,7 @@ def _open(
 ) -> Mapping:
     if isinstance(mapping, StaticSettings):
         name = f"static:{mapping.name}"
-        return Static(name, Route(mapping.servers, mapping.tls_verify, mapping.policy, name))
+        return Static(name, Route(mapping.server, mapping.tls_verify, mapping.policy, name))
     if isinstance(mapping, CsvSettings):
         return CsvFile(f"csv:{mapping.file}", mapping.file, mapping.policy, pause)
     name = f"mysql:{mapping.name}"

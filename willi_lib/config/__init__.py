@@ -1,0 +1,15 @@
+"""The file -> frozen Settings. `etc/willi.conf.example` says what the keys mean.
+
+values    what is written -> a value: times, sizes, addresses, networks ...
+settings  the table: every key, its default, unit and range, once
+lines     the text of a file -> its sections and keys, each with its line
+reader    `load`: the file against the table; it collects every fault before it gives up
+"""
+
+from .reader import ConfigError, load
+from .settings import Certificate, CsvSettings, MysqlSettings, Settings, StaticSettings
+from .values import Address
+
+__all__ = [
+    "Address", "Certificate", "ConfigError", "CsvSettings", "MysqlSettings", "Settings", "StaticSettings", "load",
+]  # fmt: skip

@@ -1,0 +1,177 @@
+"""The table of keys: each field made by `key` is a key of the file, with its default, unit and range."""
+
+# ruff: noqa: RUF009 -- `key` returns a dataclass field
+
+from __future__ import annotations
+
+import grp
+import pwd
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from ipaddress import IPv4Network, IPv6Network
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from willi_lib.routing import Policy, SendProxy, Server, UpstreamTls, Xclient, parse_servers, parse_tls_verify
+
+from . import values
+from .lines import QUOTE
+from .values import EXTENSIONS, Address, each
+
+T = TypeVar("T")
+
+LogLevel = Literal["debug", "info", "warn", "error"]
+LogTarget = Literal["stdout", "syslog"]
+TlsVersion = Literal["1.0", "1.1", "1.2", "1.3"]
+MixedRecipients = Literal["first", "defer"]
+BareNewline = Literal["normalize", "reject"]
+MappingType = Literal["static", "csv", "mysql"]
+
+
+@dataclass(frozen=True)
+class Key:
+    """What the file may say for one field."""
+
+    default: str | None  # as it would be written; None: has to be written
+    parse: Callable[..., Any]  # of the text, or of the words of a list
+    limits: dict[str, Any]  # its other arguments
+    is_list: bool = False
+    is_path: bool = False  # relative to the directory of the file
+
+    def value(self, written: str | list[str], directory: Path) -> Any:
+        """Raises ValueError(what is wrong)."""
+        if isinstance(written, list) and not self.is_list:
+            raise ValueError(f"has a comma, but is no list: {QUOTE}")
+        words = [written] if isinstance(written, str) else written
+        if self.is_list:  # its words may also stand in one pair of quotation marks
+            words = [word.strip() for text in words for word in text.split(",") if word.strip()]
+        if self.is_path:
+            words = [word and str(directory / word) for word in words]
+        return self.parse(words if self.is_list else words[0], **self.limits)
+
+
+def key(
+    default: str | None, parse: Callable[..., T],
+    secret: bool = False, is_list: bool = False, is_path: bool = False, **limits: Any,
+) -> T:  # fmt: skip
+    """A dataclass field for a `Key`; a type checker sees what its parser returns."""
+    this = Key(default, parse, limits, is_list, is_path)
+    optional: Any = {} if default is None else {"default_factory": lambda: this.value(default, Path())}
+    declared: T = field(repr=not secret, metadata={"key": this}, **optional)
+    return declared
+
+
+def keys_of(settings: type) -> dict[str, Key]:
+    """The keys of such a class, in their order."""
+    return {this.name: this.metadata["key"] for this in fields(settings) if "key" in this.metadata}
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """Two PEM files."""
+
+    cert: str
+    key: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """A configuration file without faults."""
+
+    path: str
+    loglevel: LogLevel = key("info", values.one_of, words=LogLevel)
+    log: LogTarget = key("stdout", values.one_of, words=LogTarget)
+    listen: tuple[Address, ...] = key(":25", each(values.socket_address, least=1), is_list=True)
+    domain: str = key("", values.host_name)
+    user: str = key("", values.account, known=pwd.getpwnam)
+    group: str = key("", values.account, known=grp.getgrnam)
+    workers: int = key("auto", values.worker_count)
+    tls_cert: tuple[str, ...] = key("", each(values.readable), is_path=True, is_list=True)
+    tls_key: tuple[str, ...] = key("", each(values.readable), is_path=True, is_list=True)
+    tls_min_version: TlsVersion = key("1.2", values.one_of, words=TlsVersion)
+    read_timeout: float = key("5m", values.duration, most="1h")
+    write_timeout: float = key("5m", values.duration, most="1h")
+    connect_timeout: float = key("20s", values.duration, most="1h")
+    upstream_timeout: float = key("4m", values.duration, most="1h")
+    data_timeout: float = key("10m", values.duration, most="1h")
+    dns_timeout: float = key("3s", values.duration, most="1h")
+    drain_timeout: float = key("60s", values.duration, most="1h")
+    max_message_bytes: int = key("20MiB", values.size, least="1kB", most="4096MiB")
+    max_recipients: int = key("100", values.count, least=1, most=100_000)
+    max_connections: int = key("5000", values.count, least=1, most=1_000_000)
+    max_connections_per_ip: int = key("50", values.count, least=1, most=1_000_000)
+    max_connection_rate: int = key("0", values.count, least=0, most=1_000_000)
+    max_errors: int = key("20", values.count, least=1, most=1_000_000)
+    recipient_delimiter: str = key("", values.delimiters)
+    mixed_recipients: MixedRecipients = key("first", values.one_of, words=MixedRecipients)
+    bare_newline: BareNewline = key("normalize", values.one_of, words=BareNewline)
+    extensions: frozenset[str] = key(", ".join(EXTENSIONS), values.extension_names, is_list=True)
+    strict_8bitmime: bool = key("no", values.yes_no)
+    upstream_tls: UpstreamTls = key("auto", values.one_of, words=UpstreamTls)
+    upstream_tls_ca: str = key("", values.readable, is_path=True)
+    xclient: Xclient = key("try", values.one_of, words=Xclient)
+    send_proxy: SendProxy = key("no", values.one_of, words=SendProxy)
+    proxy_protocol_hosts: tuple[IPv4Network | IPv6Network, ...] = key("", each(values.network), is_list=True)
+    xclient_hosts: tuple[IPv4Network | IPv6Network, ...] = key("", each(values.network), is_list=True)
+    status_listen: Address | None = key("", lambda text: values.socket_address(text) if text else None)
+    mappings: tuple[StaticSettings | CsvSettings | MysqlSettings, ...]
+
+    @property
+    def certificates(self) -> tuple[Certificate, ...]:
+        return tuple(map(Certificate, self.tls_cert, self.tls_key))
+
+
+@dataclass(frozen=True)
+class StaticSettings:
+    """A mapping with `type = static`."""
+
+    name: str
+    policy: Policy
+    server: tuple[Server, ...] = key(None, parse_servers)
+    tls_verify: bool = key("true", parse_tls_verify)
+
+
+@dataclass(frozen=True)
+class CsvSettings:
+    """A mapping with `type = csv`."""
+
+    name: str
+    policy: Policy
+    file: str = key(None, str, is_path=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MysqlSettings:
+    """A mapping with `type = mysql`."""
+
+    name: str
+    policy: Policy
+    host: tuple[Address, ...] = key("localhost", each(values.database_host, least=1), is_list=True)
+    port: int = key("3306", values.count, least=1, most=65535)
+    unix_socket: str = key("", str, is_path=True)
+    user: str = key("", str)
+    password: str = key("", str, secret=True)
+    password_file: str = key("", values.readable, is_path=True)
+    database: str = key("", str)
+    tls_ca: str = key("", values.readable, is_path=True)
+    pool_size: int = key("5", values.count, least=1, most=1000)
+    timeout: float = key("5s", values.duration, most="1h")
+    query: str = key(None, values.lookup_query)
+    cache_ttl: float = key("60s", values.duration, most="24h", zero=True)
+    cache_size: int = key("100000", values.count, least=1, most=10_000_000)
+    stale_ttl: float = key("1h", values.duration, most="168h", zero=True)
+
+    @property
+    def hosts(self) -> tuple[Address, ...]:
+        """Each with its port."""
+        return tuple(Address(host.host, host.port or self.port) for host in self.host)
+
+
+MappingSettings = StaticSettings | CsvSettings | MysqlSettings
+
+TYPES: dict[str, type[MappingSettings]] = {"static": StaticSettings, "csv": CsvSettings, "mysql": MysqlSettings}
+TYPE = Key(None, values.one_of, {"words": MappingType})
+TOP_KEYS = keys_of(Settings)
+POLICY_KEYS = {this.name: TOP_KEYS[this.name] for this in fields(Policy)}  # for all mappings, or for one of them
+MAPPING_KEYS = {kind: {"type": TYPE} | keys_of(settings) | POLICY_KEYS for kind, settings in TYPES.items()}
+ALL_KEYS = set(TOP_KEYS).union(*MAPPING_KEYS.values())
