@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from tests.test_routing import ADDRESSES, DOMAINS
 from willi_lib.routing import LookupFailed, Policy, Route, fold_pattern, parse_servers
-from willi_lib.routing.csv_file import MAX_FAULTS, MAX_READS, PAUSE_LINES, CsvError, CsvFile
+from willi_lib.routing import csv_file as module
+from willi_lib.routing.csv_file import CALM, MAX_FAULTS, PAUSE_LINES, CsvError, CsvFile
 
 HEADER = "pattern;server;tls_verify\n"
 
@@ -49,11 +50,24 @@ def to(servers: str, tls_verify: bool = True) -> Route:
     return Route(parse_servers(servers), tls_verify)
 
 
-def changed(mapping: CsvFile) -> bool:
-    """What a poll says after another one: a file must have come to rest."""
-    first, second = mapping.changed(), mapping.changed()
-    assert not first
-    return second
+Clock = Callable[[float], None]
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    """The mapping's clock stands still; call it to let seconds pass."""
+    now = [1000.0]
+    monkeypatch.setattr(module, "monotonic", lambda: now[0])
+    return lambda seconds: now.__setitem__(0, now[0] + seconds)
+
+
+def looks(mapping: CsvFile, clock: Clock, seconds: float = 60.0) -> float | None:
+    """Look every two seconds, as a worker does; how long it takes until the mapping wants to be loaded."""
+    for number in range(int(seconds / 2) + 1):
+        if mapping.changed():
+            return number * 2.0
+        clock(2.0)
+    return None
 
 
 # What is accepted
@@ -274,9 +288,9 @@ def test_before_the_first_load_nothing_is_known_rather_than_refused(file):
 # Reading again
 
 
-def test_a_file_that_stays_has_not_changed(file):
+def test_a_file_that_stays_has_not_changed(file, clock):
     mapping = read(file, HEADER + "b.example;mx1\n")
-    assert not any(mapping.changed() for _ in range(5))
+    assert looks(mapping, clock) is None
 
 
 def rewrite(file: Path, content: str) -> None:
@@ -297,59 +311,107 @@ def rename_with_the_old_time(file: Path, content: str) -> None:
     new.replace(file)
 
 
-@pytest.mark.parametrize("write", [rewrite, rename, rename_with_the_old_time])
-def test_a_new_content_is_noticed_and_replaces_the_old_one(file, write):
+def link_to_another(file: Path, content: str) -> None:
+    (file.parent / "elsewhere").write_text(content)
+    link = file.with_suffix(".new")
+    link.symlink_to("elsewhere")
+    link.replace(file)
+
+
+@pytest.mark.parametrize(
+    ("write", "seconds"), [(rename, 2), (rename_with_the_old_time, 2), (link_to_another, 2), (rewrite, CALM)]
+)
+def test_a_new_content_is_noticed_and_replaces_the_old_one(file, clock, write, seconds):
     mapping = read(file, HEADER + "a.example;mx1\nb.example;mx1\n")
     write(file, HEADER + "b.example;mx2\nc.example;mx2\n")
-    assert changed(mapping)
+    assert looks(mapping, clock) == seconds
     mapping.load()
     assert len(mapping) == 2
     assert find(mapping, "a.example") is None
     assert find(mapping, "b.example") == to("mx2")
-    assert not changed(mapping)
+    assert looks(mapping, clock) is None
 
 
-def test_a_file_that_is_still_growing_is_left_alone(file):
+def append(file: Path, line: str) -> None:
+    with file.open("a") as more:
+        more.write(line + "\n")
+
+
+def test_a_file_that_is_written_slowly_is_read_when_it_is_complete(file, clock):
+    mapping = read(file, HEADER + "".join(f"b{number}.example;mx1\n" for number in range(4)))
+    file.write_text(HEADER)
+    for number in range(4):
+        assert looks(mapping, clock, CALM - 2) is None
+        append(file, f"b{number}.example;mx2")
+    assert looks(mapping, clock) == CALM
+    mapping.load()
+    assert len(mapping) == 4
+
+
+def test_a_file_that_is_made_anew_and_written_slowly_is_read_when_it_is_complete(file, clock):
+    mapping = read(file, HEADER + "a.example;mx1\nb.example;mx1\n")
+    os.link(file, file.with_suffix(".old"))  # so that its inode is not used again
+    file.unlink()
+    file.write_text(HEADER + "a.example;mx2\n")
+    assert not mapping.changed()
+    append(file, "b.example;mx2")
+    assert looks(mapping, clock) == CALM
+
+
+def test_calm_is_counted_from_the_last_change_and_to_the_second(file, clock):
     mapping = read(file, HEADER + "a.example;mx1\n")
-    for number in range(5):
-        with file.open("a") as more:
-            more.write(f"b{number}.example;mx1\n")
-        assert not mapping.changed()
+    append(file, "b.example;mx1")
+    assert not mapping.changed()
+    clock(CALM - 0.1)
+    assert not mapping.changed()
+    append(file, "c.example;mx1")
+    assert not mapping.changed()
+    clock(CALM - 0.1)
+    assert not mapping.changed()
+    clock(0.1)
     assert mapping.changed()
 
 
-def test_a_bad_line_keeps_the_old_table_and_is_told_once(file):
+def test_a_renamed_file_does_not_wait_for_the_calm_of_the_one_before(file, clock):
+    mapping = read(file, HEADER + "a.example;mx1\n")
+    append(file, "b.example;mx1")
+    assert not mapping.changed()
+    rename(file, HEADER + "c.example;mx1\n")
+    assert looks(mapping, clock) == 2
+
+
+def test_a_bad_line_keeps_the_old_table_and_is_told_once(file, clock):
     mapping = read(file, HEADER + "b.example;mx1\n")
     file.write_text(HEADER + "b.example;mx2\nc.example;mx2:\n")
-    assert changed(mapping)
+    assert looks(mapping, clock) == CALM
     with pytest.raises(CsvError) as failure:
         mapping.load()
     assert str(failure.value) == f"{file}:3: 'mx2:': the port must be 1 to 65535"
     assert find(mapping, "b.example") == to("mx1")
     assert len(mapping) == 1
-    assert not changed(mapping)
+    assert looks(mapping, clock) is None
     file.write_text(HEADER + "b.example;mx2\n")
-    assert changed(mapping)
+    assert looks(mapping, clock) == CALM
     mapping.load()
     assert find(mapping, "b.example") == to("mx2")
 
 
-def test_a_file_that_vanishes_keeps_the_old_table_is_told_once_and_may_return(file):
+def test_a_file_that_vanishes_keeps_the_old_table_is_told_once_and_may_return(file, clock):
     mapping = read(file, HEADER + "b.example;mx1\n")
     file.unlink()
-    assert changed(mapping)
+    assert looks(mapping, clock) == 2
     with pytest.raises(CsvError) as failure:
         mapping.load()
     assert str(failure.value) == f"{file}: No such file or directory"
     assert find(mapping, "b.example") == to("mx1")
-    assert not changed(mapping)
+    assert looks(mapping, clock) is None
     file.write_text(HEADER + "b.example;mx2\n")
-    assert changed(mapping)
+    assert looks(mapping, clock) == 2
     mapping.load()
     assert find(mapping, "b.example") == to("mx2")
 
 
-def test_a_file_that_is_gone_for_a_moment_is_not_missed(file):
+def test_a_file_that_is_gone_for_a_moment_is_not_missed(file, clock):
     mapping = read(file, HEADER + "b.example;mx1\n")
     moved = file.rename(file.with_suffix(".old"))
     assert not mapping.changed()
@@ -357,45 +419,51 @@ def test_a_file_that_is_gone_for_a_moment_is_not_missed(file):
     assert not mapping.changed()
 
 
-@pytest.fixture
-def after_each_read(monkeypatch: pytest.MonkeyPatch) -> list[Callable[[], None]]:
-    """What somebody else does to the file, each time right after it has been read."""
-    deeds: list[Callable[[], None]] = []
-    read_bytes = Path.read_bytes
+class Disturbed(io.BufferedReader):
+    """A file of which somebody changes the name or the content right after it has been read."""
 
-    def read_and_do(path: Path) -> bytes:
-        octets = read_bytes(path)
-        if deeds:
-            deeds.pop(0)()
+    deed: Callable[[], None]
+
+    def read(self, size: int | None = -1) -> bytes:
+        octets = super().read(size)
+        self.deed()
         return octets
 
-    monkeypatch.setattr(Path, "read_bytes", read_and_do)
-    return deeds
 
+def load_meanwhile(mapping: CsvFile, deed: Callable[[], None]) -> None:
+    """Load; the deed falls between reading and looking whether that was all."""
 
-@pytest.mark.parametrize("write", [rewrite, rename])
-def test_a_file_written_while_it_is_read_is_read_again(file, after_each_read, write):
-    after_each_read += [lambda: write(file, HEADER + "b.example;mx2.example\n")] * (MAX_READS - 1)
-    after_each_read[0] = lambda: write(file, HEADER + "b.example;m")
-    assert find(read(file, HEADER + "b.example;mx\n"), "b.example") == to("mx2.example")
+    def open_disturbed(path: Path, _mode: str) -> Disturbed:
+        patch.undo()
+        file = Disturbed(io.FileIO(path))
+        file.deed = deed
+        return file
 
-
-def test_a_file_that_is_never_at_rest_keeps_the_old_table_and_is_tried_later(file, after_each_read):
-    mapping = read(file, HEADER + "b.example;mx1\n")
-
-    def append() -> None:
-        with file.open("a") as more:
-            more.write("# another line\n")
-
-    append()
-    after_each_read += [append] * MAX_READS
-    with pytest.raises(CsvError) as failure:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Path, "open", open_disturbed)
         mapping.load()
-    assert str(failure.value) == f"{file}: written while it was read, {MAX_READS} times"
+
+
+def test_a_file_renamed_while_its_predecessor_is_read_is_the_next_to_be_read(file, clock):
+    mapping = read(file, HEADER + "b.example;mx1\n")
+    load_meanwhile(mapping, lambda: rename(file, HEADER + "b.example;mx2\n"))
     assert find(mapping, "b.example") == to("mx1")
-    assert changed(mapping)
+    assert looks(mapping, clock) == 2
     mapping.load()
-    assert not changed(mapping)
+    assert find(mapping, "b.example") == to("mx2")
+
+
+def test_a_file_written_while_it_is_read_keeps_the_old_table_and_is_read_when_it_rests(file, clock):
+    mapping = read(file, HEADER + "a.example;mx1\nb.example;mx1\n")
+    rename(file, HEADER + "a.example;mx2\n")
+    assert looks(mapping, clock) == 2
+    with pytest.raises(CsvError) as failure:
+        load_meanwhile(mapping, lambda: append(file, "b.example;mx2"))
+    assert str(failure.value) == f"{file}: written while it was read"
+    assert find(mapping, "b.example") == to("mx1")
+    assert looks(mapping, clock) == CALM
+    mapping.load()
+    assert find(mapping, "b.example") == to("mx2")
 
 
 def test_a_long_reading_pauses_and_the_old_table_answers_to_its_end(file):

@@ -51,6 +51,7 @@ from .upstream import Client, Connector
 
 PROXY_HEADER_TIMEOUT = 3.0  # seconds; the least that its specification allows
 CSV_INTERVAL = 2.0  # seconds between looks at the CSV files
+MANY_PATTERNS = 100  # of a CSV file: if it loses more than half of so many, the administrator should look
 PULSE = 1.0  # seconds between two signs of life
 LAST_WORDS_TIMEOUT = 5.0  # seconds for sessions that are ended at drain_timeout to say so
 STARTUP_FAULTS = (MappingError, CsvError, CertificateError)
@@ -223,8 +224,7 @@ class Worker:
             for csv_file in self._csv_files():
                 try:
                     if csv_file.changed():
-                        csv_file.load()
-                        log.info("CSV file read again", mapping=csv_file.name, patterns=len(csv_file))
+                        _read_again(csv_file)
                 except CsvError as error:
                     for fault in error.faults:
                         log.error("CSV file not read, the old table stays", mapping=csv_file.name, error=fault)
@@ -319,6 +319,15 @@ class Worker:
             wire.write(refusal.octets)
         wire.hang_up(linger)
         wire.clock.close()
+
+
+def _read_again(csv_file: CsvFile) -> None:
+    """Raises CsvError."""
+    before = len(csv_file)
+    csv_file.load()
+    shrunk = before >= MANY_PATTERNS and len(csv_file) < before / 2  # perhaps its end is missing
+    tell = log.warn if shrunk else log.info
+    tell("CSV file read again", mapping=csv_file.name, patterns=len(csv_file), before=before)
 
 
 def _log_unraisable(bug: sys.UnraisableHookArgs) -> None:

@@ -100,7 +100,7 @@ def test_a_route_that_changes_after_its_recipient_was_sent_ahead_changes_nothing
     with greeted(willi) as client:
         client.send(MAIL + b"\r\nRCPT TO:<bob@b.example>\r\nRCPT TO:<eva@c.example>\r\n")
         assert hold.reached.wait(5)
-        willi.csv.write_text(csv.replace(f"c.example;{here.server}", f"c.example;{there.server}"))
+        willi.replace_csv(csv.replace(f"c.example;{here.server}", f"c.example;{there.server}"))
         willi.wait_for_log(msg="CSV file read again")
         hold.release()
         assert [str(client.read_reply()) for _ in range(3)] == [SENDER_KEPT, OK, OK]

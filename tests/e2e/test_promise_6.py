@@ -108,12 +108,11 @@ def test_only_no_match_is_a_554(start_willi: StartWilli, upstream: ScriptedUpstr
 def test_a_table_that_has_become_bad_or_is_gone_keeps_serving(start_willi: StartWilli, upstream: ScriptedUpstream):
     willi = start_willi(csv=TABLE.format(server=upstream.server))
     willi.tolerate("the old table stays")
-    path = willi.directory / "upstream_servers.csv"
-    path.write_text("pattern;server;tls_verify\nb.example;;;;false\n")
+    willi.replace_csv("pattern;server;tls_verify\nb.example;;;;false\n")
     willi.wait_for_log(lvl="error", msg="CSV file not read, the old table stays")
     client = greeted(willi)
     assert deliver(client) == QUEUED
-    path.unlink()
+    willi.csv.unlink()
     assert deliver(client) == QUEUED
 
 

@@ -128,6 +128,12 @@ class Willi:
         """The file of the CSV mapping that start_willi(csv=...) wrote."""
         return self.directory / "upstream_servers.csv"
 
+    def replace_csv(self, text: str) -> None:
+        """As an administrator should: a new file, renamed. It is read within five seconds."""
+        new = self.csv.with_suffix(".new")
+        new.write_text(text, encoding="utf-8")
+        new.replace(self.csv)
+
     # Processes
 
     @property
@@ -140,11 +146,13 @@ class Willi:
             return []
 
     def reload(self, settings: Mapping[str, Setting] | None = None) -> None:
-        """Change some settings, send SIGHUP, and wait until the new workers serve."""
+        """Change some settings, send SIGHUP, and wait until only the new workers take clients."""
         self.change(settings or {})
-        reloads = len(self.lines(msg="Reloaded"))
+        reloads, draining = self.lines(msg="Reloaded"), len(self.lines(msg="Draining"))
+        old = int([*self.lines(msg="Ready"), *reloads][-1]["workers"])
         self.signal(signal.SIGHUP)
-        self.wait_for_log(msg="Reloaded", count=reloads + 1, seconds=20)
+        self.wait_for_log(msg="Reloaded", count=len(reloads) + 1, seconds=20)
+        self.wait_for_log(msg="Draining", count=draining + old)
 
     def change(self, settings: Mapping[str, Setting]) -> None:
         """Write the file anew, with some settings changed."""

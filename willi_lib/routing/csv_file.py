@@ -14,18 +14,20 @@ from __future__ import annotations
 import codecs
 import csv
 import io
+import os
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from time import monotonic
 
 from willi_lib.routing import Answer, LookupFailed, Policy, Route, fold_pattern, parse_servers, parse_tls_verify
 
 HEADER = "pattern;server;tls_verify"
 MAX_FAULTS = 10  # reported of one file
-MAX_READS = 3  # of a file that is written while we read it
+CALM = 10.0  # seconds a file that is written in place must rest: half of it would have recipients refused
 PAUSE_LINES = 2000  # some milliseconds of work
 
-Stamp = tuple[int, int, int, int]
+Stamp = tuple[int, int, int, int]  # the inode first
 
 
 class CsvError(Exception):
@@ -50,7 +52,8 @@ class CsvFile:
         self._pause = pause
         self._table: dict[str, Route] | None = None
         self._tried: Stamp | None = None  # the file when `load` last read it
-        self._seen: Stamp | None = None  # the file when `changed` last looked
+        self._seen: Stamp | None = None  # the file when we last looked
+        self._calm_at = 0.0  # monotonic: when it may be read if it stays like this
 
     def __len__(self) -> int:
         """The number of patterns."""
@@ -68,14 +71,19 @@ class CsvFile:
             yield Answer(self._table.get(key))
 
     def changed(self) -> bool:
-        """Whether the file is another one than `load` last tried, and the same as at the previous call.
+        """Whether it is time to `load`; to be asked every few seconds.
 
-        The second condition leaves a file alone that somebody is writing: half of it,
-        cut at a line end, would look perfect and have recipients refused. A failed `load`
-        counts as tried, so that a bad or vanished file is told once, not at every call.
+        A new file that took this name by a rename is complete, and read if the next look finds it the same.
+        One that is written in place may be half of what it will be, and cut at a line end it would look
+        perfect: it is read when it has rested for `CALM`. A failed `load` counts as well, so that a bad or
+        vanished file is told once, not at every look.
         """
         before, self._seen = self._seen, self._stamp()
-        return self._seen == before and self._seen != self._tried
+        if self._seen != before:
+            in_place = before and self._seen and before[0] == self._seen[0]
+            self._calm_at = monotonic() + (CALM if in_place else 0.0)
+            return False
+        return self._seen != self._tried and monotonic() >= self._calm_at
 
     def load(self) -> None:
         """Read the file; all of it replaces the old table, or, after CsvError, nothing does."""
@@ -92,15 +100,17 @@ class CsvFile:
         return status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
     def _read(self) -> bytes:
-        for _ in range(MAX_READS):
-            self._tried = self._seen = self._stamp()
-            try:
-                octets = Path(self.file).read_bytes()
-            except OSError as failure:
-                raise CsvError(f"{self.file}: {failure.strerror}") from failure
-            if self._stamp() == self._tried:
-                return octets
-        raise CsvError(f"{self.file}: written while it was read, {MAX_READS} times")
+        self._tried = self._seen = self._stamp()
+        try:
+            with Path(self.file).open("rb") as file:
+                before = os.fstat(file.fileno())
+                octets = file.read()
+                after = os.fstat(file.fileno())
+        except OSError as failure:
+            raise CsvError(f"{self.file}: {failure.strerror}") from failure
+        if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
+            raise CsvError(f"{self.file}: written while it was read")
+        return octets
 
     def _parse(self, octets: bytes) -> dict[str, Route]:
         lines = enumerate(io.BytesIO(octets.removeprefix(codecs.BOM_UTF8)), 1)
