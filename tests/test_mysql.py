@@ -12,7 +12,7 @@ from gevent.event import Event
 from tests.support.loopback import PATIENCE
 from willi_lib.routing import Answer, LookupFailed, Policy, Route, parse_servers
 from willi_lib.routing import mysql as module
-from willi_lib.routing.database import Access, Database, Down, Host, _Routes, statement_of
+from willi_lib.routing.database import Access, Database, Down, Host, TooSlow, _Routes, statement_of
 from willi_lib.routing.mysql import Mysql, Notice
 
 TIMEOUT = 0.3  # seconds for a recipient
@@ -294,6 +294,29 @@ def test_a_single_slow_key_among_answers_is_no_outage(table: Table):
     failure = slow.get()
     assert (str(failure), failure.told) == ("it is slow", False)
     assert watched.told == []
+
+
+def test_a_query_that_the_server_gives_up_is_no_outage_and_a_known_route_serves(table: Table, time):
+    watched = Watched(table)
+    watched.find("ann@b", "b")
+    time(61)
+    table.fault = TooSlow("max_statement_time exceeded")
+    assert watched.find("ann@b", "b") == [Answer(None, "stale"), Answer(to("mx1"), "stale")]
+    failure = watched.fails("new@b")
+    assert (str(failure), failure.told) == ("max_statement_time exceeded", False)
+    assert watched.told == []
+    time(3600)
+    assert str(watched.fails("b")) == "max_statement_time exceeded"
+
+
+def test_a_query_that_the_server_gives_up_ends_an_outage(table: Table, time):
+    watched = Watched(table)
+    table.fault = Down("refused")
+    watched.fails("b")
+    time(6)
+    table.fault = TooSlow("max_statement_time exceeded")
+    watched.fails("b")
+    assert watched.told == ["error", "info"]
 
 
 def test_a_known_route_serves_while_the_database_is_down_and_that_is_told_once(table: Table, time):

@@ -19,7 +19,7 @@ from tests.support.certificates import Authority
 from tests.support.loopback import HOST, PATIENCE, free_port
 from tests.support.mariadb import PASSWORD, QUERY, USER, Mariadb
 from willi_lib.routing import LookupFailed, Policy, Route, parse_servers
-from willi_lib.routing.database import Access, Database, Down, Host
+from willi_lib.routing.database import Access, Database, Down, Host, TooSlow
 
 Open = Callable[..., Database]
 
@@ -226,6 +226,26 @@ def test_a_slow_query_ends_at_the_time_limit_and_loses_no_slot(mariadb: Mariadb,
             database.ask("slow.example")
         assert monotonic() - began < 0.6
         assert database.ask("b.example") == to("mx1")
+    assert open_connections(database) == (1, 1)
+
+
+def test_a_query_that_the_server_gives_up_is_not_asked_again_and_costs_no_connection(
+    mariadb: Mariadb, open_database: Open
+):
+    name = mariadb.table(("b.example", "mx1", True), ("slow.example", "mx2", True))
+    query = (
+        "SET STATEMENT max_statement_time = 0.1 FOR"
+        " SELECT server FROM routes WHERE pattern = ? AND (pattern <> 'slow.example' OR SLEEP(5) = 0)"
+    )
+    host = Host(HOST, mariadb.port)
+    database = open_database(name, query, hosts=(host, Host("localhost", mariadb.port)))
+    began = monotonic()
+    with pytest.raises(TooSlow) as failure:
+        database.ask("slow.example")
+    assert str(failure.value) == f"{host}: Query execution was interrupted (max_statement_time exceeded) (1969)"
+    assert 0.1 <= monotonic() - began < 0.5
+    assert open_connections(database) == (1, 1)
+    assert database.ask("b.example") == to("mx1")
     assert open_connections(database) == (1, 1)
 
 

@@ -219,6 +219,26 @@ def test_what_is_known_goes_on_and_the_log_tells_the_outage_once(
     assert willi.lines(msg="Lookup failed") == [], "not for every client"
 
 
+def test_what_is_known_goes_on_while_the_server_gives_up_its_queries(
+    mariadb: Mariadb, routed: StartWithDatabase, upstream: ScriptedUpstream
+):
+    name = mariadb.table(("bob@b.example", upstream.server, False), ("new@b.example", upstream.server, False))
+    mariadb.query(f"CREATE TABLE {name}.pause (seconds FLOAT)")
+    query = (
+        "SET STATEMENT max_statement_time = 0.1 FOR SELECT server, tls_verify FROM routes"
+        " WHERE pattern = ? AND SLEEP(IFNULL((SELECT MAX(seconds) FROM pause), 0)) = 0"
+    )
+    willi = routed(database=name, query=query, cache_ttl="0s")
+    willi.tolerate("max_statement_time exceeded")
+    with greeted(willi) as client:
+        assert deliver(client) == QUEUED
+        mariadb.query(f"INSERT INTO {name}.pause VALUES (5)")
+        assert deliver(client) == QUEUED
+        assert rcpt(client, "new@b.example") == CANNOT_LOOK_UP
+    assert "max_statement_time exceeded" in willi.wait_for_log(msg="Lookup failed", lvl="error")["error"]
+    assert willi.lines(msg="Database is down") == []
+
+
 class Traffic:
     """Clients that ask for ever new recipients; `answers` are times and replies."""
 

@@ -31,6 +31,8 @@ NOBODY = "nobody.invalid"  # what `check` asks for
 # Errors after which a new connection may well get an answer: 1047 a Galera node that is not ready, 1053 shutdown,
 # 1152 to 1184 network, 1317 and 1927 killed, 2006 to 2055 lost, 4031 closed by the server for having been idle.
 CONNECTION_ERRORS = frozenset((1047, 1053, 1152, 1158, 1159, 1160, 1161, 1184, 1317, 1927, 2006, 2013, 2055, 4031))
+# The server ended the query because of a limit of its own: max_statement_time of MariaDB, max_execution_time of MySQL.
+TIME_LIMIT_ERRORS = frozenset((1969, 3024))
 # Said when the characters of a key do not exist in the character set of the column: illegal mix, cannot convert.
 UNKNOWN_CHARACTER_ERRORS = frozenset((1267, 1270, 1271, 3854))
 DRIVER_ERRORS = range(2000, 3000)  # PyMySQL's own: who knows what is still to come on this connection
@@ -38,6 +40,10 @@ DRIVER_ERRORS = range(2000, 3000)  # PyMySQL's own: who knows what is still to c
 
 class Down(Exception):
     """The database gave no answer; the text says why, for each host."""
+
+
+class TooSlow(Down):
+    """The database is there and gave up this query: an old answer may serve, another host would do no better."""
 
 
 class _Lost(Exception):
@@ -105,7 +111,7 @@ class Database:
         self._answered: dict[Host, float] = {}  # and when last
 
     def ask(self, key: str) -> Route | None:
-        """The route in the first row for this key, within `timeout`. Raises Down, LookupFailed.
+        """The route in the first row for this key, within `timeout`. Raises Down, TooSlow, LookupFailed.
 
         To be called in a greenlet that nobody else ends.
         """
@@ -141,6 +147,8 @@ class Database:
                 if not lost:
                     lost = True
                     continue
+            except TooSlow as why:
+                raise TooSlow(f"{self.name_of(host)}: {why}") from None
             except Down as why:
                 faults.append(f"{self.name_of(host)}: {why}")
             self._failed[host] = monotonic()
@@ -148,7 +156,7 @@ class Database:
         raise Down("; ".join(faults))
 
     def _ask_host(self, host: Host, connection: _Connection | None, key: str, seconds: float) -> Route | None:
-        """Ask on this connection, or on a new one. Raises Down, _Lost, LookupFailed."""
+        """Ask on this connection, or on a new one. Raises Down, TooSlow, _Lost, LookupFailed."""
         began = monotonic()
         try:
             with gevent.Timeout(seconds):
@@ -162,7 +170,7 @@ class Database:
             raise Down(f"no answer within {seconds:.1f} s") from None
 
     def _ask_on(self, connection: _Connection, key: str) -> Route | None:
-        """Ask on this connection, and put it back if it may be used again. Raises _Lost, LookupFailed."""
+        """Ask on this connection, and put it back if it may be used again. Raises TooSlow, _Lost, LookupFailed."""
         usable = False
         try:
             names, row = self._execute(connection, self._statement, (key,) * self._parameters)
@@ -172,6 +180,8 @@ class Database:
             if not connection.driver.open or number in CONNECTION_ERRORS:
                 raise _Lost(_text(error)) from None
             usable = isinstance(number, int) and number >= 1000 and number not in DRIVER_ERRORS
+            if number in TIME_LIMIT_ERRORS:
+                raise TooSlow(_text(error)) from None
             if number in UNKNOWN_CHARACTER_ERRORS and not key.isascii() and self._parameters == 1:
                 return None  # no row can have this key; of several comparisons, another one might have found it
             raise LookupFailed(_text(error)) from None

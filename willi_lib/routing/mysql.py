@@ -20,7 +20,7 @@ import gevent
 from gevent.event import AsyncResult
 
 from willi_lib.routing import Answer, LookupFailed, Route
-from willi_lib.routing.database import Down
+from willi_lib.routing.database import Down, TooSlow
 
 RETRY_INTERVAL = 5.0  # seconds between sessions that wait for a database that is down ...
 QUICK_RETRY = 1.0  # ... and between tries if they cost nobody any time, as with a refused connection ...
@@ -59,7 +59,7 @@ class Source(Protocol):
     """What `Database` is to the mapping."""
 
     def ask(self, key: str) -> Route | None:
-        """The route for this key, within a time limit. Raises Down, LookupFailed."""
+        """The route for this key, within a time limit. Raises Down, TooSlow, LookupFailed."""
 
     def close(self) -> None:
         """Take leave."""
@@ -147,13 +147,13 @@ class Mysql:
         began = monotonic()
         try:
             route = self._database.ask(key)
+        except (TooSlow, LookupFailed) as failure:
+            self._note_up()
+            asking.set_exception(failure)
         except Down as why:
             if self._answered < began:  # if others had answers meanwhile, it is a matter of this key
                 self._note_down(str(why), began)
             asking.set_exception(why)
-        except LookupFailed as failure:
-            self._note_up()
-            asking.set_exception(failure)
         except Exception as failure:  # noqa: BLE001 -- it is raised in the sessions, where it becomes a reply
             asking.set_exception(failure)
         else:
