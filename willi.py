@@ -3,7 +3,7 @@
 
 Usage:
   willi.py [-c FILE] [--debug]
-  willi.py check [-c FILE]
+  willi.py check [-c FILE] [--quick]
   willi.py lookup [-c FILE] ADDRESS...
   willi.py (-h | --help | -V | --version)
 
@@ -14,6 +14,7 @@ Commands:
 
 Options:
   -c FILE         The configuration. Default: ./willi.conf, then /opt/willi/etc/willi.conf.
+  --quick         Only whether Willi would start: the file, tables and certificates. Nothing is connected to.
   --debug         One process, and the whole dialogue in the log on the terminal.
   -h --help       Show this text.
   -V --version    Show the version.
@@ -49,7 +50,9 @@ def main() -> int:
         if arguments["check"] or arguments["lookup"]:
             from willi_lib import check  # not before: it brings gevent
 
-            return check.lookup(settings, arguments["ADDRESS"]) if arguments["lookup"] else check.check(settings)
+            if arguments["lookup"]:
+                return check.lookup(settings, arguments["ADDRESS"])
+            return check.check_quickly(settings) if arguments["--quick"] else check.check(settings)
         return serve(settings, arguments["--debug"])
     except ConfigError as error:
         print(error, file=sys.stderr)

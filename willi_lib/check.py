@@ -8,27 +8,32 @@ from gevent import monkey
 
 monkey.patch_all(ssl=False)  # before the imports below, as in worker.py
 
+import grp
+import os
+import pwd
+import subprocess
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from datetime import datetime, timezone
+from functools import partial
 from time import monotonic
 
 from gevent.pool import Pool
 
 from . import log
-from .config import MysqlSettings, Settings
-from .dns import Resolver
+from .config import CsvSettings, MysqlSettings, Settings
+from .dns import Address, Resolver
 from .mappings import MappingError, open_database, open_mappings, others_can_read
-from .routing import LookupFailed, Mapping, Route, Server, Step, search
+from .routing import LookupFailed, Mapping, Route, Step, search
 from .routing.csv_file import CsvError, CsvFile
 from .routing.database import Down
 from .routing.mysql import Mysql
 from .routing.static import Static
 from .smtp import reply as replies
-from .smtp.reply import Reject
+from .smtp.reply import BadReply, Reject
 from .smtp.syntax import parse_rcpt
-from .smtp.wire import Clock
-from .tls import CertificateError, certificate_facts
+from .smtp.wire import Clock, WireError
+from .tls import CertificateError, certificate_facts, server_context
 from .upstream import Client, Connector, Refused, Upstream, UpstreamFailed
 
 PROBES_AT_A_TIME = 20
@@ -65,7 +70,25 @@ def check(settings: Settings) -> int:
     if "." not in settings.domain:
         report.warn(f"domain {settings.domain} is no full host name: upstreams may refuse it in EHLO")
     _check_certificates(settings, report)
-    _check_upstreams(settings, _check_mappings(settings, report), report)
+    routes = _check_mappings(settings, report)
+    _check_rights(settings, report)
+    _check_upstreams(settings, routes, report)
+    return report.status
+
+
+def check_quickly(settings: Settings) -> int:
+    """Whether Willi would start: read what its workers read. Nothing is connected to; the exit status."""
+    log.silence()
+    report = Report()
+    try:
+        for mapping in open_mappings(settings):
+            if isinstance(mapping, CsvFile):
+                mapping.load()
+        server_context(settings.certificates, settings.tls_min_version)
+        report.ok(f"{settings.path}: Willi would start")
+    except (MappingError, CsvError, CertificateError) as faults:
+        for fault in str(faults).splitlines():
+            report.wrong(fault)
     return report.status
 
 
@@ -125,6 +148,21 @@ def _check_database(mapping: MysqlSettings, report: Report) -> None:
         report.ok(f"{name}: {database.name_of(host)}: {facts.version}, {tls}, columns {', '.join(facts.columns)}")
 
 
+def _check_rights(settings: Settings, report: Report) -> None:
+    """The files that the workers read again when they are no longer root."""
+    if os.geteuid() != 0 or not settings.user:
+        return
+    account = pwd.getpwnam(settings.user)
+    group = grp.getgrnam(settings.group).gr_gid if settings.group else account.pw_gid
+    groups = os.getgrouplist(settings.user, group)
+    files = {mapping.policy.upstream_tls_ca for mapping in settings.mappings}
+    files |= {mapping.file for mapping in settings.mappings if isinstance(mapping, CsvSettings)}
+    for file in filter(os.path.exists, sorted(files)):
+        test = subprocess.run(["test", "-r", file], user=account.pw_uid, group=group, extra_groups=groups, check=False)
+        if test.returncode != 0:
+            report.wrong(f"{file}: {settings.user} (user) may not read it, and will have to")
+
+
 def _open_one(settings: Settings, name: str) -> Mapping:
     """Raises MappingError, CsvError."""
     chosen = tuple(mapping for mapping in settings.mappings if mapping.name == name)
@@ -135,32 +173,58 @@ def _open_one(settings: Settings, name: str) -> Mapping:
 
 
 def _check_upstreams(settings: Settings, routes: Iterable[Route], report: Report) -> None:
-    """Talk to every upstream as far as MAIL."""
+    """Talk to every address of every host as far as MAIL."""
     connector = Connector(settings, Resolver(settings.dns_timeout))
-    # Each once, although many routes may share it: equal routes differ in nothing that matters to a server.
-    probes = dict.fromkeys((replace(route, servers=(server,)), server) for route in routes for server in route.servers)
     pool = Pool(PROBES_AT_A_TIME)
-    for good, text in pool.imap(lambda probe: _probe(settings, connector, *probe), probes):
-        (report.ok if good else report.wrong)(text)
+    # Each once, although many routes may share it: equal routes differ in nothing that matters to a host.
+    to_servers = dict.fromkeys(replace(route, servers=(server,)) for route in routes for server in route.servers)
+    to_hosts: dict[Route, None] = {}
+    for hosts, failures in pool.imap(partial(_hosts_of, connector), to_servers):
+        to_hosts.update(dict.fromkeys(hosts))
+        for failure in failures:
+            report.wrong(failure)
+    for findings in pool.imap(partial(_probe_host, settings, connector), to_hosts):
+        bad = report.warn if any(good for good, _ in findings) else report.wrong  # another address will do
+        for good, text in findings:
+            (report.ok if good else bad)(text)
 
 
-def _probe(settings: Settings, connector: Connector, route: Route, server: Server) -> tuple[bool, str]:
-    client = Client("127.0.0.1", 25, own=lambda: ("127.0.0.1", 25), name=lambda: "localhost")
-    client.helo, client.tls = settings.domain, "as if"  # so that STARTTLS is tried
+def _hosts_of(connector: Connector, route: Route) -> tuple[list[Route], list[str]]:
+    """The same route to each of its hosts alone, and why there are not more of them."""
+    failures: list[str] = []
+    return [replace(route, servers=(host,)) for host in connector._hosts(route, failures)], failures
+
+
+def _probe_host(settings: Settings, connector: Connector, route: Route) -> list[tuple[bool, str]]:
+    """For each address of a route's only host: whether it is good, and a text."""
     clock = Clock()
     try:
-        with clock.limit(settings.upstream_timeout, "checking"):
-            upstream = connector.connect(route, client, clock, "check")
-            text = _describe(upstream, route)
-            upstream.quit()
-            return True, f"{server}: {text}"
+        addresses = connector._addresses(route.servers[0], clock)
+        return [_probe(settings, connector, route, address, clock) for address in addresses]
     except UpstreamFailed as error:
-        return False, str(error)
-    except (Reject, Refused) as refusal:
-        loop = f": it calls itself {settings.domain}, which is our domain" if refusal.reply == replies.MAIL_LOOP else ""
-        return False, f"{server}: {refusal.reply}{loop}"
+        return [(False, str(error))]
     finally:
         clock.close()
+
+
+def _probe(
+    settings: Settings, connector: Connector, route: Route, address: Address, clock: Clock
+) -> tuple[bool, str]:
+    client = Client("127.0.0.1", 25, own=lambda: ("127.0.0.1", 25), name=lambda: "localhost")
+    client.helo, client.tls = settings.domain, "as if"  # so that STARTTLS is tried
+    server = route.servers[0]
+    where = str(server) if address[1] == server.host else f"{server} [{address[1]}]"
+    try:
+        with clock.limit(settings.upstream_timeout, "checking"):
+            upstream = connector._open(route, server, address, client, clock, "check")
+            text = _describe(upstream, route)
+            upstream.quit()
+            return True, f"{where}: {text}"
+    except (UpstreamFailed, WireError, BadReply) as error:
+        return False, f"{where}: {str(error).removeprefix(f'{server}: ')}"
+    except (Reject, Refused) as refusal:
+        loop = f": it calls itself {settings.domain}, which is our domain" if refusal.reply == replies.MAIL_LOOP else ""
+        return False, f"{where}: {refusal.reply}{loop}"
 
 
 def _describe(upstream: Upstream, route: Route) -> str:
