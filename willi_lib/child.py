@@ -68,6 +68,11 @@ class Child:
         if self.state is State.STARTING and self.words == READY:
             self._turn(State.READY)
 
+    @property
+    def faults(self) -> str:
+        """What it said is wrong; a line for each."""
+        return "" if self.words == READY else self.words.decode("utf-8", "replace")
+
     def go(self) -> None:
         """Let it take clients."""
         self._turn(State.SERVING)

@@ -266,8 +266,8 @@ class Master:
         ended = f"ended with signal {-status}" if status < 0 else f"ended with {status}"
         if child.state is State.KILLED or (child.state is State.DRAINING and status == 0):
             return
-        if child.state is State.STARTING:
-            self._mourn_start(child, child.words.decode("utf-8", "replace") or f"worker {ended}")
+        if child.state is State.STARTING or child.settings is self._candidate:
+            self._mourn_start(child, child.faults or f"worker {ended}")
         else:
             log.error("Worker ended by itself", pid=child.pid, error=ended)
             self._schedule_replacement(monotonic() - child.started)

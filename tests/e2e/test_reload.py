@@ -73,7 +73,11 @@ def test_loglevel_changes_in_master_and_workers(willi: Willi):
     wait_for_new_workers(willi, old)
     lines = len(willi.log)
     assert deliver(greeted(willi)) == QUEUED
-    willi.reload({"loglevel": "info"})
+    old = willi.workers
+    willi.change({"loglevel": "info"})
+    willi.signal(signal.SIGHUP)
+    willi.wait_for_log(msg="Reloaded")
+    wait_for_new_workers(willi, old)
     assert [line["msg"] for line in willi.log[lines:] if line["lvl"] == "info"] == ["Reloaded"]
     assert deliver(greeted(willi)) == QUEUED
     willi.wait_for_log(msg="Message accepted")

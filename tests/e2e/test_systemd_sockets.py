@@ -13,7 +13,7 @@ import pytest
 
 from tests.conftest import StartWilli
 from tests.support.client import Client
-from tests.support.daemon import PYTHON, Willi, write_config
+from tests.support.daemon import PYTHON, Setting, Willi, write_config
 from tests.support.loopback import HOST, ROOT, free_port, wait_until
 from tests.support.promise import greeted
 from tests.support.talk import QUEUED, deliver
@@ -57,7 +57,7 @@ def notifications(path: Path) -> Iterator[socket.socket]:
 
 
 def start(directory: Path, upstream: ScriptedUpstream, listen: str, prefix: list[str], **environment: str) -> Willi:
-    mappings = {"all": {"type": "static", "server": upstream.server, "tls_verify": False}}
+    mappings: dict[str, Setting] = {"all": {"type": "static", "server": upstream.server, "tls_verify": False}}
     return Willi(directory, {"listen": listen, "workers": 2, "mappings": mappings}, prefix, environment)
 
 
