@@ -48,6 +48,15 @@ def test_a_name_that_leads_back_to_the_address_is_the_clients(server, resolver, 
     assert resolver.start_name_of(address)() == "c.example"
 
 
+def test_names_that_are_asked_for_together_fail_together_if_nobody_listens_at_the_name_server(capfd):
+    """c-ares then tells before its call returns: gevent would be woken from itself, complain, and wait for ever."""
+    resolver = Resolver(TIMEOUT, (HOST, free_port()))
+    asking = [gevent.spawn(resolver._ares.gethostbyaddr, f"192.0.2.{number}") for number in range(8)]
+    gevent.joinall(asking, timeout=10)
+    assert [type(asked.exception) for asked in asking] == [socket.herror] * 8
+    assert "AssertionError" not in capfd.readouterr().err
+
+
 def test_a_name_is_told_in_lower_case(server, resolver):
     server.host("c.example", CLIENT)
     server.reverse(CLIENT, "C.Example")

@@ -19,7 +19,7 @@ import dns.resolver
 import dns.reversename
 import gevent
 from gevent.event import AsyncResult
-from gevent.resolver import ares
+from gevent.resolver import ares, cares
 
 from .smtp.syntax import is_host_name
 
@@ -61,6 +61,27 @@ class Cache(Generic[T]):
         return value
 
 
+class _Channel(cares.channel):
+    """gevent's, for failures that c-ares tells before its call returns, as when nobody listens at the name server.
+
+    gevent would wake up the waiting greenlet from itself; it may only be woken by the hub.
+    """
+
+    def __init__(self, loop: Any, **options: Any) -> None:
+        super().__init__(loop, **options)
+        self._later = loop.run_callback
+
+    def gethostbyaddr(self, callback: Callable[[Any], object], address: str) -> None:
+        super().gethostbyaddr(lambda result: self._later(callback, result), address)
+
+    def getaddrinfo(self, callback: Callable[[Any], object], *question: Any) -> None:  # type: ignore[override]
+        super().getaddrinfo(lambda result: self._later(callback, result), *question)
+
+
+class _Ares(ares.Resolver):
+    cares_class = _Channel
+
+
 class Resolver:
     """What one worker knows of DNS."""
 
@@ -77,7 +98,7 @@ class Resolver:
             options = {"servers": [address], "udp_port": port, "tcp_port": port}
             self._dnspython = dns.resolver.Resolver(configure=False)
             self._dnspython.nameservers, self._dnspython.port = [address], port
-        self._ares = ares.Resolver(tries=2, timeout=max(1.0, timeout / 2), **options)
+        self._ares = _Ares(tries=2, timeout=max(1.0, timeout / 2), **options)
         self._names: Cache[str] = Cache()
         self._addresses: Cache[list[Address]] = Cache()
         self._mx: Cache[list[str]] = Cache()
