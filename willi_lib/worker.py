@@ -266,11 +266,10 @@ class Worker:
         """Find out who it is, and whether that client may have one more connection."""
         peer, port = address[0].partition("%")[0].removeprefix("::ffff:"), address[1]
         client = Client(peer, port, own=connection.getsockname)
-        if is_in(peer, self._settings.proxy_protocol_hosts):
-            self._read_proxy_header(wire, client)
+        checks = is_in(peer, self._settings.proxy_protocol_hosts) and not self._read_proxy_header(wire, client)
         trusted = is_in(client.address, self._settings.xclient_hosts)
-        if trusted:  # a proxy in front brings many clients
-            self._talk(sid, wire, client, may_xclient=True)
+        if trusted or checks:  # a proxy in front brings many clients; a refused health check would turn them all away
+            self._talk(sid, wire, client, may_xclient=trusted)
             return
         counted = client.address
         refusal = self._limits.enter_address(counted)
@@ -294,8 +293,8 @@ class Worker:
         finally:
             self._sessions.discard(session)
 
-    def _read_proxy_header(self, wire: Wire, client: Client) -> None:
-        """What the load balancer says of the client (nothing, for a health check). Raises BadHeader, WireError."""
+    def _read_proxy_header(self, wire: Wire, client: Client) -> bool:
+        """Whether the load balancer names a client (not for a health check). Raises BadHeader, WireError."""
         header = b""
         with wire.clock.limit(PROXY_HEADER_TIMEOUT, "waiting for the PROXY header"):
             parsed = None
@@ -312,6 +311,7 @@ class Worker:
         if endpoints:
             client.address, client.port = endpoints.source, endpoints.source_port
             client.own = lambda: (endpoints.destination, endpoints.destination_port)
+        return endpoints is not None
 
     def _turn_away(self, wire: Wire, sid: str, address: str, refusal: Reply, linger: bool) -> None:
         log.info("Connection refused", sid=sid, client=address, reply=str(refusal))

@@ -181,6 +181,20 @@ def test_what_the_balancer_may_its_clients_may_not(start_willi: StartWilli, upst
             assert str(client.command(b"XCLIENT ADDR=203.0.113.1")).startswith(expected)
 
 
+def test_health_checks_do_not_count_as_a_client(start_willi: StartWilli, upstream: ScriptedUpstream):
+    """However often they come: or a limit meant for strangers would have the balancer take Willi for dead."""
+    willi = start_willi(
+        server=upstream.server, proxy_protocol_hosts=BALANCER, max_connection_rate=2, max_connections_per_ip=1
+    )
+    checks = [connect(willi) for _ in range(4)]
+    for check in checks:
+        check.send(LOCAL)
+        assert check.read_reply().code == 220
+    for check in checks:
+        assert [check.command(line).code for line in (EHLO, b"QUIT")] == [250, 221]
+        check.close()
+
+
 def test_limits_per_address_count_the_client_not_the_balancer(start_willi: StartWilli, upstream: ScriptedUpstream):
     willi = start_willi(server=upstream.server, proxy_protocol_hosts=BALANCER, max_connections_per_ip=1)
     with connect(willi) as one, connect(willi) as two, connect(willi) as other:
