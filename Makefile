@@ -3,15 +3,19 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-CHECKED := $(wildcard willi.py demo.py) willi_lib tests
+CHECKED := $(wildcard willi.py demo.py release.py) willi_lib tests
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo check test clean
+.PHONY: help venv demo check test release lock install clean
 
 help:
 	@echo "make demo    two upstream servers and Willi in between: see mail being routed (Ctrl-C ends it)"
 	@echo "make check   ruff, mypy --strict and the unit tests: seconds"
 	@echo "make test    everything, with real servers; as root it installs those that are missing"
+	@echo "make release release/willi-<version>.tar.gz of what is committed, with all that it needs, and release/SHA256SUMS"
+	@echo "make install TARGET_HOST=root@mx1.example.org"
+	@echo "             the same, and its install.sh run on that host, over ssh; SSH_OPTIONS=\"-p 2222 ...\" are passed on"
+	@echo "make lock    after a change of requirements.txt: the wheels of a release, wheels.sha256"
 	@echo "make venv    only the virtual environment, $(VENV)"
 	@echo "make clean   remove what the others made"
 	@echo
@@ -41,6 +45,18 @@ test: venv
 	@$(BIN)/mypy --strict $(CHECKED)
 	@$(BIN)/python -m pytest
 
+release:
+	@tests/ensure-venv.sh "$(PYTHON)"
+	@$(PYTHON) release.py build
+
+lock:
+	@tests/ensure-venv.sh "$(PYTHON)"
+	@$(PYTHON) release.py lock
+
+install:
+	@tests/ensure-venv.sh "$(PYTHON)"
+	@$(PYTHON) release.py install -- "$(TARGET_HOST)"
+
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) release .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -not -path './.git/*' -prune -exec rm -rf {} +

@@ -1,0 +1,357 @@
+"""`make release` and `make install`: what is in the tarball, that it is always the same, and what a host receives."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+import release as builder
+from tests.conftest import show_on_failure
+from tests.support.loopback import ROOT, free_port, need
+from tests.support.release import WHEELS, build_release, commit, environment, git, make, tarball_of
+from tests.support.sshd import OPERATOR, Sshd
+from willi_lib import VERSION
+
+PYTHONS = [("x86_64", "3.10"), ("x86_64", "3.11"), ("x86_64", "3.12"), ("x86_64", "3.13"),
+           ("aarch64", "3.11"), ("aarch64", "3.12"), ("aarch64", "3.13")]  # fmt: skip
+NOBODY = 65534
+COMMIT_TIME = 981173106  # of tests.support.release.GIT
+OFFLINE = {"PIP_CONFIG_FILE": os.devnull, "PIP_NO_INDEX": "1", "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def tools() -> None:
+    need("git", "make", "gzip", "sha256sum")
+
+
+@pytest.fixture(scope="module")
+def release(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tarball of this tree with the tag v2.1.0."""
+    return build_release(tmp_path_factory.mktemp("release"), tag="v2.1.0")
+
+
+@pytest.fixture(scope="module")
+def tree(release: Path) -> Path:
+    """The tree that `release` was built in. It stays as it is: take a clone to change it."""
+    return release.parents[1]
+
+
+@pytest.fixture
+def clone(tree: Path, tmp_path: Path) -> Path:
+    """A fresh clone of that tree."""
+    git(tree, "clone", "--quiet", str(tree), str(tmp_path / "clone"))
+    return tmp_path / "clone"
+
+
+@pytest.fixture(scope="module")
+def unpacked(release: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Its one directory, unpacked."""
+    directory = tmp_path_factory.mktemp("unpacked")
+    subprocess.run(["tar", "-xzf", str(release)], cwd=directory, check=True, timeout=60)
+    [top] = directory.iterdir()
+    return top
+
+
+def digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def locked(tree: Path) -> dict[str, str]:
+    """The checksum of each wheel that may be in a release of this tree."""
+    lines = [line.split() for line in (tree / "wheels.sha256").read_text(encoding="ascii").splitlines()]
+    return {name: checksum for checksum, name in lines}
+
+
+# What is in it
+
+
+def test_it_is_one_directory_of_what_a_host_needs(unpacked: Path):
+    assert unpacked.name == "willi-2.1.0"
+    needed = {"willi.py", "willi_lib", "etc", "install.sh", "requirements.txt", "README.md", "CHANGES.md", "wheels"}
+    optional = {name for name in ("docs", "LICENSE") if (ROOT / name).exists()}
+    assert {path.name for path in unpacked.iterdir()} == needed | optional
+    assert (unpacked / "install.sh").read_bytes().startswith(b"#!/bin/sh\n"), "`make install` runs it with sh"
+
+
+def test_its_files_are_the_committed_ones(tree: Path, unpacked: Path):
+    files = {path.relative_to(unpacked) for path in unpacked.rglob("*") if path.is_file()}
+    listed = {Path(name) for name in git(tree, "ls-files").splitlines()}
+    tops = {path.name for path in unpacked.iterdir()}
+    assert {path for path in files if path.parts[0] != "wheels"} == {path for path in listed if path.parts[0] in tops}
+    for path in files & listed - {Path("willi_lib/__init__.py")}:
+        assert (unpacked / path).read_bytes() == (tree / path).read_bytes(), path
+        assert os.access(unpacked / path, os.X_OK) == os.access(tree / path, os.X_OK), path
+
+
+def test_nothing_in_it_tells_who_built_it_where_and_when(release: Path):
+    with tarfile.open(release) as archive:
+        entries = archive.getmembers()
+    assert [entry.name for entry in entries] == sorted(entry.name for entry in entries)
+    assert {(entry.uid, entry.gid, entry.uname, entry.gname) for entry in entries} == {(0, 0, "root", "root")}
+    assert {entry.mtime for entry in entries} == {COMMIT_TIME}
+    assert {(entry.type, entry.mode) for entry in entries} == {
+        (tarfile.DIRTYPE, 0o755), (tarfile.REGTYPE, 0o755), (tarfile.REGTYPE, 0o644),
+    }  # fmt: skip
+    parents = {str(parent) for entry in entries for parent in Path(entry.name).parents} - {"."}
+    assert parents == {entry.name for entry in entries if entry.isdir()}, "or their mode is that of the umask there"
+    # RFC 1952 §2.3: no name in the header (FLG), and no time (MTIME).
+    assert release.read_bytes()[3:8] == bytes(5)
+
+
+def test_its_wheels_are_those_of_the_list(tree: Path, unpacked: Path):
+    assert {path.name: digest(path) for path in (unpacked / "wheels").iterdir()} == locked(tree)
+
+
+def test_the_list_has_exactly_the_versions_of_the_requirements(tree: Path):
+    def same(name: str) -> str:
+        return re.sub(r"[-_.]+", "-", name).lower()
+
+    required = re.findall(r"^([\w.-]+)==(\S+)$", (tree / "requirements.txt").read_text(encoding="utf-8"), re.MULTILINE)
+    listed = {(same(name.split("-")[0]), name.split("-")[1]) for name in locked(tree)}
+    assert listed == {(same(name), version) for name, version in required}
+
+
+@pytest.mark.parametrize(("machine", "version"), PYTHONS)
+def test_its_wheels_are_all_that_a_host_needs(unpacked: Path, tmp_path: Path, machine: str, version: str):
+    target = [f"--platform=manylinux_2_28_{machine}", f"--platform=manylinux2014_{machine}", "--implementation=cp"]
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--only-binary=:all:", f"--python-version={version}"]
+    places = ["--find-links=wheels", "--requirement=requirements.txt", f"--dest={tmp_path}"]
+    subprocess.run([*command, *target, *places], cwd=unpacked, env=environment(**OFFLINE), check=True, timeout=60)
+    assert {path.name for path in tmp_path.iterdir()} <= {path.name for path in (unpacked / "wheels").iterdir()}
+
+
+def test_the_checksums_are_right(release: Path):
+    check = ["sha256sum", "--check", "--strict", "SHA256SUMS"]
+    done = subprocess.run(check, cwd=release.parent, stdout=subprocess.PIPE, check=True, timeout=60, text=True)
+    assert done.stdout == "willi-2.1.0.tar.gz: OK\n"
+
+
+def test_the_installed_program_knows_its_version(unpacked: Path, tmp_path: Path):
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-compile", f"--target={tmp_path}"]
+    places = ["--find-links=wheels", "--requirement=requirements.txt"]
+    subprocess.run([*command, *places], cwd=unpacked, env=environment(**OFFLINE), check=True, timeout=120)
+    # -S: with these wheels and nothing else.
+    shown = subprocess.run(
+        [sys.executable, "-S", str(unpacked / "willi.py"), "--version"], env=environment(PYTHONPATH=str(tmp_path)),
+        stdout=subprocess.PIPE, check=True, timeout=30, text=True,
+    )  # fmt: skip
+    assert shown.stdout == "willi 2.1.0\n"
+
+
+# Its version
+
+
+def module_of(tarball: Path) -> str:
+    """willi_lib/__init__.py in a tarball."""
+    with tarfile.open(tarball) as archive:
+        module = archive.extractfile(f"{tarball.name.removesuffix('.tar.gz')}/willi_lib/__init__.py")
+        assert module
+        return module.read().decode()
+
+
+def test_a_commit_after_the_tag_is_named_by_its_hash(clone: Path):
+    commit(clone, "CHANGES.md", "# Changes\n")
+    git(clone, "tag", "of-something-else")
+    version = f"2.1.0-1-g{git(clone, 'rev-parse', '--short=12', 'HEAD')}"
+    tarball = tarball_of(clone)
+    assert tarball.name == f"willi-{version}.tar.gz"
+    assert f'\nVERSION = "{version}"\n' in module_of(tarball)
+
+
+def test_without_a_tag_the_version_is_that_of_the_source_and_the_hash(clone: Path):
+    git(clone, "tag", "--delete", "v2.1.0")
+    assert tarball_of(clone).name == f"willi-{VERSION}+g{git(clone, 'rev-parse', '--short=12', 'HEAD')}.tar.gz"
+
+
+def test_a_tag_that_is_no_version_is_refused(clone: Path):
+    git(clone, "tag", "--delete", "v2.1.0")
+    git(clone, "tag", "v2.1.0/x")
+    done = make(clone, "release")
+    assert done.returncode != 0
+    assert "'2.1.0/x' cannot be a version\n" in done.stdout
+
+
+def test_a_source_without_a_version_is_refused(clone: Path):
+    commit(clone, "willi_lib/__init__.py", "")
+    done = make(clone, "release")
+    assert done.returncode != 0
+    assert "willi_lib/__init__.py has no line VERSION, or several\n" in done.stdout
+
+
+# Only what is committed
+
+
+def test_files_that_git_ignores_stay_outside(clone: Path, release: Path):
+    stray = "release/wheels/stray-1-py3-none-any.whl"
+    for name in ("willi.conf", "willi_lib/stray.pyc", "etc/__pycache__/stray", stray):
+        (clone / name).parent.mkdir(parents=True, exist_ok=True)
+        (clone / name).write_text("password = secret\n", encoding="ascii")
+    assert digest(tarball_of(clone)) == digest(release)
+
+
+@pytest.mark.parametrize("name", ["willi.py", "willi_lib/forgotten.py"])
+def test_a_tree_with_changes_is_refused(clone: Path, name: str):
+    with (clone / name).open("a", encoding="utf-8") as file:
+        file.write("# not committed\n")
+    done = make(clone, "release")
+    assert done.returncode != 0
+    assert f" {name}\nThese are not committed, and only what is committed can be released.\n" in done.stdout
+    assert not (clone / "release").exists()
+
+
+# The same octets
+
+
+@pytest.fixture
+def public() -> Iterator[Path]:
+    """A folder that every user can reach, unlike those of pytest."""
+    with tempfile.TemporaryDirectory(prefix="willi-release-test-") as directory:
+        Path(directory).chmod(0o755)
+        yield Path(directory)
+
+
+def test_another_user_elsewhere_builds_the_same(public: Path, tree: Path, release: Path):
+    """His umask, his time zone, his locale and his git, which turns line ends into CRLF."""
+    need("git", root=True)
+    shutil.copytree(WHEELS, public / "wheels")
+    place = public / "another place"
+    git(tree, "clone", "--quiet", str(tree), str(place))
+    for path in (place, *place.rglob("*")):
+        os.utime(path, (0, 0), follow_symlinks=False)
+        os.chown(path, NOBODY, NOBODY, follow_symlinks=False)
+    settings = public / "gitconfig"
+    settings.write_text("[core]\nautocrlf = true\nabbrev = 7\n[log]\nshowSignature = true\n", encoding="ascii")
+    his = {"HOME": str(public), "GIT_CONFIG_GLOBAL": str(settings), "WILLI_WHEELS": str(public / "wheels")}
+    done = subprocess.run(
+        ["/usr/bin/python3", "release.py", "build"], cwd=place, user=NOBODY, group=NOBODY, extra_groups=[], umask=0o077,
+        env=environment(TZ="Asia/Kathmandu", LC_ALL="tr_TR.UTF-8", GZIP="-1", **his),
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=60, check=False, text=True,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (0, "release/willi-2.1.0.tar.gz\n")
+    assert digest(place / "release" / "willi-2.1.0.tar.gz") == digest(release)
+    assert (place / "release" / "SHA256SUMS").read_bytes() == (release.parent / "SHA256SUMS").read_bytes()
+
+
+def test_without_a_cache_the_wheels_are_the_same_and_no_others_are_taken(clone: Path, tmp_path: Path, release: Path):
+    """First one checksum is changed, as if the index gave another wheel. A wheel in the cache is damaged, too."""
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    damaged = next(name for name in locked(clone) if name.startswith("greenlet-"))
+    (cache / damaged).write_bytes((WHEELS / damaged).read_bytes()[:-1])
+    alone = {"WILLI_WHEELS": str(cache), "TZ": "Asia/Kathmandu", "LC_ALL": "C", "PIP_NO_CACHE_DIR": "1"}
+    lock = (clone / "wheels.sha256").read_text(encoding="ascii")
+    checksum = locked(clone)["docopt-0.6.2-py2.py3-none-any.whl"]
+    commit(clone, "wheels.sha256", lock.replace(checksum, checksum[::-1]))
+    done = make(clone, "release", **alone)
+    assert done.returncode != 0
+    assert "not those of wheels.sha256:\ndocopt-0.6.2-py2.py3-none-any.whl: another one\n" in done.stdout
+    assert not list(clone.glob("release/*"))
+
+    git(clone, "reset", "--quiet", "--hard", "v2.1.0")
+    done = make(clone, "release", **alone)
+    assert done.returncode == 0, done.stdout
+    assert digest(clone / "release" / release.name) == digest(release)
+
+
+def test_make_clean_removes_it(clone: Path):
+    tarball = tarball_of(clone)
+    assert make(clone, "clean").returncode == 0
+    assert not tarball.parent.exists()
+
+
+# Another host
+
+
+@pytest.fixture
+def host(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Sshd]:
+    need("sshd", "ssh", "ssh-keygen", "sudo", "unshare", "mount", root=True)
+    with ExitStack() as ends:
+        (tmp_path / "sshd").mkdir()
+        sshd = Sshd(tmp_path / "sshd")
+        show_on_failure(request, "sshd", sshd.log_file)
+        ends.callback(sshd.stop)
+        yield sshd
+
+
+# What its install.sh sees is kept in a folder, since nothing of it may stay on the host.
+RECORDING = """#!/bin/sh
+set -e
+id -u >{record}/user
+pwd >{record}/directory
+cp -a . {record}/files
+exit {status}
+"""
+
+
+def recording(clone: Path, record: Path, status: int = 0) -> None:
+    """Let install.sh do nothing but record what it is given."""
+    record.mkdir()
+    commit(clone, "install.sh", RECORDING.format(record=record, status=status))
+
+
+def contents(directory: Path) -> Mapping[str, tuple[int, str]]:
+    """The mode and the checksum of each file."""
+    files = (path for path in directory.rglob("*") if path.is_file())
+    return {str(path.relative_to(directory)): (path.stat().st_mode, digest(path)) for path in files}
+
+
+@pytest.mark.parametrize("user", ["root", OPERATOR])
+def test_install_runs_install_sh_there_as_root(host: Sshd, clone: Path, tmp_path: Path, user: str):
+    record = tmp_path / "record"
+    recording(clone, record)
+    done = make(clone, "install", f"TARGET_HOST={user}@127.0.0.1", f"SSH_OPTIONS={host.options}")
+    assert done.returncode == 0, done.stdout
+    assert (record / "user").read_text() == "0\n"
+    [tarball] = (clone / "release").glob("*.tar.gz")
+    with tarfile.open(tarball) as archive:
+        archive.extractall(tmp_path / "unpacked")
+    name = tarball.name.removesuffix(".tar.gz")
+    assert re.fullmatch(rf"/srv/tmp\.\w+/{re.escape(name)}\n", (record / "directory").read_text())
+    assert contents(record / "files") == contents(tmp_path / "unpacked" / name)
+    assert host.left() == []
+
+
+def test_a_failure_of_install_sh_is_a_failure_of_install(host: Sshd, clone: Path, tmp_path: Path):
+    recording(clone, tmp_path / "record", status=3)
+    done = make(clone, "install", "TARGET_HOST=root@127.0.0.1", f"SSH_OPTIONS={host.options}")
+    assert done.returncode != 0
+    assert "install.sh on root@127.0.0.1 failed: exit status 3\n" in done.stdout
+    assert (tmp_path / "record" / "files" / "install.sh").exists()
+    assert host.left() == []
+
+
+def test_a_host_that_does_not_answer_is_told(clone: Path):
+    need("ssh")
+    options = f"-F none -o BatchMode=yes -p {free_port()}"
+    done = make(clone, "install", "TARGET_HOST=root@127.0.0.1", SSH_OPTIONS=options)
+    assert done.returncode != 0
+    assert re.search(r"Connection refused\r?\nwilli-2\.1\.0\.tar\.gz was not sent\n", done.stdout), done.stdout
+
+
+@pytest.mark.parametrize("target", ["", "-oProxyCommand=false", "mx1 mx2"])
+def test_install_asks_where(clone: Path, target: str):
+    done = make(clone, "install", f"TARGET_HOST={target}")
+    assert done.returncode != 0
+    assert "Install where? make install TARGET_HOST=root@mx1.example.org" in done.stdout
+    assert not (clone / "release").exists()
+
+
+def test_of_a_tarball_that_is_cut_off_on_the_way_nothing_stays(release: Path, tmp_path: Path):
+    receive = ["sh", "-c", builder.RECEIVE]
+    sent = release.read_bytes()
+    there = environment(TMPDIR=str(tmp_path))
+    assert subprocess.run(receive, input=sent[:-1], env=there, timeout=60, check=False).returncode != 0
+    assert list(tmp_path.iterdir()) == []
+    subprocess.run(receive, input=sent, env=there, stdout=subprocess.DEVNULL, timeout=60, check=True)
+    assert len(list(tmp_path.glob("*/willi-2.1.0/willi.py"))) == 1
