@@ -74,7 +74,7 @@ class _Channel(cares.channel):
     def gethostbyaddr(self, callback: Callable[[Any], object], address: str) -> None:
         super().gethostbyaddr(lambda result: self._later(callback, result), address)
 
-    def getaddrinfo(self, callback: Callable[[Any], object], *question: Any) -> None:  # type: ignore[override]
+    def getaddrinfo(self, callback: Callable[[Any], object], *question: Any) -> None:
         super().getaddrinfo(lambda result: self._later(callback, result), *question)
 
 
