@@ -26,6 +26,8 @@ def notify(*lines: str, descriptor: int | None = None) -> None:
             sender.settimeout(NOTIFY_TIMEOUT)
             sender.connect("\0" + path[1:] if path.startswith("@") else path)
             socket.send_fds(sender, ["\n".join(lines).encode()], ancillary)
+    except (FileNotFoundError, ConnectionRefusedError):
+        return  # whoever waited for READY=1 has gone, such as the init script
     except OSError as error:
         log.warn("Cannot talk to systemd", error=str(error))
 

@@ -1,0 +1,403 @@
+#!/bin/sh
+# Install Willi from an unpacked release into /opt/willi, or upgrade it. As root:
+#
+#     ./install.sh                              /usr/bin/python3, or else the first python3 of the PATH
+#     PYTHON=/usr/bin/python3.12 ./install.sh   another Python, 3.10 or later
+#     ./install.sh --uninstall                  remove everything but /opt/willi/etc
+#
+# What is where afterwards:
+#
+#     /opt/willi/etc/                     yours; only the files *.example are replaced by an upgrade
+#     /opt/willi/releases/DATE/           the program with a Python environment of its own
+#     /opt/willi/current                  a link to it
+#     /opt/willi/{willi.py,willi_lib,venv,willi.service,willi.init,install.sh}   links into it
+#     /etc/systemd/system/willi.service   where systemd runs
+#     /etc/init.d/willi, /etc/logrotate.d/willi, /var/log/willi.log   where it does not
+#
+# An upgrade is built in a new directory beside the old one, and one rename puts it in force. Until then nothing that
+# runs has changed. If the new program does not come up, the old one is put back.
+set -eu
+
+TARGET=/opt/willi
+CONFIG=$TARGET/etc/willi.conf
+UNIT=/etc/systemd/system/willi.service
+INIT=/etc/init.d/willi
+LOGROTATE=/etc/logrotate.d/willi
+LINKED="willi.py willi_lib venv willi.service willi.init install.sh"   # in $TARGET, into the release in force
+OLDEST_PYTHON=3.10
+NOBODY=65534   # an account without rights, on every Linux
+
+main() {
+    case ${1-} in
+        '') install_willi ;;
+        --uninstall) uninstall_willi ;;
+        *) sed -n '2,6s/^# \{0,1\}//p' "$0"; exit 2 ;;
+    esac
+}
+
+say() { echo "$*"; }
+fail() { echo "install.sh: $*" >&2; exit 1; }
+
+install_willi() {
+    need_root
+    source=$(cd "$(dirname "$0")" && pwd -P)
+    need_release
+    python=$(find_python)
+    need_good_python
+    need_system_account
+    # From here on something changes.
+    umask 022
+    unset PYTHONHOME PYTHONPATH
+    make_account
+    make_directories
+    lock
+    release=$TARGET/releases/$(date +%Y-%m-%d.%H%M%S)
+    trap throw_away EXIT
+    trap 'exit 130' HUP INT TERM
+    build
+    previous=$(in_force)
+    serving=$(service_state)
+    check_configuration
+    save_changed_service_files
+    put_in_force "$release"
+    run_service
+    remove_other_releases
+    say_what_is_next
+}
+
+# --- Before anything is changed ---
+
+need_root() {
+    [ "$(id -u)" = 0 ] || fail "must be run as root: it makes a user, a service and $TARGET."
+}
+
+need_release() {
+    case $source/ in
+        "$TARGET"/*) fail "this is the copy that is installed: run install.sh of an unpacked release." ;;
+    esac
+    for part in willi.py willi_lib requirements.txt etc/willi.conf.example etc/willi.service etc/willi.init; do
+        [ -e "$source/$part" ] || fail "there is no $part in $source: unpack the release again."
+    done
+}
+
+# That of the system before one that happens to come first in root's PATH, which users may be unable to run.
+find_python() {
+    if [ -n "${PYTHON-}" ]; then
+        command -v "$PYTHON" || fail "PYTHON=$PYTHON is no program."
+    elif [ -x /usr/bin/python3 ]; then
+        echo /usr/bin/python3
+    else
+        command -v python3 || fail "there is no python3 here: apt-get install python3-venv (Debian, Ubuntu)" \
+            "or dnf install python3 (Fedora, Red Hat)."
+    fi
+}
+
+need_good_python() {
+    case $python in
+        /*) ;;
+        *) fail "PYTHON=$python: write the whole path." ;;
+    esac
+    version=$("$python" -I -c 'import sys; print("%d.%d" % sys.version_info[:2])') || fail "$python does not run."
+    "$python" -I -c "import sys; sys.exit(sys.version_info < (${OLDEST_PYTHON%.*}, ${OLDEST_PYTHON#*.}))" ||
+        fail "$python is Python $version, and Willi needs $OLDEST_PYTHON or later. Install one and name it:" \
+            "apt-get install python3.11-venv (Debian, Ubuntu) or dnf install python3.12 (Fedora, Red Hat)," \
+            "then PYTHON=/usr/bin/python3.11 ./install.sh"
+    runs_for_everybody 2>/dev/null ||
+        fail "$python can be run by root only, and Willi runs as the user willi." \
+            "Take one that all users can run: PYTHON=/usr/bin/python3 ./install.sh"
+    "$python" -I -c 'import ensurepip, ssl, venv' 2>/dev/null ||
+        fail "$python cannot make a virtual environment. Install what it lacks:" \
+            "apt-get install python$version-venv (Debian, Ubuntu) or dnf install python3 (Fedora, Red Hat)."
+}
+
+# By way of a shell: setpriv itself still has root's right to look into every directory.
+runs_for_everybody() (
+    cd / && setpriv --reuid=$NOBODY --regid=$NOBODY --clear-groups sh -c 'exec "$1" -I -c "import ssl"' sh "$python"
+)
+
+# Willi is also a first name.
+need_system_account() {
+    entry=$(getent passwd willi) || return 0
+    case $entry in
+        *nologin | *false) ;;
+        *) fail "the user willi can log in (its shell is ${entry##*:}), so it is a person's account. Willi needs one" \
+            "of that name for itself: rename that one, or if it is for Willi: usermod -s /usr/sbin/nologin willi" ;;
+    esac
+}
+
+# --- Building the release beside the one in force ---
+
+make_account() {
+    getent group willi >/dev/null || groupadd --system willi
+    getent passwd willi >/dev/null ||
+        useradd --system --gid willi --no-create-home --home-dir /nonexistent --shell "$(no_login)" willi
+}
+
+no_login() {
+    for shell in /usr/sbin/nologin /sbin/nologin /bin/false; do
+        [ ! -x $shell ] || break
+    done
+    echo $shell
+}
+
+make_directories() {
+    mkdir -p $TARGET/releases
+    [ -d $TARGET/etc ] || install -d -m 750 -o root -g willi $TARGET/etc   # passwords may be in there
+}
+
+# One install.sh at a time. The kernel forgets the lock when this process ends, however.
+lock() {
+    exec 9<$TARGET
+    flock -n 9 || fail "another install.sh is running."
+}
+
+build() {
+    say "Building in $release ..."
+    mkdir "$release"
+    for part in willi.py willi_lib requirements.txt install.sh etc/willi.service etc/willi.init etc/*.example; do
+        cp -R "$source"/$part "$release"
+    done
+    chmod -R u=rwX,go=rX "$release"
+    "$python" -I -m venv "$release/venv" || fail "$python could not make a virtual environment."
+    install_libraries
+    "$release/venv/bin/python" -I -m compileall -q "$release/willi_lib"   # the user willi may not write there
+    number=$(cd "$release" && venv/bin/python willi.py --version) || fail "the new program does not run."
+}
+
+install_libraries() {
+    if offline=$(PIP_CONFIG_FILE=/dev/null pip_install --isolated --no-index --find-links "$source/wheels" 2>&1); then
+        return
+    fi
+    say "The release has no wheels for Python $version on $(uname -m). Getting the libraries from the network ..."
+    pip_install || fail "pip could not install the libraries. From the wheels of the release: $offline"
+}
+
+pip_install() {
+    "$release/venv/bin/python" -m pip --disable-pip-version-check --no-input --no-cache-dir --quiet \
+        install --use-pep517 --requirement "$release/requirements.txt" "$@"
+}
+
+# All that Willi reads at its start: the file, tables, certificates. Nothing is connected to.
+check_configuration() {
+    [ -e $CONFIG ] || return 0
+    if faults=$("$release/venv/bin/python" "$release/willi.py" check --quick -c $CONFIG 2>&1); then
+        return
+    fi
+    case $serving in
+        running) fail "$number cannot use the configuration. Nothing has changed, and the old program goes on. Mend this" \
+            "and run install.sh again:
+$faults" ;;
+    esac
+}
+
+# At the end, however it came: what is not in force is of no use. Nor are directories without anything in them.
+throw_away() {
+    [ "$(in_force)" = "$release" ] || rm -rf "$release"
+    rmdir --ignore-fail-on-non-empty $TARGET/releases $TARGET/etc $TARGET 2>/dev/null || true
+}
+
+# --- Putting it in force ---
+
+in_force() { readlink -e $TARGET/current || true; }   # empty: nothing is
+
+put_in_force() {
+    sync -f $TARGET   # so that after a power cut the link does not point at empty files
+    point_to "$1" $TARGET/current
+    for name in $LINKED; do
+        point_to "current/$name" $TARGET/$name
+    done
+    for example in "$1"/*.example; do
+        install -m 640 -o root -g willi "$example" $TARGET/etc/
+    done
+    write_service_files "$1"
+}
+
+# A link is replaced by rename(2), so that there is always one. Files of an installation by hand make way for it.
+point_to() {
+    [ -L "$2" ] || rm -rf "$2"
+    ln -sfn "$1" "$2.new"
+    mv -T "$2.new" "$2"
+}
+
+has_systemd() { [ -d /run/systemd/system ]; }
+has_init() { command -v start-stop-daemon >/dev/null && command -v update-rc.d >/dev/null; }
+
+# What somebody has changed in place, or another program has put there, is not lost.
+save_changed_service_files() {
+    for pair in $UNIT:willi.service $INIT:willi.init; do
+        file=${pair%:*}
+        name=${pair#*:}
+        if [ -e "$file" ] && ! cmp -s "$file" $TARGET/current/$name; then
+            cp -p "$file" "$TARGET/etc/$name.old"
+            say "$file was not as an earlier install.sh wrote it: it is replaced, and kept as $TARGET/etc/$name.old"
+        fi
+    done
+}
+
+write_service_files() {
+    if has_systemd; then
+        install -m 644 "$1/willi.service" $UNIT
+        systemctl daemon-reload
+    elif has_init; then
+        install -m 755 "$1/willi.init" $INIT
+        [ ! -d ${LOGROTATE%/*} ] || [ -e $LOGROTATE ] || logrotate_rules >$LOGROTATE
+    fi
+}
+
+# copytruncate: Willi does not open its stdout, so it cannot open it again.
+logrotate_rules() {
+    cat <<'END'
+/var/log/willi.log {
+    weekly
+    rotate 8
+    compress
+    delaycompress
+    missingok
+    notifempty
+    copytruncate
+}
+END
+}
+
+# --- The service ---
+
+# running; stopped: by the administrator, who wants it so; failed; none: it is installed for the first time.
+service_state() {
+    if has_systemd && [ -e $UNIT ]; then
+        case $(systemctl is-active willi || true) in
+            inactive) echo stopped ;;
+            failed) echo failed ;;
+            *) echo running ;;
+        esac
+    elif ! has_systemd && [ -x $INIT ]; then
+        if $INIT status >/dev/null 2>&1; then echo running; else echo stopped; fi
+    else
+        echo none
+    fi
+}
+
+run_service() {
+    has_systemd || has_init || return 0
+    [ -n "$previous" ] || enable_service
+    if [ "$serving" = stopped ] && [ -n "$previous" ]; then
+        return
+    fi
+    began=$(date +%s)
+    if restart_service; then
+        serving=running
+    elif [ ! -e $CONFIG ]; then
+        serving=failed   # as it must
+    else
+        give_up
+    fi
+}
+
+enable_service() {
+    if has_systemd; then
+        systemctl --quiet enable willi
+    else
+        update-rc.d willi defaults >/dev/null
+    fi
+}
+
+# Its own words if it fails; those of systemctl ("See journalctl -xe") say less than the log.
+restart_service() {
+    if has_systemd; then
+        systemctl restart willi 2>/dev/null || { say_why >&2; false; }
+    elif [ "$serving" = running ]; then
+        $INIT restart 9<&-
+    else
+        $INIT start 9<&-
+    fi
+}
+
+say_why() {
+    journalctl --unit willi --since "@$began" --output cat --no-pager 2>/dev/null | tail -n 20
+}
+
+give_up() {
+    if [ "$serving" != running ] || [ -z "$previous" ]; then
+        remove_other_releases
+        fail "$number is installed, but does not start; the lines above say why. Mend it, and then: $(start_command)"
+    fi
+    say "$number does not start; the lines above say why. The old program is put back ..."
+    put_in_force "$previous"
+    restart_service || fail "and the old program does not start either. Mend what is said above, then: $(start_command)"
+    fail "the old program serves again, and $number was thrown away."
+}
+
+start_command() {
+    if has_systemd; then
+        echo "systemctl start willi"
+    elif has_init; then
+        echo "$INIT start"
+    else
+        echo "$TARGET/venv/bin/python $TARGET/willi.py -c $CONFIG"
+    fi
+}
+
+remove_other_releases() {
+    for other in $TARGET/releases/*; do
+        [ "$other" = "$(in_force)" ] || rm -rf "$other"
+    done
+}
+
+# --- The end ---
+
+say_what_is_next() {
+    say "$number is installed in $TARGET."
+    has_systemd || has_init || say "There is neither systemd nor start-stop-daemon here, so there is no service."
+    if [ ! -e $CONFIG ]; then
+        cat <<END
+It does not run yet, since there is no $CONFIG. Next:
+    cp -p $CONFIG.example $CONFIG
+    cp -p $TARGET/etc/upstream_servers.csv.example $TARGET/etc/upstream_servers.csv
+    edit both, and then
+    runuser -u willi -- $TARGET/venv/bin/python $TARGET/willi.py check -c $CONFIG
+    $(start_command)
+END
+    elif [ "$serving" = running ]; then
+        say "It is running. Its log: $(log_command)"
+    elif [ "$serving" = stopped ]; then
+        say "It was stopped, and stays so. To start it: $(start_command)"
+    else
+        say "To start it: $(start_command)"
+    fi
+    [ -z "${faults-}" ] || say "It will not start with this configuration:
+$faults"
+}
+
+log_command() {
+    if has_systemd; then
+        echo "journalctl -u willi"
+    else
+        echo "/var/log/willi.log"
+    fi
+}
+
+uninstall_willi() {
+    need_root
+    stop_and_forget_service
+    for name in $LINKED current releases; do
+        rm -rf "${TARGET:?}/$name"
+    done
+    say "Willi is removed. Left are $TARGET/etc, the user willi, to whose group its files belong, and the log."
+    say "To remove these as well: rm -rf $TARGET /var/log/willi.log*; userdel willi"
+}
+
+stop_and_forget_service() {
+    if has_systemd && [ -e $UNIT ]; then
+        systemctl --quiet disable --now willi
+        rm -f $UNIT
+        systemctl daemon-reload
+        systemctl --quiet reset-failed willi 2>/dev/null || true   # there is nothing to forget, as a rule
+    fi
+    if [ -e $INIT ]; then
+        has_systemd || $INIT stop
+        rm -f $INIT
+        update-rc.d willi remove >/dev/null
+        if logrotate_rules | cmp -s - $LOGROTATE; then rm $LOGROTATE; fi   # not one that somebody has changed
+    fi
+}
+
+main "$@"
