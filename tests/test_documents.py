@@ -118,7 +118,7 @@ def test_the_readme_names_commands_and_options_that_exist():
 
 def test_the_readme_names_files_that_exist():
     named = set(re.findall(r"\]\((?!http)([^)]+)\)", README)) | set(re.findall(r"`((?:tests|etc)/[^` ]*)`", README))
-    named |= set(re.findall(r"^    cp -\w+ (\S+)", README, re.MULTILINE))
+    named |= set(re.findall(r"^    cp -\w+ /opt/willi/(\S+)", README, re.MULTILINE))
     assert [name for name in named if not (ROOT / name).exists()] == []
 
 
