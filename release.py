@@ -8,6 +8,7 @@ names, one owner, plain modes and the time of the commit, and exactly those whee
 from __future__ import annotations
 
 import argparse
+import fcntl
 import hashlib
 import io
 import os
@@ -20,6 +21,7 @@ import tempfile
 import venv
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
@@ -130,16 +132,28 @@ def wheels(cache: Path) -> dict[str, bytes]:
     """Exactly the wheels of wheels.sha256, fetched if they are not in the cache already. Raises Failed."""
     lock = read_lock()
     cache.mkdir(parents=True, exist_ok=True)
-    for name in differing(cache, lock):
-        (cache / name).unlink(missing_ok=True)
-    if differing(cache, lock):
-        print("Fetching the wheels ...", flush=True)
-        fetch(cache)
+    with alone_in(cache):
+        for name in differing(cache, lock):
+            (cache / name).unlink(missing_ok=True)
+        if differing(cache, lock):
+            print("Fetching the wheels ...", flush=True)
+            fetch(cache)
     if wrong := differing(cache, lock):
         lines = [f"{name}: {'another one' if (cache / name).exists() else 'not to be had'}" for name in wrong]
         advice = "If requirements.txt has changed: make lock"
         raise Failed("\n".join(["These wheels are not those of wheels.sha256:", *lines, advice]))
     return {name: (cache / name).read_bytes() for name in lock}
+
+
+@contextmanager
+def alone_in(directory: Path) -> Iterator[None]:
+    """Wait for others who build a release at the same time. The kernel forgets this when we end, however."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def differing(cache: Path, lock: Mapping[str, str]) -> list[str]:

@@ -270,7 +270,7 @@ def test_willi_becomes_its_user_and_says_so_if_it_has_none(start_willi: StartWil
     root = start_willi(server=upstream.server)
     assert root.wait_for_log(msg="Willi runs as root: set user")["lvl"] == "warn"
     nobody = start_willi(server=upstream.server, user="nobody")
-    status = Path(f"/proc/{nobody.process.pid}/status").read_text()
+    status = Path(f"/proc/{nobody.workers[0]}/status").read_text()
     account = pwd.getpwnam("nobody")
     for key, number in (("Uid", account.pw_uid), ("Gid", account.pw_gid)):
         assert f"{key}:\t" + "\t".join([str(number)] * 4) in status
