@@ -19,12 +19,14 @@ Options:
   -h --help       Show this text.
   -V --version    Show the version.
 
-Exit status: 0 good, 1 something is wrong with the configuration, 2 wrong usage, 3 cannot listen.
+Exit status: 0 good, 1 something is wrong with the configuration, 2 wrong usage, 3 cannot listen, 4 something else went
+wrong, and another start may help.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import os
 import sys
 from pathlib import Path
 
@@ -35,7 +37,7 @@ from willi_lib.config import ConfigError, Settings, load
 from willi_lib.listeners import CannotBind
 
 DEFAULT_FILES = ("willi.conf", "/opt/willi/etc/willi.conf")
-GOOD, BAD_CONFIGURATION, BAD_USAGE, CANNOT_BIND = range(4)
+GOOD, BAD_CONFIGURATION, BAD_USAGE, CANNOT_BIND, FAILED = range(5)
 
 
 def main() -> int:
@@ -45,6 +47,9 @@ def main() -> int:
     except DocoptExit as wrong:
         print(wrong, file=sys.stderr)
         return BAD_USAGE
+    if not arguments["check"] and not arguments["lookup"]:
+        hold_standard_descriptors()
+        master.block_signals()
     try:
         settings = load(arguments["-c"] or default_file())
         if arguments["check"] or arguments["lookup"]:
@@ -67,6 +72,13 @@ def default_file() -> str:
     raise ConfigError([f"no configuration: neither {' nor '.join(DEFAULT_FILES)} exists; copy willi.conf.example"])
 
 
+def hold_standard_descriptors() -> None:
+    """One that is closed would become that of a client, and the log would be written to it."""
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(descriptor)
+
+
 def serve(settings: Settings, debug: bool) -> int:
     """Run the proxy; the exit status."""
     if debug:
@@ -85,6 +97,12 @@ def serve(settings: Settings, debug: bool) -> int:
         for fault in str(error).splitlines():
             log.error("Cannot start", error=fault)
         return BAD_CONFIGURATION
+    except master.CannotStart as error:
+        log.error("Cannot start", error=str(error))
+        return FAILED
+    except Exception:  # noqa: BLE001 -- a fault of ours: the supervisor shall start us again
+        log.bug("Internal error")
+        return FAILED
     return GOOD
 
 

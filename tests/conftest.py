@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -84,7 +84,7 @@ def start_willi(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Star
     server: a catch-all route; csv: the text of a CSV mapping, header included (willi.csv is its path);
     mappings: sections for [mappings], asked after the CSV and before `server`; dns: its only resolver;
     probe: whether to wait for its first 220 (not possible where everyone must send a PROXY header);
-    environment: variables for it, besides ours.
+    environment: variables for it, besides ours; prefix: put before the command.
     All else: settings of willi.conf.
     """
     numbers = itertools.count(1)
@@ -93,7 +93,7 @@ def start_willi(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Star
     def start(
         server: str = "", csv: str = "", mappings: Mapping[str, Setting] | None = None,
         dns: DnsServer | None = None, probe: bool = True, environment: Mapping[str, str] | None = None,
-        **settings: Setting,
+        prefix: Sequence[str] = (), **settings: Setting,
     ) -> Willi:  # fmt: skip
         directory = tmp_path / f"willi{next(numbers)}"
         directory.mkdir()
@@ -105,7 +105,7 @@ def start_willi(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Star
         if server:
             sections["all"] = {"type": "static", "server": server, "tls_verify": False}
         show_on_failure(request, directory.name, directory / "willi.log")
-        willi = Willi(directory, {**settings, "mappings": sections}, dns.prefix if dns else (), environment)
+        willi = Willi(directory, {**settings, "mappings": sections}, dns.prefix if dns else prefix, environment)
         ends.callback(willi.end)
         if probe:
             willi.probe()

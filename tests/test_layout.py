@@ -18,7 +18,7 @@ FLOORS = [
     {"smtp"},  # these two know only themselves
     {"routing"},
     {"config", "log", "systemd", "scoreboard", "limits", "dns", "tls"},
-    {"mappings", "upstream", "listeners", "child"},
+    {"mappings", "upstream", "listeners", "child", "certificate_files"},
     {"relay"},
     {"dispatch"},
     {"session"},

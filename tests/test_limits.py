@@ -12,9 +12,17 @@ from willi_lib.scoreboard import Row, Scoreboard, cells_of
 from willi_lib.smtp import reply as replies
 
 
+def board_of(rows: int) -> Scoreboard:
+    """With a worker in each row."""
+    board = Scoreboard(rows, rates=True)
+    for row in range(rows):
+        board.give(row)
+    return board
+
+
 def limits_of(*limits: int, board: Scoreboard | None = None, row: int = 0) -> Limits:
     """Those of one worker; with a board, of several."""
-    return Limits(Row(board or Scoreboard(1), row), *limits)
+    return Limits(Row(board or board_of(1), row), *limits)
 
 
 @pytest.fixture
@@ -80,6 +88,17 @@ def test_who_is_refused_for_its_rate_is_not_counted(minutes):
     assert limits.enter_address("192.0.2.1") is None
 
 
+def test_a_window_that_begins_while_a_client_is_refused_leaks_nothing(monkeypatch):
+    """The clock that turned between counting in and out made the count of an empty window negative."""
+    limits = limits_of(100, 100, 1)
+    times = [100.0, 109.99, 109.99, 110.0, 110.0, 110.0, 110.0]
+    monkeypatch.setattr(module, "monotonic", lambda: times.pop(0) if len(times) > 1 else times[0])
+    assert limits.enter_address("192.0.2.1") is None
+    for _ in range(5):
+        assert limits.enter_address("192.0.2.1") == replies.TOO_FAST
+    assert limits._board.open_of(cells_of("192.0.2.1")) == 1
+
+
 def test_who_is_refused_for_its_open_connections_does_not_use_up_its_rate(minutes):
     limits = limits_of(100, 1, 2)
     assert limits.enter_address("192.0.2.1") is None
@@ -89,7 +108,7 @@ def test_who_is_refused_for_its_open_connections_does_not_use_up_its_rate(minute
 
 
 def test_all_workers_count_together():
-    board = Scoreboard(3)
+    board = board_of(3)
     first, second = (limits_of(3, 2, 0, board=board, row=row) for row in (0, 2))
     assert [first.enter(), second.enter(), first.enter()] == [None] * 3
     assert first.enter() == second.enter() == replies.TOO_MANY_CONNECTIONS
@@ -102,7 +121,7 @@ def test_all_workers_count_together():
 
 
 def test_all_workers_count_the_rate_together():
-    board = Scoreboard(2)
+    board = board_of(2)
     workers = [limits_of(100, 100, 4, board=board, row=row) for row in (0, 1)] * 3
     answers = [worker.enter_address("192.0.2.1") for worker in workers]
     assert answers == [None] * 4 + [replies.TOO_FAST] * 2

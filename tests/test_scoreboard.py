@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 from collections import Counter
 
@@ -11,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.support.loopback import wait_until
+from tests.test_limits import board_of
 from willi_lib import scoreboard as module
 from willi_lib.scoreboard import CELLS, HASHES, RATE_WINDOW, WINDOW, Row, Scoreboard, cells_of
 
@@ -30,7 +32,7 @@ def clock(monkeypatch):
 
 
 def test_the_connections_of_all_workers_are_counted_together():
-    board = Scoreboard(3)
+    board = board_of(3)
     first, second = Row(board, 0), Row(board, 2)
     for row in (first, second, second):
         row.add(1)
@@ -42,29 +44,37 @@ def test_the_connections_of_all_workers_are_counted_together():
     assert (board.total, board.open_of(ANN), board.open_of(BOB)) == (2, 2, 1)
 
 
+def test_who_comes_back_to_the_row_of_a_dead_worker_begins_at_nothing():
+    board = board_of(1)
+    Row(board, 0).add_open(ANN, 1)
+    board.clear(0)
+    board.give(0)
+    assert board.open_of(ANN) == 0
+
+
 def test_what_a_dead_worker_counted_is_gone_and_nothing_else():
-    board = Scoreboard(2)
+    board = board_of(2)
     alive, dead = Row(board, 0), Row(board, 1)
     for row in (alive, dead):
         row.add(1)
         row.add_open(ANN, 1)
-        row.add_recent(ANN, 1)
+        row.add_recent(ANN)
     board.clear(1)
     assert (board.total, board.open_of(ANN), board.recent_of(ANN)) == (1, 1, 1)
 
 
 def test_a_connection_counts_for_a_minute_and_not_for_much_longer(clock):
-    board = Scoreboard(1)
+    board = board_of(1)
     row = Row(board, 0)
     clock(WINDOW - 1000 % WINDOW - 0.5)  # to the end of a window, and then to its beginning: the two extremes
-    row.add_recent(ANN, 1)
+    row.add_recent(ANN)
     clock(RATE_WINDOW - 0.01)
     row.beat()
     assert board.recent_of(ANN) == 1
     clock(1)
     row.beat()
     assert board.recent_of(ANN) == 0
-    row.add_recent(ANN, 1)
+    row.add_recent(ANN)
     clock(RATE_WINDOW)
     row.beat()
     assert board.recent_of(ANN) == 1
@@ -74,19 +84,19 @@ def test_a_connection_counts_for_a_minute_and_not_for_much_longer(clock):
 
 
 def test_a_worker_that_slept_forgets_all_windows_it_missed(clock):
-    board = Scoreboard(2)
+    board = board_of(2)
     row = Row(board, 1)
     for _ in range(module.WINDOWS):
-        row.add_recent(ANN, 1)
+        row.add_recent(ANN)
         clock(WINDOW)
     clock(100 * WINDOW)
-    row.add_recent(BOB, 1)
+    row.add_recent(BOB)
     assert (board.recent_of(ANN), board.recent_of(BOB)) == (0, 1)
 
 
 @given(st.lists(st.tuples(st.integers(0, 2), st.integers(0, 40), st.booleans())))
 def test_a_client_is_never_counted_less_than_it_should(steps):
-    board = Scoreboard(3)
+    board = board_of(3)
     rows = [Row(board, number) for number in range(3)]
     true: Counter[tuple[int, int]] = Counter()
     for worker, client, enters in steps:
@@ -100,12 +110,22 @@ def test_a_client_is_never_counted_less_than_it_should(steps):
 
 def test_among_five_thousand_connections_nobody_is_taken_for_somebody_else():
     """Fifty each, from a hundred clients: the worst that the default limits allow."""
-    board = Scoreboard(2)
+    board = board_of(2)
     row = Row(board, 0)
     for number in range(100):
         row.add_open(cells_of(f"10.0.0.{number}"), 50)
     strangers = [cells_of(f"10.{number >> 8}.{number & 255}.1") for number in range(256, 20_000)]
     assert max(map(board.open_of, strangers)) < 50
+
+
+def test_memory_is_there_only_where_it_was_used():
+    """A board for 256 workers with a rate is 4 GB of addresses; almost nothing of it is memory."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    board = Scoreboard(1024, rates=True)
+    board.give(7)
+    Row(board, 7).add_open(ANN, 1)
+    board.clear(7)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2048  # KiB
 
 
 def test_the_cells_of_a_client_are_one_of_each_quarter():
@@ -115,7 +135,7 @@ def test_the_cells_of_a_client_are_one_of_each_quarter():
 
 def test_a_worker_killed_at_any_moment_stops_nobody():
     """A real process that counts as fast as it can, killed; its row is cleared and the sum is right."""
-    board = Scoreboard(2)
+    board = board_of(2)
     mine = Row(board, 0)
     mine.add(5)
     mine.add_open(ANN, 5)
@@ -135,4 +155,5 @@ def test_a_worker_killed_at_any_moment_stops_nobody():
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
         board.clear(1)
+        board.give(1)
         assert (board.total, board.open_of(ANN)) == (5, 5)

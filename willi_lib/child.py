@@ -1,7 +1,8 @@
 """One worker as the master sees it: a process, its socket, its row.
 
 The worker says READY by that socket when it could serve, or what is wrong, and ends; the master
-answers GO. The end of the socket tells a worker that the master is dead.
+answers GO. It says LEAVING if somebody else has told it to end. The end of the socket tells a worker
+that the master is dead.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import signal
 import socket
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
 from enum import Enum, auto
 from time import monotonic
 
@@ -19,6 +21,7 @@ from .scoreboard import Scoreboard
 
 READY = b"ready"
 GO = b"go"
+LEAVING = b" leaving"
 MAX_WORDS = 100_000  # octets of what a worker says is wrong
 DRAIN_MARGIN = 15.0  # seconds after drain_timeout, in which a worker says goodbye
 
@@ -33,23 +36,27 @@ class State(Enum):
     KILLED = auto()
 
 
+@dataclass(frozen=True, eq=False)
+class Generation:
+    """The workers that have read the same file."""
+
+    settings: Settings
+    board: Scoreboard
+
+
 class Child:
     """A worker process."""
 
-    def __init__(
-        self, settings: Settings, board: Scoreboard, row: int, become: Callable[[socket.socket], None]
-    ) -> None:
+    def __init__(self, generation: Generation, row: int, become: Callable[[socket.socket], None]) -> None:
         """Forks. become: what the new process does, with its end of the socket; it must not return.
 
         Raises OSError: no process or descriptor is left.
         """
-        self.settings = settings
-        self.board = board
+        self.generation = generation
         self.row = row
         self.state = State.STARTING
         self.words = b""  # what it said
         self.since = self.started = monotonic()  # of its state, of the process
-        board.clear(row)
         self.channel, theirs = socket.socketpair()
         with theirs:
             self.pid = os.fork()
@@ -57,9 +64,10 @@ class Child:
                 self.channel.close()
                 become(theirs)
         self.channel.setblocking(False)
+        generation.board.give(row)
 
     def listen(self) -> None:
-        """Hear what it has to say while it starts."""
+        """Hear what it has to say."""
         try:
             while len(self.words) < MAX_WORDS and (octets := self.channel.recv(65536)):
                 self.words += octets
@@ -71,7 +79,12 @@ class Child:
     @property
     def faults(self) -> str:
         """What it said is wrong; a line for each."""
-        return "" if self.words == READY else self.words.decode("utf-8", "replace")
+        return "" if self.words.startswith(READY) else self.words.decode("utf-8", "replace")
+
+    @property
+    def is_leaving(self) -> bool:
+        """Whether somebody else than the master has told it to end."""
+        return self.state is State.SERVING and self.words == READY + LEAVING
 
     def go(self) -> None:
         """Let it take clients."""
@@ -91,17 +104,17 @@ class Child:
 
     def silence(self) -> float:
         """Seconds since it last showed that it is alive."""
-        return monotonic() - max(self.board.last_beat(self.row), self.since)
+        return monotonic() - max(self.generation.board.last_beat(self.row), self.since)
 
     def is_late(self) -> bool:
         """Whether it drains longer than it may."""
-        limit = self.settings.drain_timeout + DRAIN_MARGIN
+        limit = self.generation.settings.drain_timeout + DRAIN_MARGIN
         return self.state is State.DRAINING and monotonic() - self.since > limit
 
     def forget(self) -> None:
         """It has ended: so has all that it counted."""
         self.channel.close()
-        self.board.clear(self.row)
+        self.generation.board.clear(self.row)
 
     def _turn(self, state: State) -> None:
         self.state = state

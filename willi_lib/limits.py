@@ -63,10 +63,10 @@ class Limits:
 
     def _under_rate(self, client: tuple[int, ...]) -> bool:
         """Note one more connection of this client, unless it had its share in the last minute."""
-        self._row.add_recent(client, 1)
+        self._row.add_recent(client)
         if self._board.recent_of(client) <= self._rate:
             return True
-        self._row.add_recent(client, -1)
+        self._row.take_back_recent(client)
         return False
 
 

@@ -10,11 +10,13 @@ import errno
 import re
 import socket
 from collections.abc import Iterator, Sequence
+from time import monotonic, sleep
 
 from . import log, systemd
 from .config import Address
 
 BACKLOG = 4096  # connections that the kernel keeps until we accept them; net.core.somaxconn caps it
+PATIENCE = 1.0  # seconds for old workers to let go of an address that comes back after it was taken out of `listen`
 KEPT = "listen "  # begins the names of the sockets that systemd keeps for us
 
 
@@ -30,7 +32,7 @@ class Listeners:
         self._bound: dict[Address, socket.socket] = {}
         self._given = False  # by a socket unit
         for name, listener in systemd.take_sockets():
-            if not listener.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN) or listener.type != socket.SOCK_STREAM:
+            if not _is_usable(listener):
                 raise CannotBind(f"the socket {name!r} from LISTEN_FDS is not a listening TCP socket")
             kept = _kept_as(name)
             self._given |= kept is None
@@ -92,8 +94,7 @@ def _bind(address: Address, needed: bool, bound: dict[Address, socket.socket]) -
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if family == socket.AF_INET6:
             listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-        listener.bind((address.host, address.port))
-        listener.listen(BACKLOG)
+        _listen(listener, address)
         _made_ready(listener)
     except OSError as error:
         if address in bound:
@@ -103,6 +104,26 @@ def _bind(address: Address, needed: bool, bound: dict[Address, socket.socket]) -
             return
         hint = "; start Willi as root, it becomes `user` afterwards" if error.errno == errno.EACCES else ""
         raise CannotBind(f"cannot listen on {address}: {error.strerror}{hint}") from error
+
+
+def _listen(listener: socket.socket, address: Address) -> None:
+    """Raises OSError."""
+    deadline = monotonic() + PATIENCE
+    while True:
+        try:
+            listener.bind((address.host, address.port))
+            listener.listen(BACKLOG)
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE or monotonic() > deadline:
+                raise
+            sleep(PATIENCE / 50)
+        else:
+            return
+
+
+def _is_usable(listener: socket.socket) -> bool:
+    internet = listener.family in (socket.AF_INET, socket.AF_INET6) and listener.type == socket.SOCK_STREAM
+    return internet and bool(listener.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN))
 
 
 def _made_ready(listener: socket.socket) -> socket.socket:

@@ -12,13 +12,13 @@ import resource
 import signal
 import socket
 from collections.abc import Callable
-from pathlib import Path
 from time import monotonic
 from typing import NoReturn
 
 from . import log, systemd
-from .child import Child, State
-from .config import ConfigError, MysqlSettings, Settings
+from .certificate_files import CertificateFiles
+from .child import Child, Generation, State
+from .config import ConfigError, Settings
 from .listeners import CannotBind, Listeners
 from .scoreboard import Row, Scoreboard
 
@@ -29,7 +29,6 @@ START_TIMEOUT = 300.0  # seconds for a worker to read its tables and certificate
 HANG_TIMEOUT = 60.0  # seconds without a sign of life, after which a worker is killed
 FIRST_DELAY, LONGEST_DELAY = 1.0, 60.0  # seconds before a worker is replaced that soon died; doubled each time
 LONG_LIFE = 60.0  # seconds; a worker that dies later is replaced at once
-CERTIFICATE_INTERVAL = 5.0  # seconds between looks at the certificates
 GENERATIONS = 4  # at the same time: one that serves, one that starts, two that drain; then a reload has to wait
 DESCRIPTORS_PER_SESSION = 2  # the client and the upstream
 SPARE_DESCRIPTORS = 64  # listeners, log, database, DNS
@@ -41,21 +40,37 @@ class Unusable(Exception):
     """Something that the file names cannot be used; one line for each fault."""
 
 
-def run(settings: Settings, read_again: Callable[[], Settings]) -> None:
-    """Serve until told to end. read_again: reads the file for a reload. Raises CannotBind, Unusable."""
+class CannotStart(Exception):
+    """The workers could not start, and that is no fault of the file: another time they may."""
+
+
+def block_signals() -> None:
+    """Keep all signals for `run`. To be called first of all: a SIGHUP that comes before would end us."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # ignored, as some parents leave it, it would tell us nothing
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+
+
+def run(settings: Settings, read_again: Callable[[], Settings]) -> None:
+    """Serve until told to end. read_again: reads the file for a reload.
+
+    Raises CannotBind, Unusable, CannotStart.
+    """
     Master(settings, read_again).run()
 
 
 def run_alone(settings: Settings) -> None:
     """Serve from this very process, for --debug. Raises CannotBind, Unusable."""
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     listeners = Listeners()
+    listeners.close_others(settings.listen)
     listeners.open(settings.listen)
     look_at_surroundings(settings)
+    board = _board_for(settings)
+    board.give(0)
     from . import worker  # not before: it brings gevent
 
     try:
-        serving = worker.Worker(settings, listeners.sockets, Row(Scoreboard(1), 0))
+        serving = worker.Worker(settings, listeners.sockets, Row(board, 0))
     except worker.STARTUP_FAULTS as faults:
         raise Unusable(str(faults)) from None
     log.info("Ready", listen=str(listeners), pid=os.getpid())
@@ -76,18 +91,25 @@ def look_at_surroundings(settings: Settings) -> None:
         log.warn("Too few file descriptors for max_connections", limit=hard, needed=wanted)
 
 
+def _board_for(settings: Settings, present: Scoreboard | None = None) -> Scoreboard:
+    """The present one, if it will do. What still drains is not counted in another one."""
+    rows, rates = GENERATIONS * settings.workers, settings.max_connection_rate > 0
+    if present and present.rows >= rows and present.rates >= rates:
+        return present
+    return Scoreboard(rows, rates)
+
+
 class Master:
     """The workers and what they share."""
 
     def __init__(self, settings: Settings, read_again: Callable[[], Settings]) -> None:
         """Raises CannotBind."""
-        self._settings = settings  # what the workers serve by
-        self._candidate: Settings | None = None  # whose workers are starting
+        self._current = Generation(settings, _board_for(settings))
+        self._candidate: Generation | None = None  # whose workers are starting
         self._read_again = read_again
         self._listeners = Listeners()
-        self._board = Scoreboard(GENERATIONS * settings.workers)
         self._children: list[Child] = []
-        self._certificates = Certificates()
+        self._certificates = CertificateFiles()
         self._reload_asked = False
         self._stopping = False
         self._delay = 0.0  # before the next dead worker is replaced
@@ -95,34 +117,43 @@ class Master:
         self._last_tick = self._awake_since = self._petted = monotonic()
 
     def run(self) -> None:
-        """Raises CannotBind, Unusable: the workers could not start."""
-        self._begin(self._settings)
+        """Raises CannotBind, Unusable, CannotStart."""
+        self._listeners.close_others(self._current.settings.listen)  # a kept one may be in the way of a new one
+        self._begin(self._current)
         while self._children or not self._stopping:
             arrived = signal.sigtimedwait(SIGNALS, BUSY_TICK if self._candidate else TICK)
-            if arrived:
-                self._on_signal(arrived.si_signo)
-            self._bury()
-            self._listen()
-            self._end_hopeless()
-            if not self._stopping:
-                self._replace()
-                self._reload_if_asked()
-            self._pet_watchdog()
+            try:
+                if arrived:
+                    self._on_signal(arrived.si_signo)
+                self._look_after_children()
+            except (Unusable, CannotStart):
+                raise
+            except Exception:  # noqa: BLE001 -- those that serve shall go on, whatever it is
+                log.bug("Internal error")
         log.info("Stopped")
 
     def _on_signal(self, number: int) -> None:
         if number == signal.SIGHUP:
-            self._reload_asked = True
-            if self._candidate or not self._has_room():
+            if not self._reload_asked and (self._candidate or not self._has_room()):
                 log.info("Reload waits for workers that still start or drain", workers=len(self._children))
+            self._reload_asked = True
         elif number in (signal.SIGTERM, signal.SIGINT):
             self._stop()
+
+    def _look_after_children(self) -> None:
+        self._bury()
+        self._listen()
+        self._end_hopeless()
+        if not self._stopping:
+            self._replace()
+            self._reload_if_asked()
+        self._pet_watchdog()
 
     def _stop(self) -> None:
         if self._stopping:
             log.warn("Ended at once", workers=len(self._children))
         else:
-            log.info("Stopping", workers=len(self._children), drain_timeout=self._settings.drain_timeout)
+            log.info("Stopping", workers=len(self._children), drain_timeout=self._current.settings.drain_timeout)
             systemd.notify("STOPPING=1")
             self._listeners.close()
         for child in self._children:
@@ -135,33 +166,34 @@ class Master:
 
     # -- one generation after the other
 
-    def _begin(self, settings: Settings) -> None:
-        """Start the workers of a file; `_listen` goes on when they are ready. Raises CannotBind, Unusable."""
-        self._certificates.look(settings)
-        self._listeners.open(settings.listen)
-        look_at_surroundings(settings)
-        if settings.workers * GENERATIONS > self._board.rows:
-            self._board = Scoreboard(settings.workers * GENERATIONS)  # what still drains is not counted in this one
-        self._candidate = settings
-        for _ in range(settings.workers):
+    def _begin(self, generation: Generation) -> None:
+        """Start the workers of a file; `_listen` goes on when they are ready. Raises CannotBind, CannotStart."""
+        self._certificates.will_be_read(generation.settings)
+        self._listeners.open(generation.settings.listen)
+        look_at_surroundings(generation.settings)
+        self._candidate = generation
+        for _ in range(generation.settings.workers):
             try:
-                self._fork(settings)
+                self._fork(generation)
             except OSError as error:
-                raise Unusable(f"cannot start a worker: {error.strerror}") from None
+                raise CannotStart(f"cannot start a worker: {error.strerror}") from None
 
     def _listen(self) -> None:
         """Hear who is ready; when all of a new generation are, they take over."""
         for child in self._children:
             child.listen()
-            if child.state is State.READY and child.settings is not self._candidate:
+            if child.is_leaving:
+                log.error("Worker ends by itself", pid=child.pid)
+                child.drain()
+            elif child.state is State.READY and child.generation is not self._candidate:
                 child.go()
                 log.info("Worker replaced", pid=child.pid)
-        new = [child for child in self._children if child.settings is self._candidate]
+        new = [child for child in self._children if child.generation is self._candidate]
         if self._candidate and all(child.state is State.READY for child in new):
             self._switch(self._candidate, new)
 
-    def _switch(self, settings: Settings, new: list[Child]) -> None:
-        first = settings is self._settings
+    def _switch(self, generation: Generation, new: list[Child]) -> None:
+        first, settings = generation is self._current, generation.settings
         for child in new:
             child.go()
         for child in self._children:
@@ -169,66 +201,69 @@ class Master:
                 child.drain()
             elif child.state in (State.STARTING, State.READY):  # a replacement that comes too late
                 child.kill()
-        self._settings, self._candidate = settings, None
+        self._current, self._candidate = generation, None
         self._delay = 0.0
+        self._certificates.are_served()
         self._listeners.close_others(settings.listen)
         log.set_up(settings.loglevel, settings.log)
         log.info("Ready" if first else "Reloaded", listen=str(self._listeners), workers=len(new), pid=os.getpid())
         systemd.notify("READY=1", f"STATUS={len(new)} workers listen on {self._listeners}")
 
     def _reload_if_asked(self) -> None:
-        if self._certificates.have_changed(self._settings):
+        if self._candidate:
+            return
+        if self._certificates.have_changed(self._current.settings):
             log.info("A certificate has changed")
             self._reload_asked = True
-        if not self._reload_asked or self._candidate or not self._has_room():
+        if not self._reload_asked or not self._has_room():
             return
         self._reload_asked = False
         log.info("Reloading")
         systemd.notify_reloading()
         try:
-            self._begin(self._read_again())
-        except (ConfigError, CannotBind, Unusable) as faults:
+            settings = self._read_again()
+            self._begin(Generation(settings, _board_for(settings, self._current.board)))
+        except (ConfigError, CannotBind, CannotStart) as faults:
             self._give_up(str(faults))
-        except Exception:  # noqa: BLE001 -- whatever it is, those that serve shall go on
+        except Exception:  # noqa: BLE001 -- systemd must hear READY again
             log.bug("Internal error")
             self._give_up("internal error")
 
     def _has_room(self) -> bool:
         """Whether one more generation of workers may be."""
-        return len(self._free_rows()) * GENERATIONS >= self._board.rows
+        return len(self._free_rows(self._current.board)) * GENERATIONS >= self._current.board.rows
 
-    def _give_up(self, faults: str) -> None:
-        """The new workers cannot be: those that serve go on. Raises Unusable if there are none."""
+    def _give_up(self, faults: str, kind: type[Exception] = Unusable) -> None:
+        """The new workers cannot be: those that serve go on. Raises an exception of that kind if there are none."""
         for child in self._children:
-            if child.settings is self._candidate:
+            if child.generation is self._candidate:
                 child.kill()
-        first = self._candidate is self._settings
+        first = self._candidate is self._current
         self._candidate = None
         if first:
             for child in self._children:
                 os.waitpid(child.pid, 0)
-            raise Unusable(faults)
-        self._certificates.look(self._settings)
-        self._listeners.close_others(self._settings.listen)
+            raise kind(faults)
+        self._listeners.close_others(self._current.settings.listen)
         for fault in faults.splitlines():
             log.error(RELOAD_FAILED, error=fault)
         systemd.notify("READY=1", f"STATUS={RELOAD_FAILED}: {faults.splitlines()[0]}")
 
     # -- one child after the other
 
-    def _fork(self, settings: Settings) -> None:
+    def _fork(self, generation: Generation) -> None:
         """Raises OSError."""
-        row = min(self._free_rows())
+        row = min(self._free_rows(generation.board))
 
         def become(channel: socket.socket) -> NoReturn:
-            self._become_worker(settings, row, channel)
+            self._become_worker(generation, row, channel)
 
-        self._children.append(Child(settings, self._board, row, become))
+        self._children.append(Child(generation, row, become))
 
-    def _free_rows(self) -> set[int]:
-        return set(range(self._board.rows)) - {c.row for c in self._children if c.board is self._board}
+    def _free_rows(self, board: Scoreboard) -> set[int]:
+        return set(range(board.rows)) - {child.row for child in self._children if child.generation.board is board}
 
-    def _become_worker(self, settings: Settings, row: int, channel: socket.socket) -> NoReturn:
+    def _become_worker(self, generation: Generation, row: int, channel: socket.socket) -> NoReturn:
         """In the child: what only the master may have is let go of, and then the worker is on its own."""
         status = 1
         try:
@@ -238,11 +273,12 @@ class Master:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
             for child in self._children:
                 child.channel.close()
-            self._listeners.close_others(settings.listen)
-            log.set_up(settings.loglevel, settings.log)
+            self._listeners.close_others(generation.settings.listen)
+            log.set_up(generation.settings.loglevel, generation.settings.log)
+            _end_with_the_master_while_starting()
             from . import worker  # not before: it brings gevent
 
-            status = worker.run(settings, self._listeners.sockets, Row(self._board, row), channel)
+            status = worker.run(generation.settings, self._listeners.sockets, Row(generation.board, row), channel)
         except BaseException:  # noqa: BLE001 -- the stack below is the master's
             log.bug("Internal error")
         finally:
@@ -266,16 +302,18 @@ class Master:
         ended = f"ended with signal {-status}" if status < 0 else f"ended with {status}"
         if child.state is State.KILLED or (child.state is State.DRAINING and status == 0):
             return
-        if child.state is State.STARTING or child.settings is self._candidate:
-            self._mourn_start(child, child.faults or f"worker {ended}")
+        if child.faults:
+            self._mourn_start(child, child.faults, Unusable)
+        elif child.state is State.STARTING or child.generation is self._candidate:
+            self._mourn_start(child, f"worker {ended}", CannotStart)
         else:
             log.error("Worker ended by itself", pid=child.pid, error=ended)
             self._schedule_replacement(monotonic() - child.started)
 
-    def _mourn_start(self, child: Child, faults: str) -> None:
+    def _mourn_start(self, child: Child, faults: str, kind: type[Exception]) -> None:
         """It could not start: nor can its generation, but a replacement is tried again."""
-        if child.settings is self._candidate:
-            self._give_up(faults)
+        if child.generation is self._candidate:
+            self._give_up(faults, kind)
             return
         for fault in faults.splitlines():
             log.error(NOT_REPLACED, error=fault)
@@ -290,13 +328,15 @@ class Master:
 
     def _replace(self) -> None:
         """Have as many workers as there should be."""
-        alive = (State.STARTING, State.READY, State.SERVING)
-        serving = [c for c in self._children if c.settings is self._settings and c.state in alive]
-        if self._candidate is self._settings or monotonic() < self._replace_at:
+        if self._candidate is self._current or monotonic() < self._replace_at:
             return
-        for _ in range(self._settings.workers - len(serving)):
+        alive = (State.STARTING, State.READY, State.SERVING)
+        serving = [c for c in self._children if c.generation is self._current and c.state in alive]
+        for _ in range(self._current.settings.workers - len(serving)):
+            if not self._free_rows(self._current.board):
+                return  # one that was killed has not ended yet, or too many drain
             try:
-                self._fork(self._settings)
+                self._fork(self._current)
             except OSError as error:
                 log.error(NOT_REPLACED, error=str(error))
                 self._schedule_replacement(0)
@@ -308,11 +348,11 @@ class Master:
         if now - self._last_tick > 5 * TICK:  # we were not running ourselves: nor may they have been
             self._awake_since = now
         self._last_tick = now
-        for child in self._children:
+        for child in self._children if now - self._awake_since > HANG_TIMEOUT else ():
             if child.state is State.STARTING and now - child.started > START_TIMEOUT:
                 child.kill()
-                self._mourn_start(child, f"worker was not ready within {START_TIMEOUT:g} s")
-            elif child.state is State.SERVING and min(child.silence(), now - self._awake_since) > HANG_TIMEOUT:
+                self._mourn_start(child, f"worker was not ready within {START_TIMEOUT:g} s", CannotStart)
+            elif child.state is State.SERVING and child.silence() > HANG_TIMEOUT:
                 log.error("Worker hangs, it is killed", pid=child.pid, silent=child.silence())
                 child.kill()
                 self._schedule_replacement(now - child.started)
@@ -327,37 +367,13 @@ class Master:
             systemd.notify("WATCHDOG=1")
 
 
-class Certificates:
-    """Notices that a certificate file is another one than the workers have read."""
+def _end_with_the_master_while_starting() -> None:
+    """Until gevent waits for the end of the socket to the master: a table may hang for ever on a dead file server."""
+    master = os.getppid()
 
-    def __init__(self) -> None:
-        self._known = self._seen = ""
-        self._next_look = 0.0
+    def look(*_: object) -> None:
+        if os.getppid() != master:
+            os._exit(1)
 
-    def look(self, settings: Settings) -> None:
-        """The workers that are about to start will read the files as they are now."""
-        self._known = self._seen = _signature(settings)
-        self._next_look = monotonic() + CERTIFICATE_INTERVAL
-
-    def have_changed(self, settings: Settings) -> bool:
-        """Whether to reload. Not while they are being written: two looks must see the same."""
-        if monotonic() < self._next_look:
-            return False
-        self._next_look = monotonic() + CERTIFICATE_INTERVAL
-        before, self._seen = self._seen, _signature(settings)
-        return before == self._seen != self._known
-
-
-def _signature(settings: Settings) -> str:
-    """Differs when a certificate, key or file of authorities does."""
-    authorities = [settings.upstream_tls_ca, *(mapping.policy.upstream_tls_ca for mapping in settings.mappings)]
-    authorities += [mapping.tls_ca for mapping in settings.mappings if isinstance(mapping, MysqlSettings)]
-    return " ".join(map(_file_signature, filter(None, [*settings.tls_cert, *settings.tls_key, *authorities])))
-
-
-def _file_signature(path: str) -> str:
-    try:
-        found = Path(path).stat()
-    except OSError as error:
-        return str(error.errno)
-    return f"{found.st_dev}:{found.st_ino}:{found.st_mtime_ns}:{found.st_size}"
+    signal.signal(signal.SIGALRM, look)
+    signal.setitimer(signal.ITIMER_REAL, 1.0, 1.0)  # `run` in worker.py ends it

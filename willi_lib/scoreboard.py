@@ -8,10 +8,12 @@ counted has gone with it.
 from __future__ import annotations
 
 import mmap
+from collections.abc import Sequence
 from time import monotonic
 
-CELLS = 1 << 14  # a power of two
-HASHES = 4  # of 14 bits, out of the 64 of hash()
+CELLS = 1 << 16  # of a sketch, for each of the
+HASHES = 4  # of 16 bits, out of the 64 of hash()
+SKETCH = CELLS * HASHES * 2  # octets
 WINDOW = 10.0  # seconds
 WINDOWS = 7  # the current one, and six before it: at least a minute
 RATE_WINDOW = WINDOW * (WINDOWS - 1)  # seconds
@@ -22,56 +24,54 @@ Cells = tuple[int, ...]
 def cells_of(client: str) -> Cells:
     """Where a client is counted. Python's hash has a secret key, which the workers inherit from the master."""
     number = hash(client)
-    return tuple(depth * CELLS + ((number >> (16 * depth)) & (CELLS - 1)) for depth in range(HASHES))
+    return tuple([depth * CELLS + ((number >> (16 * depth)) & (CELLS - 1)) for depth in range(HASHES)])
 
 
-class Sketch:
-    """How often each of any number of clients is there, in memory of a fixed size (a count-min sketch).
+class Sketches:
+    """How often each of any number of clients is there, in memory of a fixed size: count-min sketches, one a writer.
 
-    A client is counted in four cells, which it shares with others by chance; the lowest of the four is
-    its count. So it is never counted less than it should. It is counted more if other clients fill all
-    of its cells: with 5,000 connections and 50 for each client at most 100 cells of 16,384 can be full, and
-    a client is refused for others with a probability of 1 to 700 million.
+    A client is counted in four cells, which it shares with others by chance; the lowest of the four is its
+    count. So it is never counted less than it should. It is counted more only if others fill all four: with
+    5,000 connections and 50 for each client, at most 100 of 65,536 cells can be full, and one stranger in
+    10^11 is refused for others. With 20,000 connections and 2 for each client it is one in 2,000.
     """
 
-    def __init__(self, memory: memoryview, columns: int) -> None:
-        """columns: of each cell; each has one writer."""
-        self._table = memory.cast("I")
-        self._columns = columns
+    def __init__(self, number: int) -> None:
+        self._memory = mmap.mmap(-1, number * SKETCH)  # all zero, and only there where it was touched
+        self._table = memoryview(self._memory).cast("H")
 
-    @staticmethod
-    def octets(columns: int) -> int:
-        """The memory that is needed."""
-        return CELLS * HASHES * columns * 4
-
-    def add(self, cells: Cells, column: int, number: int) -> None:
+    def add(self, cells: Cells, sketch: int, number: int) -> None:
         """Count a client in (1) or out (-1)."""
+        start = sketch * CELLS * HASHES
         for cell in cells:
-            self._table[cell * self._columns + column] += number
+            self._table[start + cell] += number
 
-    def count(self, cells: Cells) -> int:
-        """Of one client, over all columns."""
-        table, columns = self._table, self._columns
-        return min(sum(table[cell * columns : (cell + 1) * columns]) for cell in cells)
+    def count(self, cells: Cells, sketches: Sequence[int]) -> int:
+        """Of one client, over several of them."""
+        table = self._table
+        starts = [sketch * CELLS * HASHES for sketch in sketches]
+        return min([sum([table[start + cell] for start in starts]) for cell in cells])
 
-    def clear(self, column: int) -> None:
-        """Forget what was counted in one column."""
-        self._table[column :: self._columns] = memoryview(bytes(CELLS * HASHES * 4)).cast("I")
+    def clear(self, sketch: int, number: int = 1) -> None:
+        """Forget what was counted in one, or in several from one on. The kernel takes their memory back."""
+        self._memory.madvise(mmap.MADV_REMOVE, sketch * SKETCH, number * SKETCH)
 
 
 class Scoreboard:
     """The rows of all workers; made by the master before it forks."""
 
-    def __init__(self, rows: int) -> None:
-        """rows: the most workers that can be there at the same time, those that drain included."""
+    def __init__(self, rows: int, rates: bool) -> None:
+        """rows: the most workers that can be there at the same time, those that drain included.
+
+        rates: whether connections a minute are counted.
+        """
         self.rows = rows
-        numbers = rows * 16
-        sketches = [Sketch.octets(rows), Sketch.octets(rows * WINDOWS)]
-        memory = memoryview(mmap.mmap(-1, numbers + sum(sketches)))  # of the kernel, and all zero
-        self._beats = memory[: rows * 8].cast("d")
-        self._totals = memory[rows * 8 : numbers].cast("Q")
-        self._open = Sketch(memory[numbers : numbers + sketches[0]], rows)
-        self._recent = Sketch(memory[numbers + sketches[0] :], rows * WINDOWS)
+        self.rates = rates
+        numbers = memoryview(mmap.mmap(-1, rows * 16))
+        self._beats = numbers[: rows * 8].cast("d")  # 0: nobody's row
+        self._totals = numbers[rows * 8 :].cast("Q")
+        self._open = Sketches(rows)
+        self._recent = Sketches(rows * WINDOWS if rates else 1)
 
     @property
     def total(self) -> int:
@@ -80,23 +80,31 @@ class Scoreboard:
 
     def open_of(self, client: Cells) -> int:
         """The connections of one client."""
-        return self._open.count(client)
+        return self._open.count(client, self._used_rows())
 
     def recent_of(self, client: Cells) -> int:
         """How many connections of one client have come in the last minute, or up to 11 seconds more."""
-        return self._recent.count(client)
+        rows = self._used_rows()
+        return self._recent.count(client, [row * WINDOWS + window for row in rows for window in range(WINDOWS)])
 
     def last_beat(self, row: int) -> float:
         """When the worker last showed that it is alive (`monotonic`, which all processes share)."""
         return self._beats[row]
 
+    def give(self, row: int) -> None:
+        """A worker will have this row, which nobody has."""
+        self._beats[row] = monotonic()
+
     def clear(self, row: int) -> None:
         """The worker is gone: so is all that it counted."""
-        self._beats[row] = monotonic()
+        self._beats[row] = 0.0
         self._totals[row] = 0
         self._open.clear(row)
-        for window in range(WINDOWS):
-            self._recent.clear(row * WINDOWS + window)
+        if self.rates:
+            self._recent.clear(row * WINDOWS, WINDOWS)
+
+    def _used_rows(self) -> list[int]:
+        return [row for row, beat in enumerate(self._beats) if beat]
 
 
 class Row:
@@ -120,17 +128,22 @@ class Row:
         """Count a connection of a client in (1) or out (-1)."""
         self.board._open.add(client, self._number, number)
 
-    def add_recent(self, client: Cells, number: int) -> None:
-        """Note that a client has come (1), or take that back (-1) at once."""
+    def add_recent(self, client: Cells) -> None:
+        """Note that a client has come."""
         self._turn()
-        self.board._recent.add(client, self._column(self._window), number)
+        self.board._recent.add(client, self._sketch(self._window), 1)
+
+    def take_back_recent(self, client: Cells) -> None:
+        """The last one that was noted was refused."""
+        self.board._recent.add(client, self._sketch(self._window), -1)
 
     def _turn(self) -> None:
         """Each window begins empty."""
         now = int(monotonic() / WINDOW)
-        for window in range(max(self._window + 1, now - WINDOWS + 1), now + 1):
-            self.board._recent.clear(self._column(window))
+        if self.board.rates:
+            for window in range(max(self._window + 1, now - WINDOWS + 1), now + 1):
+                self.board._recent.clear(self._sketch(window))
         self._window = now
 
-    def _column(self, window: int) -> int:
+    def _sketch(self, window: int) -> int:
         return self._number * WINDOWS + window % WINDOWS

@@ -25,7 +25,7 @@ def notify(*lines: str, descriptor: int | None = None) -> None:
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sender:
             sender.settimeout(NOTIFY_TIMEOUT)
             sender.connect("\0" + path[1:] if path.startswith("@") else path)
-            socket.send_fds(sender, ["\n".join(lines).encode()], ancillary)
+            socket.send_fds(sender, ["\n".join(lines).encode("utf-8", "backslashreplace")], ancillary)
     except (FileNotFoundError, ConnectionRefusedError):
         return  # whoever waited for READY=1 has gone, such as the init script
     except OSError as error:

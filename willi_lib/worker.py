@@ -33,7 +33,7 @@ from gevent.event import Event
 from gevent.server import StreamServer
 
 from . import log
-from .child import GO, READY
+from .child import GO, LEAVING, READY
 from .config import Settings
 from .dns import Resolver
 from .limits import Limits
@@ -91,6 +91,8 @@ class Listener(StreamServer):
             connection.send(replies.TOO_MANY_CONNECTIONS.octets)
             connection.close()
             log.warn("Connection refused, no file descriptors left", client=address[0])
+        except BlockingIOError:
+            pass  # another worker had one, and was quicker
         except OSError as error:
             log.warn("Connection refused, no file descriptors left", error=str(error))
         finally:
@@ -108,17 +110,27 @@ def run(settings: Settings, sockets: Sequence[stdlib_socket.socket], row: Row, c
         Path("/proc/self/comm").write_text("willi-worker")
     try:
         worker = Worker(settings, sockets, row)
+        gevent.signal_handler(signal.SIGTERM, worker.end)  # a second one changes nothing: systemd sends it to all
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        master.sendall(READY)
+        go = master.recv(len(GO))
     except STARTUP_FAULTS as faults:
-        master.sendall(str(faults).encode())
+        master.sendall(str(faults).encode("utf-8", "backslashreplace"))
         return 1
-    gevent.signal_handler(signal.SIGTERM, worker.end)  # a second one changes nothing: systemd sends it to all
-    master.sendall(READY)
-    if master.recv(len(GO)) != GO:
+    except ConnectionError:
+        go = b""
+    if go != GO:
         return 1  # the master has died meanwhile
     watcher = gevent.spawn(worker.end_with, master)
-    worker.serve()
+    worker.serve(about_to_end=lambda: _say_leaving(master))
     watcher.kill()
     return 0
+
+
+def _say_leaving(master: gevent.socket.socket) -> None:
+    """So that the master, if it did not ask for it, has somebody else serve without waiting for our end."""
+    with suppress(OSError):  # it is dead, or does not listen: a few octets more change nothing
+        master.sendall(LEAVING)
 
 
 class Worker:
@@ -184,12 +196,16 @@ class Worker:
             log.error("The master is dead, this worker drains and ends", pid=os.getpid())
             self.end()
 
-    def serve(self) -> None:
-        """Take clients until asked to end, and let running transactions finish."""
+    def serve(self, about_to_end: Callable[[], None] = lambda: None) -> None:
+        """Take clients until asked to end, and let running transactions finish.
+
+        about_to_end: is called before that.
+        """
         for server in self._servers:
             server.start()
         helpers = [gevent.spawn(self._watch_csv_files), gevent.spawn(self._show_life)]
         self._asked_to_end.wait()
+        about_to_end()
         self._drain()
         gevent.killall(helpers)
         for mapping in self._mappings:

@@ -6,6 +6,9 @@ import os
 import signal
 import socket
 import subprocess
+import sys
+import threading
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -13,7 +16,7 @@ import pytest
 
 from tests.conftest import StartWilli
 from tests.support.client import Client
-from tests.support.daemon import PYTHON, Willi, run_willi, write_config
+from tests.support.daemon import PYTHON, Willi, in_a_hurry, run_willi, write_config
 from tests.support.loopback import HOST, ROOT, free_port, wait_until
 from tests.support.promise import greeted, in_data
 from tests.support.talk import QUEUED, content, deliver
@@ -126,13 +129,19 @@ def test_a_worker_that_dies_is_replaced(two: Willi, upstream: ScriptedUpstream):
     assert deliver(served_by(two, newcomer)) == QUEUED
 
 
-def test_a_worker_told_to_end_drains_and_is_replaced(two: Willi, upstream: ScriptedUpstream):
-    two.tolerate(DIED)
-    pid = two.workers[0]
-    client = served_by(two, pid)
+def test_a_worker_told_to_end_drains_and_is_replaced_meanwhile(start_willi: StartWilli, upstream: ScriptedUpstream):
+    willi = start_willi(server=upstream.server, workers=1)
+    willi.tolerate("Worker ends by itself")
+    pid = willi.workers[0]
+    client = in_data(willi)
     os.kill(pid, signal.SIGTERM)
+    willi.wait_for_log(msg="Draining")
+    assert deliver(greeted(willi)) == QUEUED  # by another one
+    assert is_there(pid)
+    assert content(client) == QUEUED
     assert str(client.read_reply()) == GOODBYE
-    wait_until(lambda: len(two.workers) == 2 and pid not in two.workers, "two workers again")
+    wait_until(lambda: len(willi.workers) == 1 and pid not in willi.workers, "one worker again")
+    assert willi.lines(lvl="error") == willi.lines(msg="Worker ends by itself", pid=str(pid))
 
 
 def test_clients_wait_while_the_only_worker_is_replaced(start_willi: StartWilli, upstream: ScriptedUpstream):
@@ -171,31 +180,55 @@ def test_a_replacement_that_cannot_start_says_why_and_is_tried_again(
 
 
 def test_a_worker_that_hangs_is_killed_and_replaced(start_willi: StartWilli, upstream: ScriptedUpstream):
-    """With a limit of 2 s in place of a minute: the constant of the module is changed in the program that is run."""
-    directory = Path(start_willi(server=upstream.server).directory)
-    port = free_port()
-    config = write_config(
-        directory / "hang.conf",
-        {"listen": f"{HOST}:{port}", "domain": "willi.example", "workers": 2, "mappings": {
-            "all": {"type": "static", "server": upstream.server}}},
-    )  # fmt: skip
-    program = (
-        f"import sys; sys.path.insert(0, {str(ROOT)!r}); sys.argv = ['willi.py', '-c', {str(config)!r}]\n"
-        "from willi_lib import master; master.HANG_TIMEOUT = 2.0\n"
-        "import willi; sys.exit(willi.main())"
-    )
-    with (directory / "hang.log").open("wb") as log:
-        process = subprocess.Popen([PYTHON, "-c", program], stdout=log, stderr=log)
-    try:
-        text = wait_until(lambda: (directory / "hang.log").read_text().partition("msg=Ready")[1], "Ready")
-        children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
-        hung = int(children.read_text().split()[0])
-        os.kill(hung, signal.SIGSTOP)
-        wait_until(lambda: f'msg="Worker hangs, it is killed" pid={hung}' in (directory / "hang.log").read_text(), text)
-        wait_until(lambda: str(hung) not in children.read_text().split() and len(children.read_text().split()) == 2, "")
-    finally:
-        process.terminate()
-        assert process.wait(15) == 0
+    prefix = in_a_hurry(**{"master.HANG_TIMEOUT": 2.0})
+    willi = start_willi(server=upstream.server, workers=2, prefix=prefix)
+    willi.tolerate("Worker hangs, it is killed")
+    hung = willi.workers[0]
+    os.kill(hung, signal.SIGSTOP)
+    willi.wait_for_log(msg="Worker hangs, it is killed", pid=str(hung))
+    wait_until(lambda: len(willi.workers) == 2 and hung not in willi.workers, "two workers again")
+
+
+def test_workers_do_not_hang_while_nobody_runs(start_willi: StartWilli, upstream: ScriptedUpstream):
+    """As when the machine is suspended, or a virtual one is moved: master and workers were stopped."""
+    prefix = in_a_hurry(**{"master.HANG_TIMEOUT": 2.0, "master.TICK": 0.3})
+    willi = start_willi(server=upstream.server, workers=2, prefix=prefix)
+    everyone = [willi.process.pid, *willi.workers]
+    for pid in everyone:
+        os.kill(pid, signal.SIGSTOP)
+    threading.Event().wait(3)
+    for pid in everyone:
+        os.kill(pid, signal.SIGCONT)
+    threading.Event().wait(1)
+    assert willi.workers == everyone[1:]
+    willi.probe()
+
+
+def test_a_worker_that_hangs_while_others_start_and_drain_costs_no_master(
+    start_willi: StartWilli, upstream: ScriptedUpstream, tmp_path: Path
+):
+    """There is no row left for its replacement before it has ended."""
+    prefix = in_a_hurry(**{"master.HANG_TIMEOUT": 1.5, "master.LONG_LIFE": 0.5})
+    willi = start_willi(server=upstream.server, workers=1, drain_timeout="30s", prefix=prefix)
+    willi.tolerate("Worker hangs, it is killed")
+    willi.tolerate("Reload failed")
+    clients = []
+    for _ in range(2):
+        clients.append(in_data(willi))
+        willi.reload()
+    serving = willi.workers[-1]
+    os.mkfifo(tmp_path / "map.csv")  # whose reader waits
+    slow = {"type": "csv", "file": str(tmp_path / "map.csv")}
+    willi.change({"mappings": {"slow": slow, "all": {"type": "static", "server": upstream.server}}})
+    willi.signal(signal.SIGHUP)
+    wait_until(lambda: len(willi.workers) == 4, "a worker that starts")
+    os.kill(serving, signal.SIGSTOP)
+    willi.wait_for_log(msg="Worker hangs, it is killed")
+    wait_until(lambda: len(willi.workers) == 4 and serving not in willi.workers, "a replacement")
+    assert willi.process.poll() is None
+    for client in clients:
+        assert content(client) == QUEUED
+    assert "Traceback" not in willi.text
 
 
 # The death of the master
@@ -237,6 +270,30 @@ def test_a_new_master_may_start_while_the_workers_of_a_dead_one_drain(
     willi.start()
     assert deliver(greeted(willi)) == QUEUED
     assert content(client) == QUEUED
+
+
+def test_a_worker_that_still_starts_ends_with_its_master(tmp_path: Path):
+    """It reads a table that never comes; it must not keep the listening socket for ever."""
+    os.mkfifo(tmp_path / "map.csv")
+    process, children = start_by_hand(tmp_path, tmp_path / "map.csv")
+    workers = [int(pid) for pid in wait_until(lambda: children.read_text().split(), "a worker")]
+    process.kill()
+    process.wait(5)
+    wait_until(lambda: not any(map(is_there, workers)), "the end of the worker")
+
+
+def start_by_hand(
+    directory: Path, table: Path, launcher: Sequence[str] = ()
+) -> tuple[subprocess.Popen[bytes], Path]:
+    """Without waiting until it is ready: the process, and the file that lists its children."""
+    config = write_config(
+        directory / "willi.conf",
+        {"listen": f"{HOST}:{free_port()}", "workers": 2, "mappings": {"csv": {"type": "csv", "file": str(table)}}},
+    )
+    with (directory / "log").open("wb") as log:
+        command = [*launcher, PYTHON, str(ROOT / "willi.py"), "-c", str(config)]
+        process = subprocess.Popen(command, stdout=log, stderr=log)
+    return process, Path(f"/proc/{process.pid}/task/{process.pid}/children")
 
 
 # Signals
@@ -312,21 +369,65 @@ def test_what_a_worker_cannot_use_is_told_once_and_no_process_is_left(workers: i
 
 
 def test_sigterm_while_workers_still_start_ends_it(tmp_path: Path):
-    (tmp_path / "map.csv").write_text(
-        "pattern;server\n" + "".join(f"d{number}.example;10.0.0.1\n" for number in range(400_000))
-    )
-    config = write_config(
-        tmp_path / "willi.conf",
-        {"listen": f"{HOST}:{free_port()}", "workers": 2, "mappings": {"csv": {"type": "csv", "file": "map.csv"}}},
-    )
-    with (tmp_path / "log").open("wb") as log:
-        process = subprocess.Popen([PYTHON, str(ROOT / "willi.py"), "-c", str(config)], stdout=log, stderr=log)
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    os.mkfifo(tmp_path / "map.csv")
+    process, children = start_by_hand(tmp_path, tmp_path / "map.csv")
     workers = wait_until(lambda: children.read_text().split(), "workers")
     process.send_signal(signal.SIGTERM)
     assert process.wait(5) == 0
     assert "msg=Ready" not in (tmp_path / "log").read_text()
     assert not any(is_there(int(pid)) for pid in workers)
+
+
+def test_a_worker_that_is_killed_while_it_starts_is_no_fault_of_the_configuration(tmp_path: Path):
+    """systemd restarts what ends with 4, and not what ends with 1."""
+    os.mkfifo(tmp_path / "map.csv")
+    process, children = start_by_hand(tmp_path, tmp_path / "map.csv")
+    workers = wait_until(lambda: children.read_text().split(), "workers")
+    os.kill(int(workers[0]), signal.SIGKILL)
+    assert process.wait(5) == 4
+    assert 'msg="Cannot start" error="worker ended with signal 9"' in (tmp_path / "log").read_text()
+    wait_until(lambda: not any(is_there(int(pid)) for pid in workers), "the end of the others")
+
+
+def test_a_parent_that_ignored_the_death_of_children_changes_nothing(tmp_path: Path):
+    launcher = [sys.executable, "-c", "import os, signal, sys; signal.signal(signal.SIGCHLD, signal.SIG_IGN); "
+                "os.execv(sys.argv[1], sys.argv[1:])"]  # fmt: skip
+    (tmp_path / "map.csv").write_text("pattern;server\nb.example;;;\n")
+    process, _ = start_by_hand(tmp_path, tmp_path / "map.csv", launcher=launcher)
+    assert process.wait(10) == 1
+    assert f"{tmp_path}/map.csv:2: " in (tmp_path / "log").read_text()
+
+
+def test_a_closed_stdout_is_not_taken_for_a_client(start_willi: StartWilli, upstream: ScriptedUpstream, tmp_path: Path):
+    """Log lines were written to whatever connection had got its number: into the message of somebody else."""
+    config = write_config(
+        tmp_path / "willi.conf",
+        {"listen": f"{HOST}:{(port := free_port())}", "domain": "willi.example", "workers": 1,
+         "mappings": {"all": {"type": "static", "server": upstream.server, "tls_verify": False}}},
+    )  # fmt: skip
+    command = ["/bin/sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh", PYTHON, str(ROOT / "willi.py"), "-c", str(config)]
+    process = subprocess.Popen(command)
+    try:
+        def is_served() -> bool:
+            with suppress(ConnectionError), Client(port) as client:
+                return client.read_reply().code == 220
+            return False
+
+        wait_until(is_served, "a greeting")
+        process.send_signal(signal.SIGHUP)  # new workers, in which the lowest number is free
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+        old = children.read_text()
+        wait_until(lambda: children.read_text() != old and len(children.read_text().split()) == 1, "a new worker")
+        for pid in (process.pid, *map(int, children.read_text().split())):
+            assert [str(Path(f"/proc/{pid}/fd/{number}").readlink()) for number in range(3)] == ["/dev/null"] * 3
+        with Client(port) as client:
+            client.read_reply()
+            client.command(b"EHLO c.example")
+            assert deliver(client) == QUEUED
+        assert upstream.messages[0].content == b"Subject: x\r\n\r\nhello\r\n"
+    finally:
+        process.terminate()
+        assert process.wait(10) == 0
 
 
 # Limits hold for all workers together

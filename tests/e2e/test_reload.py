@@ -16,7 +16,7 @@ import pytest
 from tests.conftest import StartUpstream, StartWilli
 from tests.support.certificates import Authority, Pair
 from tests.support.client import Client
-from tests.support.daemon import Willi
+from tests.support.daemon import Willi, in_a_hurry
 from tests.support.loopback import HOST, free_port, wait_until
 from tests.support.promise import greeted, in_data, in_envelope
 from tests.support.talk import BOB, MAIL, OK, QUEUED, chunk, content, deliver
@@ -260,6 +260,80 @@ def test_a_renewed_certificate_needs_no_signal(
     willi.wait_for_log(msg="Reloaded", seconds=20)
     assert willi.lines(msg="A certificate has changed")
     assert certificate_of(willi) not in (old, b"")
+
+
+def test_a_certificate_whose_reload_failed_for_another_reason_is_not_forgotten(
+    start_willi: StartWilli, upstream: ScriptedUpstream, certificates: Authority, postfix_certificate: Pair,
+    tmp_path: Path,
+):  # fmt: skip
+    cert, key = copied(postfix_certificate, tmp_path)
+    prefix = in_a_hurry(**{"certificate_files.INTERVAL": 0.5, "certificate_files.RETRY": 3.0})
+    willi = start_willi(
+        csv=f"pattern;server\nb.example;{upstream.server};false\n", workers=2, tls_cert=cert, tls_key=key, prefix=prefix
+    )
+    for text in (FAILED, "the old table stays"):
+        willi.tolerate(text)
+    old, table = certificate_of(willi), willi.csv.read_text()
+    willi.csv.write_text("pattern;server\nb.example;host;perhaps\n")
+    renewed = certificates.issue("renewed-too.example")
+    for new, name in ((renewed.cert, cert), (renewed.key, key)):
+        Path(shutil.copy(new, tmp_path / "new")).replace(name)
+    willi.wait_for_log(msg=FAILED)
+    willi.csv.write_text(table)
+    willi.wait_for_log(msg="Reloaded", seconds=15)
+    assert certificate_of(willi) not in (old, b"")
+
+
+def test_a_changed_path_of_a_certificate_is_one_reload(
+    start_willi: StartWilli, upstream: ScriptedUpstream, certificates: Authority, postfix_certificate: Pair
+):
+    prefix = in_a_hurry(**{"certificate_files.INTERVAL": 0.2})
+    cert, key = postfix_certificate.cert, postfix_certificate.key
+    willi = start_willi(server=upstream.server, workers=1, tls_cert=str(cert), tls_key=str(key), prefix=prefix)
+    renewed = certificates.issue("another-path.example")
+    willi.reload({"tls_cert": str(renewed.cert), "tls_key": str(renewed.key)})
+    threading.Event().wait(1.5)  # some looks
+    assert len(willi.lines(msg="Reloaded")) == 1
+    assert willi.lines(msg="A certificate has changed") == []
+
+
+# Addresses and limits
+
+
+def test_an_address_that_was_taken_out_may_come_back_at_once(willi: Willi):
+    first, second = willi.port, free_port()
+    both = [f"{HOST}:{first}", f"{HOST}:{second}"]
+    for _ in range(3):
+        willi.change({"listen": both})
+        willi.signal(signal.SIGHUP)
+        willi.change({"listen": f"{HOST}:{first}"})
+        willi.signal(signal.SIGHUP)
+        willi.reload({"listen": both})
+        wait_until(lambda: willi.text.count("msg=Reloading\n") == willi.text.count("msg=Reloaded "), "the last reload")
+        assert willi.lines(msg=FAILED) == []
+    for willi.port in (first, second):
+        willi.probe()
+
+
+def test_a_reload_to_more_workers_that_fails_leaves_the_limits_as_they_were(
+    start_willi: StartWilli, upstream: ScriptedUpstream
+):
+    willi = start_willi(server=upstream.server, workers=1, max_connections=4)
+    for text in (FAILED, "Worker ended by itself"):
+        willi.tolerate(text)
+    good = dict(willi.settings)
+    willi.change({"workers": 3, "mappings": {"csv": {"type": "csv", "file": "/nowhere.csv"}}})
+    willi.signal(signal.SIGHUP)
+    willi.wait_for_log(msg=FAILED)
+    willi.change(good)
+    clients = [greeted(willi) for _ in range(2)]
+    for client in clients:
+        assert client.command(MAIL).code == 250
+    willi.reload()
+    assert [accepted(willi) for _ in range(2)] == [True] * 2
+    more = [willi.connect() for _ in range(2)]
+    assert not accepted(willi)
+    assert len(more) == 2
 
 
 # Under load

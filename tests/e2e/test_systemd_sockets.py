@@ -86,8 +86,8 @@ def test_kept_sockets_are_used_again_and_those_not_wanted_are_given_back(tmp_pat
         willi = start(tmp_path / "willi", upstream, listen, prefix, NOTIFY_SOCKET=str(tmp_path / "notify"))
         try:
             words = [systemd.recv(4096).decode() for _ in range(3)]
-            assert words[0] == f"FDSTORE=1\nFDNAME=listen {HOST} {fresh}"
-            assert words[1] == f"FDSTOREREMOVE=1\nFDNAME=listen {HOST} {given_up}"
+            assert words[0] == f"FDSTOREREMOVE=1\nFDNAME=listen {HOST} {given_up}"
+            assert words[1] == f"FDSTORE=1\nFDNAME=listen {HOST} {fresh}"
             assert words[2].startswith("READY=1\n")
             for willi.port in (kept, fresh):
                 willi.probe()
@@ -95,6 +95,33 @@ def test_kept_sockets_are_used_again_and_those_not_wanted_are_given_back(tmp_pat
                 socket.create_connection((HOST, given_up), 5)
         finally:
             willi.stop()
+
+
+@pytest.mark.parametrize(("kept", "wanted"), [("0.0.0.0", HOST), (HOST, "0.0.0.0")])
+def test_a_kept_socket_is_not_in_the_way_of_a_new_one(
+    kept: str, wanted: str, tmp_path: Path, upstream: ScriptedUpstream
+):
+    port = free_port()
+    willi = start(tmp_path, upstream, f"{wanted}:{port}", launcher(f"listen {kept} {port}", f"4 {kept} {port} yes"))
+    try:
+        willi.port = port
+        willi.probe()
+    finally:
+        willi.stop()
+
+
+def test_a_unix_socket_is_an_error(tmp_path: Path):
+    config = write_config(tmp_path / "willi.conf", {"mappings": {"a": {"type": "static", "server": "127.0.0.1"}}})
+    program = (
+        "import os, socket, sys; made = socket.socket(socket.AF_UNIX); made.bind(sys.argv[1]); made.listen()\n"
+        "os.dup2(os.dup2(made.fileno(), 100), 3); os.environ.update(LISTEN_PID=str(os.getpid()), LISTEN_FDS='1')\n"
+        "os.execv(sys.argv[2], sys.argv[2:])"
+    )
+    willi = [PYTHON, str(ROOT / "willi.py"), "-c", str(config)]
+    command = [sys.executable, "-c", program, str(tmp_path / "socket"), *willi]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+    assert result.returncode == 3
+    assert "from LISTEN_FDS is not a listening TCP socket" in result.stdout
 
 
 def test_a_kept_socket_of_ipv6_is_known_again(tmp_path: Path, upstream: ScriptedUpstream):

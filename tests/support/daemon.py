@@ -69,6 +69,15 @@ def run_willi(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=30, check=False, env=_environment())
 
 
+def in_a_hurry(**constants: float) -> list[str]:
+    """A prefix for the command: changes constants, as `master.TICK`, in the program that is run."""
+    program = "import runpy, sys; from willi_lib import master, certificate_files\n" + "".join(
+        f"{name} = {value}\n" for name, value in constants.items()
+    )
+    run = "sys.argv = sys.argv[2:]; sys.path.insert(0, ''); runpy.run_path(sys.argv[0], run_name='__main__')"
+    return [PYTHON, "-c", f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{program}{run}"]
+
+
 def _environment() -> dict[str, str]:
     """Ours, without what would make the daemon believe that systemd started it."""
     return {k: v for k, v in os.environ.items() if k not in ("JOURNAL_STREAM", "NOTIFY_SOCKET", "LISTEN_FDS")}
@@ -155,9 +164,9 @@ class Willi:
         self.wait_for_log(msg="Draining", count=draining + old)
 
     def change(self, settings: Mapping[str, Setting]) -> None:
-        """Write the file anew, with some settings changed."""
+        """Have a new file, with some settings changed."""
         self.settings.update(settings)
-        write_config(self.config, self.settings)
+        write_config(self.config.with_suffix(".new"), self.settings).replace(self.config)
 
     # Clients
 
