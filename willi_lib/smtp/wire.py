@@ -509,12 +509,3 @@ def _refuse_bare_newline(line: bytes) -> None:
     """A lenient reader and a strict one next to each other is what SMTP smuggling lives on."""
     if b"\n" in line or b"\r" in line:
         raise BadFraming("bare CR or LF in a line")
-
-
-def wait_writable(socket: Socket) -> None:
-    """Wait until a non-blocking connect has come to an end, good or bad."""
-    event = get_hub().loop.io(socket.fileno(), WRITE_EVENT)
-    try:
-        get_hub().wait(event)
-    finally:
-        event.close()
