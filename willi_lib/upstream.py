@@ -13,7 +13,7 @@ import socket as stdlib_socket
 import ssl
 from _socket import socket as Socket
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from time import monotonic
@@ -76,7 +76,7 @@ class Upstream:
         self.wire = wire
         self.server = server
         self.route = route
-        self.features: dict[str, str] = {}
+        self.features: Mapping[str, str] = {}
         self.knows_client = False  # by XCLIENT or a PROXY header
         self.in_transaction = False  # it heard MAIL, and no end of that
         self._ahead: deque[bytes] = deque()  # sent in a group, answers still to come

@@ -21,7 +21,7 @@ import gevent
 from gevent import get_hub, getcurrent
 
 from . import reply as replies
-from .reply import BadReply, Reply, parse_reply_line
+from .reply import WHOLE_REPLY, BadReply, Reply, parse_reply, parse_reply_line
 from .syntax import MAX_COMMAND_LINE
 
 READ_EVENT, WRITE_EVENT = 1, 2  # libev's EV_READ and EV_WRITE
@@ -246,6 +246,16 @@ class Wire:
 
         Raises WireError; BadReply for what is no reply.
         """
+        if not self.buffered:
+            self._receive(COMMAND_READ)
+        whole = WHOLE_REPLY.match(self._buffer, self._at)
+        if whole and len(whole[0]) <= MAX_REPLY_LINE and not self.trace:
+            self._at = whole.end()
+            return parse_reply(whole[0])
+        return self._read_reply_lines()
+
+    def _read_reply_lines(self) -> Reply:
+        """One line after the other: a reply that is long, strange, or not here yet."""
         lines = []
         while True:
             try:
