@@ -15,6 +15,7 @@ import stat
 import time
 import traceback
 from collections.abc import Callable
+from functools import lru_cache
 
 LEVELS = {"debug": 0, "info": 1, "warn": 2, "error": 3}
 SYSLOG_SOCKET = "/dev/log"
@@ -103,6 +104,8 @@ def quote(value: Value) -> str:
 
 
 def _in_quotes(text: str) -> str:
+    if '"' not in text and "\\" not in text and text.isprintable():
+        return f'"{text}"'
     return '"' + "".join(map(_escape, text)) + '"'
 
 
@@ -133,9 +136,14 @@ def _log(level: str, message: str, fields: dict[str, Value], trace: str = "") ->
         _sink.lost += 1
 
 
+@lru_cache(maxsize=1)
+def _stamp(second: int) -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(second))
+
+
 def _write_stdout(_level: str, line: str) -> None:
     if not _HAS_JOURNAL:
-        line = f"t={time.strftime('%Y-%m-%dT%H:%M:%S%z')} {line}"
+        line = f"t={_stamp(int(time.time()))} {line}"
     if _stdout is not None and not _stdout.poll(0 if _sink.lost else PATIENCE):
         raise BlockingIOError("nobody reads the log")
     os.write(1, (line + "\n").encode("utf-8", "backslashreplace"))
