@@ -78,6 +78,7 @@ class Upstream:
         self.route = route
         self.features: Mapping[str, str] = {}
         self.knows_client = False  # by XCLIENT or a PROXY header
+        self.introduced = False  # and waits for MAIL, which may take time
         self.in_transaction = False  # it heard MAIL, and no end of that
         self._ahead: deque[bytes] = deque()  # sent in a group, answers still to come
 
@@ -123,7 +124,8 @@ class Upstream:
         UpstreamFailed if the upstream has spoken out of turn: its answers could not be
         told apart. Its goodbye inside a transaction is Refused, as if it were the answer.
         """
-        if self.wire.pending():
+        # During the introduction the last answer has only just come: asking the kernel for more would be in vain.
+        if self.wire.pending() if self.introduced else self.wire.buffered:
             words = self.wire.read_reply()
             if words.code == 421 and self.in_transaction:
                 raise Refused(words)
@@ -200,7 +202,7 @@ class Upstream:
 
     def reset(self) -> None:
         """Make it ready for the next MAIL. Raises UpstreamFailed, also if it has hung up meanwhile."""
-        if self._ahead or self.wire.pending():
+        if self._ahead or (self.in_transaction and self.wire.pending()):  # else MAIL will look
             raise UpstreamFailed(f"{self.server}: kept connection is of no use")
         if self.in_transaction and not self.ask(b"RSET").positive:
             raise UpstreamFailed(f"{self.server}: RSET refused")
@@ -208,11 +210,15 @@ class Upstream:
 
     def quit(self) -> None:
         """Say QUIT and close; an answer is awaited for politeness only (RFC 5321 §4.1.1.10)."""
+        if self._ahead:
+            self.drop()
+            return
         try:
             with self.wire.clock.limit(QUIT_TIMEOUT, "waiting for the answer to QUIT"):
-                self.ask(b"QUIT")
+                self.wire.write(b"QUIT\r\n")
+                self.wire.read_reply()
                 self.wire.hang_up()
-        except (Refused, UpstreamFailed) as error:
+        except (WireError, BadReply) as error:
             log.debug("No answer to QUIT", error=str(error))
             self.drop()
 
@@ -301,6 +307,7 @@ class Connector:
                 raise
         try:
             self._introduce(upstream, client, sid)
+            upstream.introduced = True
         except BaseException:  # TimeLimit and the like too: nobody else knows this connection yet
             upstream.drop()
             raise

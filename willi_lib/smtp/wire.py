@@ -249,7 +249,7 @@ class Wire:
         if not self.buffered:
             self._receive(COMMAND_READ)
         whole = WHOLE_REPLY.match(self._buffer, self._at)
-        if whole and len(whole[0]) <= MAX_REPLY_LINE and not self.trace:
+        if whole and whole.end() - self._at <= MAX_REPLY_LINE and not self.trace:
             self._at = whole.end()
             return parse_reply(whole[0])
         return self._read_reply_lines()
