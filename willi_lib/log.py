@@ -93,11 +93,14 @@ def tracer(sid: str, peer: str) -> Callable[[str, bytes], None] | None:
 
 def quote(value: Value) -> str:
     """One logfmt value."""
-    if isinstance(value, bool):
+    if isinstance(value, str):
+        text = value
+    elif isinstance(value, bool):
         return "true" if value else "false"
-    if isinstance(value, float):
+    elif isinstance(value, float):
         return f"{value:.3f}"
-    text = str(value)
+    else:
+        text = str(value)
     if len(text) > MAX_VALUE:
         text = text[:MAX_VALUE] + "..."
     return text if _PLAIN.fullmatch(text) else _in_quotes(text)

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum, auto
+from functools import cached_property
 from ssl import SSLContext
 from time import monotonic
 
@@ -72,9 +73,21 @@ class Service:
     connector: Connector
     resolver: Resolver
     server_tls: SSLContext | None
+    _ehlo_replies: dict[tuple[bool, bool], Reply] = field(default_factory=dict, init=False, compare=False)
+
+    @cached_property
+    def greeting(self) -> Reply:
+        """What a client hears first."""
+        return Reply(220, (f"{self.settings.domain} ESMTP Willi".encode(),))
 
     def ehlo_reply(self, in_tls: bool, may_xclient: bool) -> Reply:
         """The answer to EHLO (RFC 5321 §4.1.1.1): what we can keep to with any upstream."""
+        known = self._ehlo_replies.get((in_tls, may_xclient))
+        if known is None:
+            known = self._ehlo_replies[in_tls, may_xclient] = self._make_ehlo_reply(in_tls, may_xclient)
+        return known
+
+    def _make_ehlo_reply(self, in_tls: bool, may_xclient: bool) -> Reply:
         settings = self.settings
         keywords = [
             settings.domain,
@@ -120,7 +133,7 @@ class Session:
     def run(self) -> None:
         """Talk until one side has enough. Nothing that a client does makes it raise."""
         try:
-            self.write(self.greeting())
+            self.write(self.service.greeting)
             while not self.closing:
                 answer = self.step()
                 if answer:
@@ -251,10 +264,6 @@ class Session:
 
     # -- verbs: the introduction
 
-    def greeting(self) -> Reply:
-        """What a client hears first."""
-        return Reply(220, (f"{self.settings.domain} ESMTP Willi".encode(),))
-
     def ehlo(self, argument: bytes) -> Reply:
         """EHLO (RFC 5321 §4.1.1.1)."""
         self.introduce(argument, esmtp=True)
@@ -311,7 +320,7 @@ class Session:
             name = attributes["NAME"]
             client.name = lambda: name
         self.start_over()
-        return self.greeting()
+        return self.service.greeting
 
     def start_over(self) -> None:
         """Back to the greeting."""

@@ -61,12 +61,14 @@ class DataReader:
         """Return octets for the upstream: still dot-stuffed, without the final dot line; may be empty."""
         lines = self._lines
         data = lines.held + chunk
-        lone_dots = _LONE_DOT.search(data) is not None  # the end is one, too; mostly there is none, which saves time
+        first = _LONE_DOT.search(data)  # the end is one, too; mostly there is no other, which saves time
+        lone_dots = first is not None
         end = self._end(data, lone_dots)
         if end is not None:
             self.done = True
             self.rest = data[end + len(END_OF_DATA) :]
             data = data[:end]
+            lone_dots = first is not None and first.start() + 1 < end
         stuffing_dot_may_be_first = lines.place in (_Place.LINE, _Place.CONTENT)
         out = lines.take(data, lone_dots)
         self.octets += len(out) - out.count(b"\r\n.") - (stuffing_dot_may_be_first and out.startswith(b"."))

@@ -98,12 +98,6 @@ class Clock:
             self._timer = None
             self._fires = FOREVER
 
-    def _set(self, deadline: float, doing: str) -> None:
-        self._deadline = deadline
-        self._doing = doing
-        if deadline < self._fires:
-            self._arm(deadline)
-
     def _arm(self, deadline: float) -> None:
         self.close()
         self._fires = deadline
@@ -132,7 +126,9 @@ class Limit:
         clock = self._clock
         self._outer = (clock._deadline, clock._doing)
         if self._deadline < clock._deadline:
-            clock._set(self._deadline, self._doing)
+            clock._deadline, clock._doing = self._deadline, self._doing
+            if self._deadline < clock._fires:
+                clock._arm(self._deadline)
         elif clock._timer is None:  # the limit in force has struck already, and strikes again at the next wait
             clock._arm(clock._deadline)
 
@@ -154,8 +150,8 @@ class Wire:
     """
 
     __slots__ = (
-        "_at", "_body_read", "_buffer", "_clear_in", "_clear_out", "_lines", "_output", "_output_size",
-        "_readable", "_reads", "_socket", "_tls", "_writable", "_write_timeout", "clock", "trace",
+        "_at", "_body_read", "_buffer", "_clear_in", "_clear_out", "_lines", "_output", "_readable", "_reads",
+        "_socket", "_tls", "_writable", "_write_timeout", "clock", "trace",
     )  # fmt: skip
 
     def __init__(
@@ -175,8 +171,7 @@ class Wire:
         self._at = 0  # ... from here on
         self._body_read = FIRST_BODY_READ
         self._reads = self._lines = 0  # since we last waited
-        self._output: list[bytes] = []
-        self._output_size = 0
+        self._output = b""
         self._tls: ssl.SSLObject | None = None
         self._clear_in: ssl.MemoryBIO | None = None
         self._clear_out: ssl.MemoryBIO | None = None
@@ -199,10 +194,7 @@ class Wire:
         limit: octets, CRLF included.
         Raises WireError, and LineTooLong once the long line has been read to its end.
         """
-        while True:
-            end = self._buffer.find(b"\r\n", self._at)
-            if end >= 0:
-                break
+        while (end := self._buffer.find(b"\r\n", self._at)) < 0:
             if self.buffered:
                 _refuse_bare_newline(self._buffer[self._at :].removesuffix(b"\r"))  # its LF may be on the way
                 if len(self._buffer) - self._at > limit:
@@ -214,7 +206,8 @@ class Wire:
         if self._lines > FAIR_LINES:
             self._lines = 0
             gevent.sleep(0)
-        _refuse_bare_newline(line)
+        if b"\n" in line or b"\r" in line:
+            _refuse_bare_newline(line)
         if self.trace:
             self.trace("<", line)
         if len(line) + 2 > limit:
@@ -365,17 +358,14 @@ class Wire:
         """Keep octets back for one write together with what follows; reading flushes. Raises WireError."""
         if self.trace:
             self.trace(">", octets)
-        self._output.append(octets)
-        self._output_size += len(octets)
-        if self._output_size > MAX_PENDING_OUTPUT:
+        self._output += octets
+        if len(self._output) > MAX_PENDING_OUTPUT:
             self.flush()
 
     def flush(self) -> None:
         """Send what was kept back. Raises WireError."""
         if self._output:
-            octets = b"".join(self._output)
-            self._output.clear()
-            self._output_size = 0
+            octets, self._output = self._output, b""
             self.send(octets)
 
     def send(self, octets: bytes) -> None:
