@@ -28,6 +28,7 @@ READ_EVENT, WRITE_EVENT = 1, 2  # libev's EV_READ and EV_WRITE
 COMMAND_READ = 16 << 10  # octets a recv when lines are expected
 FIRST_BODY_READ = 64 << 10  # octets a recv of message content, doubled while the peer fills it ...
 LARGEST_BODY_READ = 256 << 10  # ... up to this
+MAX_RECORD = 16 << 10  # octets of content in a TLS record, RFC 8446 §5.1
 ENCRYPTED_READ = 64 << 10  # octets a recv under TLS; OpenSSL's buffer grows to this and stays
 MAX_PENDING_OUTPUT = 64 << 10  # octets of replies kept back for one write
 MAX_REPLY_LINE = 4096  # octets with CRLF; RFC 5321 §4.5.3.1.5 asks for 512
@@ -155,7 +156,7 @@ class Wire:
 
     __slots__ = (
         "_at", "_body_read", "_buffer", "_clear_in", "_clear_out", "_lines", "_output", "_readable", "_reads",
-        "_socket", "_tls", "_writable", "_write_timeout", "clock", "trace",
+        "_socket", "_tls", "_tls_ended", "_writable", "_write_timeout", "clock", "trace",
     )  # fmt: skip
 
     def __init__(
@@ -177,6 +178,7 @@ class Wire:
         self._reads = self._lines = 0  # since we last waited
         self._output = b""
         self._tls: ssl.SSLObject | None = None
+        self._tls_ended = False  # by the peer's close_notify
         self._clear_in: ssl.MemoryBIO | None = None
         self._clear_out: ssl.MemoryBIO | None = None
 
@@ -297,7 +299,7 @@ class Wire:
         if self._output:
             self.flush()
         octets = None
-        if eager or self._tls is not None:
+        if eager or (self._tls is not None and self._holds_records()):
             octets = self._receive_now(size)
             self._reads += 1
             if self._reads > FAIR_READS:
@@ -330,31 +332,39 @@ class Wire:
 
         Of one only: a peer that sends nothing but key updates would never let go of us.
         """
-        assert self._tls and self._clear_in
+        assert self._tls
         records: list[bytes] = []
-        received = False
-        while True:
-            try:
-                while size > 0:
-                    record = self._tls.read(size)
-                    if not record:
-                        break
-                    records.append(record)
-                    size -= len(record)
-                return b"".join(records)
-            except ssl.SSLWantReadError:
-                self._send_encrypted()  # e.g. the answer to a key update
-                if records:
-                    return b"".join(records)
-                if received:
-                    raise BlockingIOError from None
-                received = True
-                octets = self._socket.recv(ENCRYPTED_READ)
-                if not octets:
-                    return b""  # also without close_notify: SMTP says itself where a message ends
-                self._clear_in.write(octets)
-            except (ssl.SSLZeroReturnError, ssl.SSLEOFError):
-                return b"".join(records)
+        try:
+            if self._tls_ended:
+                return b""
+            if not self._holds_records() and not self._receive_encrypted():
+                return b""  # also without close_notify: SMTP says itself where a message ends
+            while size > 0 and self._holds_records():
+                record = self._tls.read(min(size, MAX_RECORD))
+                if not record:  # close_notify; TCP may well stay open, so nothing more must be waited for
+                    self._tls_ended = True
+                    break
+                records.append(record)
+                size -= len(record)
+        except ssl.SSLWantReadError:  # half a record, or none of application data
+            self._send_encrypted()  # e.g. the answer to a key update
+            if not records:
+                raise BlockingIOError from None
+        except (ssl.SSLZeroReturnError, ssl.SSLEOFError):
+            self._tls_ended = True
+        return b"".join(records)
+
+    def _holds_records(self) -> bool:
+        """Whether OpenSSL has octets to read, or the end: its exception for nothing costs ten times as much."""
+        assert self._tls and self._clear_in
+        return self._tls_ended or bool(self._tls.pending() or self._clear_in.pending)
+
+    def _receive_encrypted(self) -> bool:
+        """One recv for OpenSSL. False: the peer closed. Raises BlockingIOError if there is nothing."""
+        assert self._clear_in
+        octets = self._socket.recv(ENCRYPTED_READ)
+        self._clear_in.write(octets)
+        return bool(octets)
 
     # -- writing
 
@@ -435,6 +445,8 @@ class Wire:
         except (ValueError, TypeError) as error:  # a name that Python's ssl cannot encode
             raise TlsFailed(f"TLS handshake: {error}") from None
         try:
+            if server_side:  # it is the client who begins
+                self._clear_in.write(self._receive_raw())
             while True:
                 try:
                     tls.do_handshake()
@@ -450,16 +462,18 @@ class Wire:
             raise PeerGone(f"TLS handshake: {error.strerror or error}") from None
         self._tls = tls
 
-    def _receive_raw(self) -> bytes:
+    def _receive_raw(self, eager: bool = False) -> bytes:
+        """One recv, past TLS. eager: try before waiting."""
         while True:
-            try:
-                octets = self._socket.recv(COMMAND_READ)
-            except BlockingIOError:
+            if not eager:
                 get_hub().wait(self._readable)
-                continue
-            if not octets:
-                raise PeerGone("connection closed in the TLS handshake")
-            return octets
+            eager = False
+            with suppress(BlockingIOError):
+                octets = self._socket.recv(COMMAND_READ)
+                break
+        if not octets:
+            raise PeerGone("connection closed in the TLS handshake")
+        return octets
 
     def _say_alert(self) -> None:
         """Tell the peer why its handshake failed; it may be gone, which is no further news."""
@@ -485,8 +499,7 @@ class Wire:
         """
         try:
             with self.clock.limit(LINGER, "closing"):
-                self.flush()
-                self._close_tls()
+                self._say_goodbye()
                 if linger:
                     self._drain()
         except (WireError, OSError) as error:
@@ -500,13 +513,19 @@ class Wire:
         self._socket.shutdown(stdlib_socket.SHUT_WR)
         dropped = 0
         while dropped < LINGER_OCTETS:
-            dropped += len(self._receive_raw())
+            dropped += len(self._receive_raw(eager=True))  # mostly it is the peer who has hung up
 
-    def _close_tls(self) -> None:
-        if self._tls is not None:
-            with suppress(ssl.SSLError):  # wants the peer's close_notify, which we need not wait for (RFC 8446 §6.1)
-                self._tls.unwrap()
-            self._send_encrypted()
+    def _say_goodbye(self) -> None:
+        """What was kept back, and close_notify in the same write."""
+        if self._tls is None:
+            self.flush()
+            return
+        if self._output:
+            self._tls.write(self._output)
+            self._output = b""
+        with suppress(ssl.SSLError):  # wants the peer's close_notify, which we need not wait for (RFC 8446 §6.1)
+            self._tls.unwrap()
+        self._send_encrypted()
 
 
 def _refuse_bare_newline(line: bytes) -> None:
