@@ -307,7 +307,7 @@ class Wire:
                 gevent.sleep(0)
         while octets is None:
             self._reads = self._lines = 0
-            get_hub().wait(self._readable)
+            _wait(self._readable)
             octets = self._receive_now(size)
         if not octets:
             raise PeerGone("connection closed")
@@ -417,7 +417,7 @@ class Wire:
             self._writable = get_hub().loop.io(self._socket.fileno(), WRITE_EVENT)
         try:
             while octets:
-                get_hub().wait(self._writable)
+                _wait(self._writable)
                 with suppress(BlockingIOError):
                     octets = octets[self._socket.send(octets) :]
         except BaseException:
@@ -466,7 +466,7 @@ class Wire:
         """One recv, past TLS. eager: try before waiting."""
         while True:
             if not eager:
-                get_hub().wait(self._readable)
+                _wait(self._readable)
             eager = False
             with suppress(BlockingIOError):
                 octets = self._socket.recv(COMMAND_READ)
@@ -526,6 +526,16 @@ class Wire:
         with suppress(ssl.SSLError):  # wants the peer's close_notify, which we need not wait for (RFC 8446 §6.1)
             self._tls.unwrap()
         self._send_encrypted()
+
+
+def _wait(event: Any) -> None:
+    """What gevent's hub.wait() does without its Waiter, since nothing but this event switches to us: 0.7 KiB less."""
+    event.start(getcurrent().switch, event)
+    try:
+        switched_by = get_hub().switch()
+        assert switched_by is event
+    finally:
+        event.stop()
 
 
 def _refuse_bare_newline(line: bytes) -> None:
