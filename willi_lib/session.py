@@ -39,6 +39,7 @@ from .upstream import Client, Connector, Refused, Upstream, UpstreamFailed
 
 SESSION_ID_LENGTH = 10
 SESSION_ID_LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"
+PAIRS_OF_LETTERS = [first + second for first in SESSION_ID_LETTERS for second in SESSION_ID_LETTERS]
 XCLIENT_ATTRIBUTES = frozenset(("NAME", "ADDR", "PORT", "PROTO", "HELO"))  # what `xclient_hosts` may tell us
 
 
@@ -173,10 +174,8 @@ class Session:
     def command(self, line: bytes) -> Reply:
         """Run one command. What it raises, `guarded` turns into a reply."""
         verb, argument = split_command(line)
-        if verb in OTHER_PROTOCOLS:
-            return replies.NOT_HTTP
         if verb not in VERBS:
-            return replies.UNKNOWN_COMMAND
+            return replies.NOT_HTTP if verb in OTHER_PROTOCOLS else replies.UNKNOWN_COMMAND
         method, stages = VERBS[verb]
         if self.stage not in stages:
             return self.out_of_sequence(verb)
@@ -582,7 +581,7 @@ class Session:
 
 def new_session_id() -> str:
     """What all log lines of a session have in common."""
-    return "".join(random.choices(SESSION_ID_LETTERS, k=SESSION_ID_LENGTH))
+    return "".join(random.choices(PAIRS_OF_LETTERS, k=SESSION_ID_LENGTH // 2))
 
 
 VERBS: dict[bytes, tuple[Callable[[Session, bytes], Reply], frozenset[Stage]]] = {

@@ -130,7 +130,7 @@ class Upstream:
             if words.code == 421 and self.in_transaction:
                 raise Refused(words)
             raise UpstreamFailed(f"{self.server}: spoke out of turn: {words}")
-        self.wire.write(b"".join(line + b"\r\n" for line in lines))
+        self.wire.write(b"\r\n".join(lines) + b"\r\n")
         self.wire.flush()
 
     # -- the message
@@ -426,16 +426,15 @@ def _is_about_us(answer: Reply) -> bool:
 
 def _attributes(offered: str, client: Client) -> list[tuple[str, str]]:
     """The XCLIENT attributes that the upstream listed, in the order to send them: ADDR ends our authority."""
-    listed = set(offered.upper().split())
-    address = f"IPV6:{client.address}" if ":" in client.address else client.address
-    values: list[tuple[str, Callable[[], str]]] = [
-        ("PROTO", lambda: "ESMTP" if client.esmtp else "SMTP"),
-        ("HELO", lambda: client.helo),
-        ("NAME", client.name),
-        ("PORT", lambda: str(client.port)),
-        ("ADDR", lambda: address),
+    listed = offered.upper().split()
+    values = [
+        ("PROTO", "ESMTP" if client.esmtp else "SMTP"),
+        ("HELO", client.helo),
+        ("NAME", client.name() if "NAME" in listed else ""),  # which may have to wait for DNS
+        ("PORT", str(client.port)),
+        ("ADDR", f"IPV6:{client.address}" if ":" in client.address else client.address),
     ]
-    return [(name, value()) for name, value in values if name in listed]
+    return [attribute for attribute in values if attribute[0] in listed]
 
 
 def _proxy_header(policy: Policy, client: Client) -> bytes:
