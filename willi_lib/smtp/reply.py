@@ -14,7 +14,7 @@ from functools import cached_property, lru_cache
 MAX_REPLY_LINES = 200  # a bound on what we keep of an upstream's reply; real ones have under 20
 
 # A reply that is in order in each of its lines. Most are, and taking those at once costs a tenth of line by line.
-WHOLE_REPLY = re.compile(
+_WHOLE_REPLY = re.compile(
     rb"(?:[2-5][0-9]{2}-[^\r\n]*\r\n){0,%d}[2-5][0-9]{2}(?: [^\r\n]*)?\r\n" % (MAX_REPLY_LINES - 1)
 )
 
@@ -79,10 +79,16 @@ def parse_reply_line(line: bytes) -> tuple[int, bool, bytes]:
 
 
 @lru_cache(maxsize=256)
-def parse_reply(octets: bytes) -> Reply:
-    """What WHOLE_REPLY has found. An upstream says mostly the same things: its EHLO reply, 250 and 354."""
-    lines = octets[:-2].split(b"\r\n")
-    return Reply(int(lines[-1][:3]), tuple([line[4:] for line in lines]))
+def first_reply(octets: bytes) -> tuple[Reply, int] | None:
+    """The reply at the beginning, and its length; None if it is not complete, or not in order.
+
+    Remembered, since an upstream says mostly the same: its EHLO reply, 250, 354.
+    """
+    whole = _WHOLE_REPLY.match(octets)
+    if whole is None:
+        return None
+    lines = whole[0][:-2].split(b"\r\n")
+    return Reply(int(lines[-1][:3]), tuple([line[4:] for line in lines])), whole.end()
 
 
 def own(code: int, enhanced: str, text: str) -> Reply:

@@ -10,9 +10,8 @@ from __future__ import annotations
 import ipaddress
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from . import reply as replies
 from .reply import Reject, Reply
@@ -42,8 +41,7 @@ _XTEXT_CODE = re.compile(rb"\+([0-9A-F]{2})")
 Body = Literal["7BIT", "8BITMIME"]
 
 
-@dataclass(frozen=True)
-class Path:
+class Path(NamedTuple):
     """A reverse- or forward-path without its brackets and without a source route."""
 
     address: str  # empty: the null reverse-path
@@ -55,8 +53,7 @@ class Path:
         return b"<%s>" % self.address.encode()
 
 
-@dataclass(frozen=True)
-class Mail:
+class Mail(NamedTuple):
     """What a MAIL command says (RFC 5321 §4.1.1.2, RFC 1870, RFC 6152, RFC 6531)."""
 
     path: Path

@@ -21,7 +21,7 @@ import gevent
 from gevent import get_hub, getcurrent
 
 from . import reply as replies
-from .reply import WHOLE_REPLY, BadReply, Reply, parse_reply, parse_reply_line
+from .reply import BadReply, Reply, first_reply, parse_reply_line
 from .syntax import MAX_COMMAND_LINE
 
 READ_EVENT, WRITE_EVENT = 1, 2  # libev's EV_READ and EV_WRITE
@@ -247,10 +247,11 @@ class Wire:
         """
         if not self.buffered:
             self._receive(COMMAND_READ)
-        whole = WHOLE_REPLY.match(self._buffer, self._at)
-        if whole and whole.end() - self._at <= MAX_REPLY_LINE and not self.trace:
-            self._at = whole.end()
-            return parse_reply(whole[0])
+        octets = self._buffer[self._at :]
+        if len(octets) <= MAX_REPLY_LINE and not self.trace and (first := first_reply(octets)):
+            reply, length = first
+            self._at += length
+            return reply
         return self._read_reply_lines()
 
     def _read_reply_lines(self) -> Reply:
