@@ -212,8 +212,7 @@ class Wire:
         if self._lines > FAIR_LINES:
             self._lines = 0
             gevent.sleep(0)
-        if b"\n" in line or b"\r" in line:
-            _refuse_bare_newline(line)
+        _refuse_bare_newline(line)
         if self.trace:
             self.trace("<", line)
         if len(line) + 2 > limit:
