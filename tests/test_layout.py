@@ -21,6 +21,7 @@ FLOORS = [
     {"mappings", "upstream", "listeners", "child", "certificate_files"},
     {"relay"},
     {"dispatch"},
+    {"service", "session_log"},
     {"session"},
     {"status"},
     {"check", "worker"},

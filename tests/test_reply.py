@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from willi_lib.smtp import reply as replies
-from willi_lib.smtp.reply import BadReply, Reject, Reply, own, parse_reply_line
+from willi_lib.smtp.reply import MAX_REPLY_LINES, BadReply, Reject, Reply, first_reply, own, parse_reply_line
 
 OWN = {name: value for name, value in vars(replies).items() if isinstance(value, Reply)}
 
@@ -68,6 +68,36 @@ def test_a_reply_line_is_code_end_and_text(line, parsed):
 def test_what_is_no_reply_line_is_refused(line):
     with pytest.raises(BadReply):
         parse_reply_line(line)
+
+
+IN_ORDER = [
+    (b"250\r\n", Reply(250, (b"",))),
+    (b"250 \r\n", Reply(250, (b"",))),
+    (b"354 Go ahead\r\n", Reply(354, (b"Go ahead",))),
+    (b"250-mx\r\n250-\r\n250 SIZE 5\r\n", Reply(250, (b"mx", b"", b"SIZE 5"))),
+    (b"250-5.1.1 no\r\n550 \0\xff-\r\n", Reply(550, (b"5.1.1 no", b"\0\xff-"))),
+    (b"250-x\r\n" * (MAX_REPLY_LINES - 1) + b"250 y\r\n", Reply(250, (b"x",) * (MAX_REPLY_LINES - 1) + (b"y",))),
+]
+
+
+@pytest.mark.parametrize(("octets", "reply"), IN_ORDER)
+@pytest.mark.parametrize("next_reply", [b"", b"2", b"\r\n", b"550 5.1.1 no\r\n"])
+def test_a_reply_that_is_in_order_is_taken_at_once_and_no_more_than_that(octets, reply, next_reply):
+    assert first_reply(octets + next_reply) == (reply, len(octets))
+
+
+@pytest.mark.parametrize(("octets", "reply"), IN_ORDER[:5])
+def test_a_reply_is_not_taken_before_it_is_complete(octets, reply):
+    assert [first_reply(octets[:size]) for size in range(len(octets))] == [None] * len(octets)
+
+
+@pytest.mark.parametrize("octets", [
+    b"Ok\r\n", b"250Ok\r\n", b"199 Ok\r\n", b"600 Ok\r\n", b" 250 Ok\r\n", b"\xb2\xb5\xb0 Ok\r\n", b"250 Ok\n",
+    b"250 O\rk\r\n", b"250 O\nk\r\n", b"250-a\n250 b\r\n", b"250-a\r\nOk\r\n250 b\r\n",
+    b"250-x\r\n" * MAX_REPLY_LINES + b"250 y\r\n",
+])  # fmt: skip
+def test_what_is_not_in_order_is_left_to_whoever_looks_at_each_line(octets):
+    assert first_reply(octets) is None
 
 
 def test_what_is_no_reply_line_is_quoted_in_part_only():

@@ -800,6 +800,34 @@ def test_the_end_under_tls_is_an_end_with_and_without_close_notify(connect, pair
         saying.result(PATIENCE)
 
 
+def test_an_end_that_comes_along_with_the_last_octets_is_an_end_though_tcp_stays_open(connect, pair):
+    wire, peer = connect.tcp()
+    received, to_send = ssl.MemoryBIO(), ssl.MemoryBIO()
+    client = lenient().wrap_bio(received, to_send)
+
+    def shake_hands() -> None:
+        while True:
+            try:
+                client.do_handshake()
+                break
+            except ssl.SSLWantReadError:
+                peer.sendall(to_send.read())
+                received.write(peer.recv(65536))
+        peer.sendall(to_send.read())
+
+    done = connect.thread(shake_hands)
+    wire.start_tls(pair.server_context(), server_side=True)
+    done.result(PATIENCE)
+    client.write(b"RSET\r\nQU")
+    with suppress(ssl.SSLWantReadError):  # our close_notify
+        client.unwrap()
+    peer.sendall(to_send.read())
+    assert wire.read_line() == b"RSET"
+    with connect.clock.limit(PATIENCE, "the end"), pytest.raises(PeerGone, match="connection closed"):
+        wire.read_line()
+    assert wire.pending()
+
+
 def test_a_broken_record_is_a_wire_error(connect, pair):
     wire, peer = connect.tcp()
     secure = connect.tls(pair, wire, peer)

@@ -15,6 +15,7 @@ import stat
 import time
 import traceback
 from collections.abc import Callable
+from functools import lru_cache
 
 LEVELS = {"debug": 0, "info": 1, "warn": 2, "error": 3}
 SYSLOG_SOCKET = "/dev/log"
@@ -92,17 +93,22 @@ def tracer(sid: str, peer: str) -> Callable[[str, bytes], None] | None:
 
 def quote(value: Value) -> str:
     """One logfmt value."""
-    if isinstance(value, bool):
+    if isinstance(value, str):
+        text = value
+    elif isinstance(value, bool):
         return "true" if value else "false"
-    if isinstance(value, float):
+    elif isinstance(value, float):
         return f"{value:.3f}"
-    text = str(value)
+    else:
+        text = str(value)
     if len(text) > MAX_VALUE:
         text = text[:MAX_VALUE] + "..."
     return text if _PLAIN.fullmatch(text) else _in_quotes(text)
 
 
 def _in_quotes(text: str) -> str:
+    if '"' not in text and "\\" not in text and text.isprintable():
+        return f'"{text}"'
     return '"' + "".join(map(_escape, text)) + '"'
 
 
@@ -133,9 +139,14 @@ def _log(level: str, message: str, fields: dict[str, Value], trace: str = "") ->
         _sink.lost += 1
 
 
+@lru_cache(maxsize=1)
+def _stamp(second: int) -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(second))
+
+
 def _write_stdout(_level: str, line: str) -> None:
     if not _HAS_JOURNAL:
-        line = f"t={time.strftime('%Y-%m-%dT%H:%M:%S%z')} {line}"
+        line = f"t={_stamp(int(time.time()))} {line}"
     if _stdout is not None and not _stdout.poll(0 if _sink.lost else PATIENCE):
         raise BlockingIOError("nobody reads the log")
     os.write(1, (line + "\n").encode("utf-8", "backslashreplace"))

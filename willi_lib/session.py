@@ -2,24 +2,21 @@
 
 A method returns a reply and never writes; `run` alone writes. `guarded` is the only
 place where an exception becomes a reply. What is under way for one message is in
-`Transaction`; the upstream side of it is in `Dispatch`.
+`Transaction`; the upstream side of it is in `Dispatch`; what is logged, in `SessionLog`.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from enum import Enum, auto
-from ssl import SSLContext
-from time import monotonic
 
-from . import log
-from .config import Settings
 from .dispatch import Dispatch, Transaction
-from .dns import Resolver
 from .relay import Content, Relay
-from .routing import LookupFailed, Mapping, NoRoute
+from .routing import LookupFailed, NoRoute
+from .service import XCLIENT_ATTRIBUTES
+from .service import Service as Service
+from .session_log import SessionLog
 from .smtp import reply as replies
 from .smtp.reply import Reject, Reply
 from .smtp.syntax import (
@@ -34,11 +31,11 @@ from .smtp.syntax import (
     xclient_port,
 )
 from .smtp.wire import BadFraming, LineTooLong, TimeLimit, TlsFailed, Wire, WireError
-from .upstream import Client, Connector, Refused, Upstream, UpstreamFailed
+from .upstream import Client, Refused, Upstream, UpstreamFailed
 
 SESSION_ID_LENGTH = 10
 SESSION_ID_LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"
-XCLIENT_ATTRIBUTES = frozenset(("NAME", "ADDR", "PORT", "PROTO", "HELO"))  # what `xclient_hosts` may tell us
+PAIRS_OF_LETTERS = [first + second for first in SESSION_ID_LETTERS for second in SESSION_ID_LETTERS]
 
 
 class Stage(Enum):
@@ -63,41 +60,12 @@ class ShuttingDown(Exception):
     """Willi ends, and this client has no transaction."""
 
 
-@dataclass(frozen=True)
-class Service:
-    """What all sessions of a worker share."""
-
-    settings: Settings
-    mappings: Sequence[Mapping]
-    connector: Connector
-    resolver: Resolver
-    server_tls: SSLContext | None
-
-    def ehlo_reply(self, in_tls: bool, may_xclient: bool) -> Reply:
-        """The answer to EHLO (RFC 5321 §4.1.1.1): what we can keep to with any upstream."""
-        settings = self.settings
-        keywords = [
-            settings.domain,
-            "PIPELINING",
-            f"SIZE {settings.max_message_bytes}",
-            "ENHANCEDSTATUSCODES",
-            *(name for name in ("8BITMIME", "SMTPUTF8", "CHUNKING") if name in settings.extensions),
-        ]
-        if self.server_tls and not in_tls:
-            keywords.append("STARTTLS")
-        if settings.mixed_recipients == "defer":
-            keywords.append(f"LIMITS RCPTMAX={settings.max_recipients} RCPTDOMAINMAX=1")  # RFC 9422
-        if may_xclient:
-            keywords.append("XCLIENT " + " ".join(sorted(XCLIENT_ATTRIBUTES)))
-        return Reply(250, tuple(keyword.encode() for keyword in keywords))
-
-
 class Session:
     """The dialogue with one client."""
 
     def __init__(self, sid: str, service: Service, wire: Wire, client: Client, may_xclient: bool = False) -> None:
         """sid: `new_session_id`'s, for the log. may_xclient: the client may say who it really is."""
-        self.sid = sid
+        self.log = SessionLog(sid, client)
         self.service = service
         self.settings = service.settings
         self.wire = wire
@@ -108,7 +76,6 @@ class Session:
         self.transaction: Transaction | None = None
         self.dispatch = Dispatch(sid, self.settings, service.mappings, service.connector, wire, client)
         self.errors = 0  # of the client's own, since its last message
-        self.blame = ("", "")  # who refused last, and why, for the log
         self.closing = False  # after the reply that is about to be written
         self.has_quit = False
         self.draining = False
@@ -120,7 +87,7 @@ class Session:
     def run(self) -> None:
         """Talk until one side has enough. Nothing that a client does makes it raise."""
         try:
-            self.write(self.greeting())
+            self.write(self.service.greeting)
             while not self.closing:
                 answer = self.step()
                 if answer:
@@ -130,11 +97,11 @@ class Session:
         except ShuttingDown:
             self.end_with(replies.SHUTTING_DOWN, "shutting down")
         except TlsFailed as error:
-            log.info("TLS failed", sid=self.sid, client=str(self.client), error=str(error))
+            self.log.info("TLS failed", error=str(error))
         except BadFraming as error:
             self.end_with(replies.BARE_NEWLINE_IN_COMMAND, str(error))
         except WireError as error:
-            log.debug("Client gone", sid=self.sid, client=str(self.client), error=str(error))
+            self.log.debug("Client gone", error=str(error))
         finally:
             self.end()
 
@@ -160,10 +127,8 @@ class Session:
     def command(self, line: bytes) -> Reply:
         """Run one command. What it raises, `guarded` turns into a reply."""
         verb, argument = split_command(line)
-        if verb in OTHER_PROTOCOLS:
-            return replies.NOT_HTTP
         if verb not in VERBS:
-            return replies.UNKNOWN_COMMAND
+            return replies.NOT_HTTP if verb in OTHER_PROTOCOLS else replies.UNKNOWN_COMMAND
         method, stages = VERBS[verb]
         if self.stage not in stages:
             return self.out_of_sequence(verb)
@@ -182,26 +147,26 @@ class Session:
         except Reject as refusal:
             return self.refuse(refusal.reply)
         except Refused as refusal:
-            self.blame = ("upstream", str(refusal))
+            self.log.blame = ("upstream", str(refusal))
             return refusal.reply
         except NoRoute:
             return self.refuse(replies.NO_ROUTE)
         except LookupFailed as failure:
-            write = log.debug if failure.told else log.error
-            write("Lookup failed", sid=self.sid, client=str(self.client), error=str(failure))
+            write = self.log.debug if failure.told else self.log.error
+            write("Lookup failed", error=str(failure))
             return self.refuse(replies.LOOKUP_FAILED, str(failure))
         except UpstreamFailed as failure:
             return self.fail(failure)
         except (WireError, ShuttingDown):  # run() closes; there is nobody left to answer
             raise
         except Exception as bug:  # noqa: BLE001 -- our fault: it may try again, elsewhere its octets may be no commands
-            log.bug("Internal error", sid=self.sid, client=str(self.client))
+            self.log.bug("Internal error")
             self.closing = True
             return self.refuse(replies.OUR_FAULT, f"internal error: {bug!r}")
 
     def refuse(self, answer: Reply, why: str = "") -> Reply:
         """Note for the log that this refusal is our own."""
-        self.blame = ("internal", why or str(answer))
+        self.log.blame = ("internal", why or str(answer))
         return answer
 
     def counted(self, answer: Reply) -> Reply:
@@ -209,7 +174,7 @@ class Session:
         if answer.permanent and answer in replies.OWN_REFUSALS:
             self.errors += 1
             if self.errors >= self.settings.max_errors:
-                log.info("Too many errors", sid=self.sid, client=str(self.client), reply=str(answer))
+                self.log.info("Too many errors", reply=str(answer))
                 return replies.TOO_MANY_ERRORS
         return answer
 
@@ -221,13 +186,13 @@ class Session:
 
     def end_with(self, answer: Reply, why: str) -> None:
         """Say why we hang up, if the client still listens."""
-        log.info("Hanging up", sid=self.sid, client=str(self.client), error=why)
+        self.log.info("Hanging up", error=why)
         if self.stage is Stage.HANDSHAKE:
             return  # clear text would be no TLS
         try:
             self.wire.write(answer.octets)
         except WireError as error:
-            log.debug("Client gone", sid=self.sid, error=str(error))
+            self.log.debug("Client gone", error=str(error))
 
     def end(self) -> None:
         """Leave nothing behind. A message that was not finished is dropped with its connection."""
@@ -250,10 +215,6 @@ class Session:
         self.clock.interrupt(ShuttingDown(), unless=lambda: self.ending)
 
     # -- verbs: the introduction
-
-    def greeting(self) -> Reply:
-        """What a client hears first."""
-        return Reply(220, (f"{self.settings.domain} ESMTP Willi".encode(),))
 
     def ehlo(self, argument: bytes) -> Reply:
         """EHLO (RFC 5321 §4.1.1.1)."""
@@ -288,7 +249,7 @@ class Session:
         """What came along with STARTTLS is thrown away, and all that was said before is forgotten (RFC 3207 §4.2)."""
         assert self.service.server_tls
         if self.wire.buffered:
-            log.warn("Clear text after STARTTLS dropped", sid=self.sid, client=str(self.client))
+            self.log.warn("Clear text after STARTTLS dropped")
         with self.clock.limit(self.settings.read_timeout, "in the TLS handshake (read_timeout)"):
             self.wire.start_tls(self.service.server_tls, server_side=True)
         self.client.tls = self.wire.tls_version
@@ -311,7 +272,7 @@ class Session:
             name = attributes["NAME"]
             client.name = lambda: name
         self.start_over()
-        return self.greeting()
+        return self.service.greeting
 
     def start_over(self) -> None:
         """Back to the greeting."""
@@ -328,7 +289,7 @@ class Session:
             if mail.size is not None and mail.size > self.settings.max_message_bytes:
                 raise Reject(replies.TOO_BIG)
         except Reject as refusal:
-            self.log_syntax("MAIL refused", argument, refusal)
+            self.log.syntax("MAIL refused", argument, refusal)
             raise
         self.forget_transaction()
         self.transaction = Transaction(mail)
@@ -341,7 +302,7 @@ class Session:
         try:
             recipient = parse_rcpt(argument, transaction.mail.smtputf8)
         except Reject as refusal:
-            self.log_syntax("RCPT refused", argument, refusal)
+            self.log.syntax("RCPT refused", argument, refusal)
             raise
         answer = self.guarded(lambda: self.offer(transaction, recipient))
         if answer.positive:
@@ -349,7 +310,7 @@ class Session:
             self.stage = Stage.RECIPIENT
         else:
             transaction.refused.append(answer)
-            self.log_message(transaction, answer, recipient)
+            self.log.message(transaction, answer, recipient)
         return answer
 
     def offer(self, transaction: Transaction, recipient: Path) -> Reply:
@@ -380,7 +341,7 @@ class Session:
         answer = self.guarded(lambda: self.ask_for_content(upstream))
         if answer.code != 354:
             if transaction.recipients and transaction.upstream:  # else `fail` has logged it
-                self.log_message(transaction, answer)
+                self.log.message(transaction, answer)
             return answer
         if not transaction.recipients:
             self.drop_upstream()  # it waits for a message that the client will not send
@@ -438,18 +399,18 @@ class Session:
         try:
             answer = work()
         except WireError as error:
-            self.blame = ("client", f"message not finished: {error}")
-            self.log_message(transaction, None)
+            self.log.blame = ("client", f"message not finished: {error}")
+            self.log.message(transaction, None)
             raise
         except ShuttingDown:
-            self.blame = ("internal", "shutting down before the verdict (drain_timeout)")
-            self.log_message(transaction, None)
+            self.log.blame = ("internal", "shutting down before the verdict (drain_timeout)")
+            self.log.message(transaction, None)
             raise
         if last or relay.refusal is not None:
-            self.blame = relay.blame or ("upstream", str(answer))
-            self.log_message(transaction, answer)
+            self.log.blame = relay.blame or ("upstream", str(answer))
+            self.log.message(transaction, answer)
         if relay.failed:
-            log.error("Upstream failed", sid=self.sid, client=str(self.client), error=self.blame[1])
+            self.log.error("Upstream failed", error=self.log.blame[1])
         if relay.refusal is not None:  # and the upstream was dropped
             self.dispatch.upstream = transaction.upstream = None
             transaction.verdict = relay.refusal
@@ -498,7 +459,7 @@ class Session:
     def fail(self, failure: UpstreamFailed) -> Reply:
         """The upstream is of no more use: the transaction has failed, and is not forgotten."""
         transaction = self.transaction
-        log.error("Upstream failed", sid=self.sid, client=str(self.client), error=str(failure))
+        self.log.error("Upstream failed", error=str(failure))
         answer = self.refuse(replies.UPSTREAM_FAILED, str(failure))
         if transaction:
             self.stage = Stage.FAILED
@@ -506,7 +467,7 @@ class Session:
                 transaction.refusals[transaction.upstream.route] = Reject(replies.UPSTREAM_FAILED)
             if transaction.recipients:
                 answer = self.refuse(replies.UPSTREAM_LOST, str(failure))
-                self.log_message(transaction, answer)  # for those who had been accepted
+                self.log.message(transaction, answer)  # for those who had been accepted
         self.drop_upstream()
         return answer
 
@@ -537,43 +498,10 @@ class Session:
             self.drop_upstream()
         self.transaction = None
 
-    def log_syntax(self, message: str, argument: bytes, refusal: Reject) -> None:
-        """A command of which no address can be told."""
-        text = argument.decode("utf-8", "backslashreplace")
-        log.info(message, sid=self.sid, client=str(self.client), argument=text, reply=str(refusal.reply))
-
-    def log_message(self, transaction: Transaction, answer: Reply | None, recipient: Path | None = None) -> None:
-        """The one line for a message or a refused recipient; the fields of the Go program, and four more.
-
-        answer: what the client was told; None: nothing, it has gone.
-        """
-        accepted = answer is not None and answer.positive
-        recipients = [recipient] if recipient else transaction.recipients
-        route, relay = transaction.route, transaction.relay
-        upstream = transaction.upstream
-        source, error = (None, None) if accepted else self.blame
-        log.info(
-            "Message accepted" if accepted else "Message rejected",
-            sid=self.sid,
-            client=str(self.client),
-            client_helo=self.client.helo,
-            client_tls=self.client.tls is not None,
-            **{"from": transaction.mail.path.address},
-            to=",".join(path.address for path in recipients),
-            upstream=str(upstream.server if upstream else route or ""),
-            upstream_tls=upstream is not None and upstream.wire.tls_version is not None,
-            error=error,
-            error_src=source,
-            reply=str(answer) if answer else None,
-            bytes=relay.octets if relay else 0,
-            duration=monotonic() - transaction.began,
-            mapping=route.mapping if route else None,
-        )
-
 
 def new_session_id() -> str:
     """What all log lines of a session have in common."""
-    return "".join(random.choices(SESSION_ID_LETTERS, k=SESSION_ID_LENGTH))
+    return "".join(random.choices(PAIRS_OF_LETTERS, k=SESSION_ID_LENGTH // 2))
 
 
 VERBS: dict[bytes, tuple[Callable[[Session, bytes], Reply], frozenset[Stage]]] = {

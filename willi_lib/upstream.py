@@ -13,7 +13,7 @@ import socket as stdlib_socket
 import ssl
 from _socket import socket as Socket
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from time import monotonic
@@ -27,7 +27,7 @@ from .smtp import reply as replies
 from .smtp.body import END_OF_DATA
 from .smtp.reply import BadReply, Reject, Reply
 from .smtp.syntax import parse_features, xclient_lines
-from .smtp.wire import Clock, PeerGone, Wire, WireError, wait_writable
+from .smtp.wire import Clock, PeerGone, Wire, WireError
 from .tls import CertificateError, client_context
 
 DOWN_TIME = 60.0  # seconds that a host that failed is tried last
@@ -76,8 +76,9 @@ class Upstream:
         self.wire = wire
         self.server = server
         self.route = route
-        self.features: dict[str, str] = {}
+        self.features: Mapping[str, str] = {}
         self.knows_client = False  # by XCLIENT or a PROXY header
+        self.introduced = False  # and waits for MAIL, which may take time
         self.in_transaction = False  # it heard MAIL, and no end of that
         self._ahead: deque[bytes] = deque()  # sent in a group, answers still to come
 
@@ -123,12 +124,13 @@ class Upstream:
         UpstreamFailed if the upstream has spoken out of turn: its answers could not be
         told apart. Its goodbye inside a transaction is Refused, as if it were the answer.
         """
-        if self.wire.pending():
+        # During the introduction the last answer has only just come: asking the kernel for more would be in vain.
+        if self.wire.pending() if self.introduced else self.wire.buffered:
             words = self.wire.read_reply()
             if words.code == 421 and self.in_transaction:
                 raise Refused(words)
             raise UpstreamFailed(f"{self.server}: spoke out of turn: {words}")
-        self.wire.write(b"".join(line + b"\r\n" for line in lines))
+        self.wire.write(b"\r\n".join(lines) + b"\r\n")
         self.wire.flush()
 
     # -- the message
@@ -200,7 +202,7 @@ class Upstream:
 
     def reset(self) -> None:
         """Make it ready for the next MAIL. Raises UpstreamFailed, also if it has hung up meanwhile."""
-        if self._ahead or self.wire.pending():
+        if self._ahead or (self.in_transaction and self.wire.pending()):  # else MAIL will look
             raise UpstreamFailed(f"{self.server}: kept connection is of no use")
         if self.in_transaction and not self.ask(b"RSET").positive:
             raise UpstreamFailed(f"{self.server}: RSET refused")
@@ -208,11 +210,15 @@ class Upstream:
 
     def quit(self) -> None:
         """Say QUIT and close; an answer is awaited for politeness only (RFC 5321 §4.1.1.10)."""
+        if self._ahead:
+            self.drop()
+            return
         try:
             with self.wire.clock.limit(QUIT_TIMEOUT, "waiting for the answer to QUIT"):
-                self.ask(b"QUIT")
+                self.wire.write(b"QUIT\r\n")
+                self.wire.read_reply()
                 self.wire.hang_up()
-        except (Refused, UpstreamFailed) as error:
+        except (WireError, BadReply) as error:
             log.debug("No answer to QUIT", error=str(error))
             self.drop()
 
@@ -301,6 +307,7 @@ class Connector:
                 raise
         try:
             self._introduce(upstream, client, sid)
+            upstream.introduced = True
         except BaseException:  # TimeLimit and the like too: nobody else knows this connection yet
             upstream.drop()
             raise
@@ -419,16 +426,15 @@ def _is_about_us(answer: Reply) -> bool:
 
 def _attributes(offered: str, client: Client) -> list[tuple[str, str]]:
     """The XCLIENT attributes that the upstream listed, in the order to send them: ADDR ends our authority."""
-    listed = set(offered.upper().split())
-    address = f"IPV6:{client.address}" if ":" in client.address else client.address
-    values: list[tuple[str, Callable[[], str]]] = [
-        ("PROTO", lambda: "ESMTP" if client.esmtp else "SMTP"),
-        ("HELO", lambda: client.helo),
-        ("NAME", client.name),
-        ("PORT", lambda: str(client.port)),
-        ("ADDR", lambda: address),
+    listed = offered.upper().split()
+    values = [
+        ("PROTO", "ESMTP" if client.esmtp else "SMTP"),
+        ("HELO", client.helo),
+        ("NAME", client.name() if "NAME" in listed else ""),  # which may have to wait for DNS
+        ("PORT", str(client.port)),
+        ("ADDR", f"IPV6:{client.address}" if ":" in client.address else client.address),
     ]
-    return [(name, value()) for name, value in values if name in listed]
+    return [attribute for attribute in values if attribute[0] in listed]
 
 
 def _proxy_header(policy: Policy, client: Client) -> bytes:
@@ -444,9 +450,11 @@ def _context(verify: bool, ca_file: str) -> ssl.SSLContext:
 
 
 def _connect(address: Address, port: int) -> Socket:
-    """A non-blocking connected socket. Raises WireError.
+    """A non-blocking socket that is connecting. Raises WireError.
 
-    gevent's own connect asks the resolver even for an address, which costs 23 % of a session.
+    Nobody waits for that alone: whoever reads the greeting, or writes the PROXY header, waits
+    until it is there, and is told why it failed. gevent's own connect asks the resolver even for
+    an address, which costs 23 % of a session.
     """
     family, host = address
     kind = stdlib_socket.SOCK_STREAM | stdlib_socket.SOCK_NONBLOCK | stdlib_socket.SOCK_CLOEXEC
@@ -457,10 +465,7 @@ def _connect(address: Address, port: int) -> Socket:
     try:
         connection.setsockopt(stdlib_socket.IPPROTO_TCP, stdlib_socket.TCP_NODELAY, 1)
         code = connection.connect_ex((host, port))
-        if code == errno.EINPROGRESS:
-            wait_writable(connection)
-            code = connection.getsockopt(stdlib_socket.SOL_SOCKET, stdlib_socket.SO_ERROR)
-        if code:
+        if code not in (0, errno.EINPROGRESS):
             raise PeerGone(os.strerror(code))
     except BaseException:
         connection.close()

@@ -61,15 +61,19 @@ class DataReader:
         """Return octets for the upstream: still dot-stuffed, without the final dot line; may be empty."""
         lines = self._lines
         data = lines.held + chunk
-        lone_dots = _LONE_DOT.search(data) is not None  # the end is one, too; mostly there is none, which saves time
+        dots = b"." in data  # base64 has none, and needs no more than this look
+        first = _LONE_DOT.search(data) if dots else None  # the end is one, too; mostly there is no other
+        lone_dots = first is not None
         end = self._end(data, lone_dots)
         if end is not None:
             self.done = True
             self.rest = data[end + len(END_OF_DATA) :]
             data = data[:end]
+            lone_dots = first is not None and first.start() + 1 < end
         stuffing_dot_may_be_first = lines.place in (_Place.LINE, _Place.CONTENT)
         out = lines.take(data, lone_dots)
-        self.octets += len(out) - out.count(b"\r\n.") - (stuffing_dot_may_be_first and out.startswith(b"."))
+        stuffed = out.count(b"\r\n.") if dots else 0
+        self.octets += len(out) - stuffed - (stuffing_dot_may_be_first and out.startswith(b"."))
         return b"" if self._reject and self.malformed else out
 
     def _end(self, data: bytes, lone_dots: bool) -> int | None:
@@ -167,7 +171,7 @@ class _Lines:
             data = data.replace(b"\r\n.", b"\r\n..")
         if self.place is _Place.CONTENT and data.startswith(b"."):
             data = b"." + data
-        without_crlf = data.replace(b"\r\n", b"")
+        without_crlf = data.replace(b"\r\n", b"  ")  # as long as before, so that it need not count them first
         if b"\r" in without_crlf or b"\n" in without_crlf:
             self.malformed = True
             data = _repair_line_ends(data)

@@ -7,9 +7,16 @@ greps for a text finds one line.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
 
 MAX_REPLY_LINES = 200  # a bound on what we keep of an upstream's reply; real ones have under 20
+
+# A reply that is in order in each of its lines. Most are, and taking those at once costs a tenth of line by line.
+_WHOLE_REPLY = re.compile(
+    rb"(?:[2-5][0-9]{2}-[^\r\n]*\r\n){0,%d}[2-5][0-9]{2}(?: [^\r\n]*)?\r\n" % (MAX_REPLY_LINES - 1)
+)
 
 
 @dataclass(frozen=True)
@@ -33,7 +40,7 @@ class Reply:
         """5yz: do not try again in this form."""
         return self.code >= 500
 
-    @property
+    @cached_property
     def octets(self) -> bytes:
         """The reply as it goes over the wire, CRLF included."""
         code = b"%d" % self.code
@@ -69,6 +76,19 @@ def parse_reply_line(line: bytes) -> tuple[int, bool, bytes]:
     if not (len(code) == 3 and code.isdigit() and b"200" <= code < b"600" and separator in (b"", b" ", b"-")):
         raise BadReply(f"not an SMTP reply: {line[:80]!r}")
     return int(code), separator != b"-", line[4:]
+
+
+@lru_cache(maxsize=256)
+def first_reply(octets: bytes) -> tuple[Reply, int] | None:
+    """The reply at the beginning, and its length; None if it is not complete, or not in order.
+
+    Remembered, since an upstream says mostly the same: its EHLO reply, 250, 354.
+    """
+    whole = _WHOLE_REPLY.match(octets)
+    if whole is None:
+        return None
+    lines = whole[0][:-2].split(b"\r\n")
+    return Reply(int(lines[-1][:3]), tuple([line[4:] for line in lines])), whole.end()
 
 
 def own(code: int, enhanced: str, text: str) -> Reply:

@@ -10,8 +10,8 @@ from __future__ import annotations
 import ipaddress
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from functools import lru_cache
+from typing import Literal, NamedTuple
 
 from . import reply as replies
 from .reply import Reject, Reply
@@ -35,13 +35,13 @@ _PARAMETER = re.compile(rb"([0-9A-Za-z][0-9A-Za-z-]*)(?:=([\x21-\x3c\x3e-\x7e]+)
 _HELO = re.compile(rb"[\x21-\x7e]{1,%d}" % MAX_HELO)
 _HOST_NAME = re.compile(r"(?=.{1,253}\Z)(?!-)[0-9A-Za-z_-]{1,63}(?<!-)(?:\.(?!-)[0-9A-Za-z_-]{1,63}(?<!-))*")
 _XTEXT_PLAIN = frozenset(range(0x21, 0x7F)) - frozenset(b"+=")  # RFC 3461 §4
+_XTEXT_AS_IS = re.compile(b"[%s]*" % re.escape(bytes(sorted(_XTEXT_PLAIN))))
 _XTEXT_CODE = re.compile(rb"\+([0-9A-F]{2})")
 
 Body = Literal["7BIT", "8BITMIME"]
 
 
-@dataclass(frozen=True)
-class Path:
+class Path(NamedTuple):
     """A reverse- or forward-path without its brackets and without a source route."""
 
     address: str  # empty: the null reverse-path
@@ -53,8 +53,7 @@ class Path:
         return b"<%s>" % self.address.encode()
 
 
-@dataclass(frozen=True)
-class Mail:
+class Mail(NamedTuple):
     """What a MAIL command says (RFC 5321 §4.1.1.2, RFC 1870, RFC 6152, RFC 6531)."""
 
     path: Path
@@ -176,8 +175,12 @@ def parse_bdat(argument: bytes) -> tuple[int, bool]:
     return int(size), bool(last)
 
 
-def parse_features(ehlo: Reply) -> dict[str, str]:
-    """EHLO's keywords in upper case and their parameters; the first line is a greeting (RFC 5321 §4.1.1.1)."""
+@lru_cache(maxsize=64)
+def parse_features(ehlo: Reply) -> Mapping[str, str]:
+    """EHLO's keywords in upper case and their parameters; the first line is a greeting (RFC 5321 §4.1.1.1).
+
+    Remembered, since an upstream says the same to each session, twice: not to be changed by who gets it.
+    """
     features = {}
     for line in ehlo.lines[1:]:
         # "AUTH=LOGIN" and the like: old servers put = in place of the space.
@@ -188,7 +191,10 @@ def parse_features(ehlo: Reply) -> dict[str, str]:
 
 def xtext(text: str) -> bytes:
     """Encode as xtext (RFC 3461 §4): upper-case hex for what is not printable ASCII, and for + and =."""
-    return b"".join(bytes((c,)) if c in _XTEXT_PLAIN else b"+%02X" % c for c in text.encode())
+    octets = text.encode()
+    if _XTEXT_AS_IS.fullmatch(octets):  # nearly always
+        return octets
+    return b"".join(bytes((c,)) if c in _XTEXT_PLAIN else b"+%02X" % c for c in octets)
 
 
 def from_xtext(octets: bytes) -> str:
