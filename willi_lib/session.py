@@ -14,8 +14,7 @@ from enum import Enum, auto
 from .dispatch import Dispatch, Transaction
 from .relay import Content, Relay
 from .routing import LookupFailed, NoRoute
-from .service import XCLIENT_ATTRIBUTES
-from .service import Service as Service
+from .service import XCLIENT_ATTRIBUTES, Service
 from .session_log import SessionLog
 from .smtp import reply as replies
 from .smtp.reply import Reject, Reply

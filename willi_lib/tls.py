@@ -43,7 +43,8 @@ def server_context(certificates: Sequence[Certificate], oldest: str) -> ssl.SSLC
         if chosen:
             tls.context = chosen
 
-    contexts[0].sni_callback = choose
+    if len(contexts) > 1:
+        contexts[0].sni_callback = choose
     return contexts[0]
 
 

@@ -41,7 +41,8 @@ from .mappings import MappingError, open_mappings
 from .routing.csv_file import CsvError, CsvFile
 from .routing.mysql import Mysql, Notice
 from .scoreboard import Row
-from .session import Service, Session, new_session_id
+from .service import Service
+from .session import Session, new_session_id
 from .smtp import proxy_protocol
 from .smtp import reply as replies
 from .smtp.reply import Reply
