@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import random
 import shutil
 import socket
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
@@ -15,17 +17,19 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 HOST = "127.0.0.1"
+FIRST_CLIENT_PORT = max(20_000, int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0]))
 PATIENCE = 10.0  # seconds that a test waits for what must happen; nothing here takes one
 
 T = TypeVar("T")
 
 
 def free_port(host: str = HOST) -> int:
-    """A TCP port on which nobody listens at this moment."""
-    with socket.socket() as probe:
-        probe.bind((host, 0))
-        port: int = probe.getsockname()[1]
-        return port
+    """A TCP port that nobody has at this moment, and that the kernel gives to no client of a test beside this one."""
+    while True:
+        port = random.randrange(10_000, FIRST_CLIENT_PORT)
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind((host, port))
+            return port
 
 
 def wait_until(condition: Callable[[], T | None], what: str, seconds: float = PATIENCE) -> T:

@@ -161,7 +161,9 @@ class Mariadb:
         """It takes connections and octets, and answers nothing."""
         assert self._process
         self._process.send_signal(signal.SIGSTOP)
+        threads = Path(f"/proc/{self._process.pid}/task")
         try:
+            wait_until(lambda: all(_is_stopped(thread) for thread in threads.iterdir()), "all threads stopped")
             yield
         finally:
             self._process.send_signal(signal.SIGCONT)
@@ -204,3 +206,7 @@ class Mariadb:
             account = pwd.getpwnam(ACCOUNT)
             for path in (directory, *directory.iterdir()):
                 os.chown(path, account.pw_uid, account.pw_gid)
+
+
+def _is_stopped(thread: Path) -> bool:
+    return (thread / "stat").read_text().rpartition(") ")[2].startswith("T")
