@@ -57,6 +57,11 @@ def test_names_that_are_asked_for_together_fail_together_if_nobody_listens_at_th
     assert "AssertionError" not in capfd.readouterr().err
 
 
+@pytest.mark.parametrize("host", ["localhost", "127.0.0.1", "::1"])
+def test_the_addresses_of_this_host_are_found(resolver, host):
+    assert {address for _, address in resolver.addresses_of(host)} <= {"127.0.0.1", "::1"} != set()
+
+
 def test_a_name_is_told_in_lower_case(server, resolver):
     server.host("c.example", CLIENT)
     server.reverse(CLIENT, "C.Example")

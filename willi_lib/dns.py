@@ -79,7 +79,10 @@ class _Channel(cares.channel):
 
 
 class _Ares(ares.Resolver):
+    """gevent's, but for all names: those of the loopback it would give to the system's resolver, which blocks us."""
+
     cares_class = _Channel
+    _LOCAL_HOSTNAMES = _LOCAL_AND_BROADCAST_HOSTNAMES = ()
 
 
 class Resolver:
