@@ -98,7 +98,8 @@ class Upstream:
             answer = self.wire.read_reply()
         except (WireError, BadReply) as error:
             raise UpstreamFailed(f"{self.server}: {error}") from None
-        if 300 <= answer.code < 400 and line != b"DATA":
+        greets = answer.code in (220, 221) and not line.startswith((b"STARTTLS", b"XCLIENT"))  # a second time
+        if greets or (300 <= answer.code < 400 and line != b"DATA"):
             raise UpstreamFailed(f"{self.server}: {line.partition(b' ')[0].decode()}: {answer}")
         return answer
 
@@ -124,9 +125,11 @@ class Upstream:
         UpstreamFailed if the upstream has spoken out of turn: its answers could not be
         told apart. Its goodbye inside a transaction is Refused, as if it were the answer.
         """
-        # During the introduction the last answer has only just come: asking the kernel for more would be in vain.
+        # During the introduction the last answer has only just come: asking the kernel for more would be in vain. Where
+        # it has not, those who know that look.
         if self.wire.pending() if self.introduced else self.wire.buffered:
-            words = self.wire.read_reply()
+            with self.wire.clock.limit(LAST_WORDS_TIMEOUT, "early words"):  # half a line must not hold us up
+                words = self.wire.read_reply()
             if words.code == 421 and self.in_transaction:
                 raise Refused(words)
             raise UpstreamFailed(f"{self.server}: spoke out of turn: {words}")
@@ -381,6 +384,8 @@ class Connector:
         except CertificateError as error:
             raise UpstreamFailed(f"upstream_tls_ca: {error}") from None
         upstream.wire.start_tls(context, server_side=False, server_name=upstream.server.host)
+        if upstream.wire.pending():  # in clear it has been dropped; in the records of its handshake nobody has looked
+            raise UpstreamFailed(f"{upstream.server}: spoke before EHLO")
 
     def _send_xclient(self, upstream: Upstream, client: Client, sid: str) -> bool:
         """Tell the upstream who the client is. False: it was not told, and may remain so.
@@ -394,6 +399,8 @@ class Connector:
                 raise Reject(replies.XCLIENT_NEEDED)
             return False
         attributes = _attributes(upstream.features["XCLIENT"], client)
+        if upstream.wire.pending():  # DNS may have taken seconds
+            raise UpstreamFailed(f"{upstream.server}: spoke out of turn, or hung up, before XCLIENT")
         answer = _ask_all(upstream, xclient_lines(attributes))
         if answer and answer.code == 501:
             # The client's HELO is the one value that the client chooses: it must not keep the address from being told.

@@ -38,6 +38,7 @@ _XTEXT_PLAIN = frozenset(range(0x21, 0x7F)) - frozenset(b"+=")  # RFC 3461 §4
 _XTEXT_AS_IS = re.compile(b"[%s]*" % re.escape(bytes(sorted(_XTEXT_PLAIN))))
 _XTEXT_CODE = re.compile(rb"\+([0-9A-F]{2})")
 
+MAX_REMEMBERED = 4096  # octets of an EHLO reply; real ones have a few hundred
 Body = Literal["7BIT", "8BITMIME"]
 
 
@@ -175,12 +176,21 @@ def parse_bdat(argument: bytes) -> tuple[int, bool]:
     return int(size), bool(last)
 
 
-@lru_cache(maxsize=64)
 def parse_features(ehlo: Reply) -> Mapping[str, str]:
     """EHLO's keywords in upper case and their parameters; the first line is a greeting (RFC 5321 §4.1.1.1).
 
     Remembered, since an upstream says the same to each session, twice: not to be changed by who gets it.
     """
+    small = sum(map(len, ehlo.lines)) <= MAX_REMEMBERED
+    return _remembered_features(ehlo) if small else _features(ehlo)
+
+
+@lru_cache(maxsize=64)
+def _remembered_features(ehlo: Reply) -> Mapping[str, str]:
+    return _features(ehlo)
+
+
+def _features(ehlo: Reply) -> Mapping[str, str]:
     features = {}
     for line in ehlo.lines[1:]:
         # "AUTH=LOGIN" and the like: old servers put = in place of the space.

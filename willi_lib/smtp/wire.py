@@ -352,6 +352,10 @@ class Wire:
                 raise BlockingIOError from None
         except (ssl.SSLZeroReturnError, ssl.SSLEOFError):
             self._tls_ended = True
+        except ssl.SSLError:
+            self._tls_ended = True  # OpenSSL says it once only; what comes after it is no TLS
+            if not records:
+                raise
         return b"".join(records)
 
     def _holds_records(self) -> bool:
