@@ -17,6 +17,8 @@
 # An upgrade is built in a new directory beside the old one, and one rename puts it in force. Until then nothing that
 # runs has changed. If the new program does not come up, the old one is put back.
 set -eu
+PATH=$PATH:/usr/sbin:/usr/bin:/sbin:/bin   # `su` without - has no sbin
+export PATH
 
 TARGET=/opt/willi
 CONFIG=$TARGET/etc/willi.conf
@@ -58,6 +60,8 @@ install_willi() {
     previous=$(in_force)
     serving=$(service_state)
     check_configuration
+    # From here on a Ctrl-C or a lost terminal would leave the service stopped.
+    trap : HUP INT TERM
     save_changed_service_files
     put_in_force "$release"
     run_service
@@ -73,7 +77,7 @@ need_root() {
 
 need_release() {
     case $source/ in
-        "$TARGET"/*) fail "this is the copy that is installed: run install.sh of an unpacked release." ;;
+        "$(readlink -m $TARGET)"/*) fail "this is the copy that is installed: run install.sh of an unpacked release." ;;
     esac
     for part in willi.py willi_lib requirements.txt etc/willi.conf.example etc/willi.service etc/willi.init; do
         [ -e "$source/$part" ] || fail "there is no $part in $source: unpack the release again."
@@ -142,7 +146,9 @@ no_login() {
 
 make_directories() {
     mkdir -p $TARGET/releases
-    [ -d $TARGET/etc ] || install -d -m 750 -o root -g willi $TARGET/etc   # passwords may be in there
+    # Passwords may be in there. What somebody puts there is of the group willi as well, however it comes.
+    [ -d $TARGET/etc ] || install -d -m 2750 -o root -g willi $TARGET/etc
+    [ "$(stat -L -c %G $TARGET/etc)" != willi ] || chmod g+s $TARGET/etc
 }
 
 # One install.sh at a time. The kernel forgets the lock when this process ends, however.
@@ -157,6 +163,7 @@ build() {
     for part in willi.py willi_lib requirements.txt install.sh etc/willi.service etc/willi.init etc/*.example; do
         cp -R "$source"/$part "$release"
     done
+    sed -i "1s|^#!.*|#!$TARGET/venv/bin/python|" "$release/willi.py"
     chmod -R u=rwX,go=rX "$release"
     "$python" -I -m venv "$release/venv" || fail "$python could not make a virtual environment."
     install_libraries
@@ -180,7 +187,8 @@ pip_install() {
 # All that Willi reads at its start: the file, tables, certificates. Nothing is connected to.
 check_configuration() {
     [ -e $CONFIG ] || return 0
-    if faults=$("$release/venv/bin/python" "$release/willi.py" check --quick -c $CONFIG 2>&1); then
+    if faults=$(as_service "$release/venv/bin/python" "$release/willi.py" check --quick -c $CONFIG 2>&1); then
+        faults=
         return
     fi
     case $serving in
@@ -190,9 +198,24 @@ $faults" ;;
     esac
 }
 
+# As whom the service runs: root could read more. Drop-ins and /etc/default/willi may name others.
+as_service() (
+    RUN_AS=willi
+    groups=
+    if has_systemd; then
+        [ -z "$previous" ] || RUN_AS=$(systemctl show --property=User --value willi)
+        groups=$(systemctl show --property=SupplementaryGroups --value willi)
+    elif [ -r /etc/default/willi ]; then
+        . /etc/default/willi
+    fi
+    cd /
+    [ -n "$RUN_AS" ] || exec "$@"
+    exec setpriv --reuid="$RUN_AS" --regid=willi --groups="$(echo $(id -G "$RUN_AS") $groups | tr ' ' ,)" "$@"
+)
+
 # At the end, however it came: what is not in force is of no use. Nor are directories without anything in them.
 throw_away() {
-    [ "$(in_force)" = "$release" ] || rm -rf "$release"
+    [ "$release" -ef $TARGET/current ] || rm -rf "$release"
     rmdir --ignore-fail-on-non-empty $TARGET/releases $TARGET/etc $TARGET 2>/dev/null || true
 }
 
@@ -201,7 +224,8 @@ throw_away() {
 in_force() { readlink -e $TARGET/current || true; }   # empty: nothing is
 
 put_in_force() {
-    sync -f $TARGET   # so that after a power cut the link does not point at empty files
+    write_service_files "$1"   # first: /etc may be read-only, and then nothing has changed yet
+    sync -f $TARGET            # so that after a power cut the link does not point at empty files
     point_to "$1" $TARGET/current
     for name in $LINKED; do
         point_to "current/$name" $TARGET/$name
@@ -209,7 +233,6 @@ put_in_force() {
     for example in "$1"/*.example; do
         install -m 640 -o root -g willi "$example" $TARGET/etc/
     done
-    write_service_files "$1"
 }
 
 # A link is replaced by rename(2), so that there is always one. Files of an installation by hand make way for it.
@@ -224,11 +247,13 @@ has_init() { command -v start-stop-daemon >/dev/null && command -v update-rc.d >
 
 # What somebody has changed in place, or another program has put there, is not lost.
 save_changed_service_files() {
+    replaced=
     for pair in $UNIT:willi.service $INIT:willi.init; do
         file=${pair%:*}
         name=${pair#*:}
         if [ -e "$file" ] && ! cmp -s "$file" $TARGET/current/$name; then
             cp -p "$file" "$TARGET/etc/$name.old"
+            replaced="$replaced $pair"
             say "$file was not as an earlier install.sh wrote it: it is replaced, and kept as $TARGET/etc/$name.old"
         fi
     done
@@ -270,7 +295,13 @@ service_state() {
             *) echo running ;;
         esac
     elif ! has_systemd && [ -x $INIT ]; then
-        if $INIT status >/dev/null 2>&1; then echo running; else echo stopped; fi
+        status=0
+        $INIT status >/dev/null 2>&1 || status=$?
+        case $status in
+            0) echo running ;;
+            3) echo stopped ;;
+            *) echo failed ;;
+        esac
     else
         echo none
     fi
@@ -278,7 +309,7 @@ service_state() {
 
 run_service() {
     has_systemd || has_init || return 0
-    [ -n "$previous" ] || enable_service
+    [ -n "$previous" ] && [ "$serving" != none ] || enable_service
     if [ "$serving" = stopped ] && [ -n "$previous" ]; then
         return
     fi
@@ -303,11 +334,11 @@ enable_service() {
 # Its own words if it fails; those of systemctl ("See journalctl -xe") say less than the log.
 restart_service() {
     if has_systemd; then
-        systemctl restart willi 2>/dev/null || { say_why >&2; false; }
+        setsid --wait systemctl restart willi 2>/dev/null || { say_why >&2; false; }
     elif [ "$serving" = running ]; then
-        $INIT restart 9<&-
+        setsid --wait $INIT restart 9<&-
     else
-        $INIT start 9<&-
+        setsid --wait $INIT start 9<&-
     fi
 }
 
@@ -316,6 +347,10 @@ say_why() {
 }
 
 give_up() {
+    began=$(date +%s)
+    if [ "$serving" = running ] && [ -z "$previous" ] && [ -n "$replaced" ]; then
+        put_back_replaced
+    fi
     if [ "$serving" != running ] || [ -z "$previous" ]; then
         remove_other_releases
         fail "$number is installed, but does not start; the lines above say why. Mend it, and then: $(start_command)"
@@ -324,6 +359,17 @@ give_up() {
     put_in_force "$previous"
     restart_service || fail "and the old program does not start either. Mend what is said above, then: $(start_command)"
     fail "the old program serves again, and $number was thrown away."
+}
+
+# The service of another program of this name, such as the Willi before this one.
+put_back_replaced() {
+    for pair in $replaced; do
+        cp -p "$TARGET/etc/${pair#*:}.old" "${pair%:*}"
+    done
+    ! has_systemd || systemctl daemon-reload
+    restart_service || fail "$number does not start, nor does the service that was here before. Mend what is said above."
+    fail "$number does not start; the lines above say why. The service that was here before runs again." \
+        "Mend it, and run install.sh again."
 }
 
 start_command() {
@@ -338,7 +384,7 @@ start_command() {
 
 remove_other_releases() {
     for other in $TARGET/releases/*; do
-        [ "$other" = "$(in_force)" ] || rm -rf "$other"
+        [ "$other" -ef $TARGET/current ] || rm -rf "$other"
     done
 }
 

@@ -237,7 +237,7 @@ def test_the_commands_that_install_sh_proposes_lead_to_a_running_willi(machine, 
 def test_owners_and_modes_do_not_depend_on_the_umask_of_root(machine):
     listed = machine.run("stat", "--format", "%A %U:%G %n", ETC, f"{ETC}/willi.conf.example", LOG, f"{HOME}/willi.py")
     assert listed.splitlines() == [
-        f"drwxr-x--- root:willi {ETC}",
+        f"drwxr-s--- root:willi {ETC}",
         f"-rw-r----- root:willi {ETC}/willi.conf.example",
         f"-rw-r----- root:adm {LOG}",
         f"lrwxrwxrwx root:root {HOME}/willi.py",
