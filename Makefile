@@ -1,17 +1,20 @@
 # Each of these works as the first command after a fresh clone.
 
 PYTHON ?= python3
+ROUNDS ?= 15
 VENV := .venv
 BIN := $(VENV)/bin
-CHECKED := $(wildcard willi.py demo.py release.py) willi_lib tests
+CHECKED := $(wildcard willi.py demo.py release.py) willi_lib bench tests
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo check test release lock install clean
+.PHONY: help venv demo check test bench release lock install clean
 
 help:
 	@echo "make demo    two upstream servers and Willi in between: see mail being routed (Ctrl-C ends it)"
 	@echo "make check   ruff, mypy --strict and the unit tests: seconds"
 	@echo "make test    everything, with real servers; as root it installs those that are missing"
+	@echo "make bench   Willi, nginx mail and HAProxy side by side, about 3 minutes: a table, bench/results.json and .svg;"
+	@echo "             make bench BENCH=\"plain tlsc\" ROUNDS=5 is shorter; see docs/performance.md"
 	@echo "make release release/willi-<version>.tar.gz of what is committed, with all that it needs, and release/SHA256SUMS"
 	@echo "make install TARGET_HOST=root@mx1.example.org"
 	@echo "             the same, and its install.sh run on that host, over ssh; SSH_OPTIONS=\"-p 2222 ...\" are passed on"
@@ -44,6 +47,10 @@ test: venv
 	@$(BIN)/ruff check $(CHECKED)
 	@$(BIN)/mypy --strict $(CHECKED)
 	@$(BIN)/python -m pytest --numprocesses 3 --dist loadfile
+
+bench: venv
+	@tests/install-packages.sh bench/packages.txt
+	@$(BIN)/python -m bench --rounds $(ROUNDS) $(BENCH)
 
 release:
 	@tests/ensure-venv.sh "$(PYTHON)"
