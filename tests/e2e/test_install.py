@@ -383,6 +383,7 @@ def test_an_upgrade_replaces_the_program_and_nothing_that_is_the_users(machine):
         assert done.returncode == 0, done.stdout + done.stderr
         assert version_on(machine) == f"willi {NEW}"
         assert machine.path(PID_FILE).read_text() != pid
+        assert "It is running." in done.stdout and "will not start" not in done.stdout
         send_message(machine, upstream)
     assert machine.path(CONF).read_text() == conf
     assert machine.path(f"{ETC}/upstream_servers.csv").read_text() == "pattern;server\n"
@@ -403,6 +404,33 @@ def test_an_upgrade_that_cannot_use_the_configuration_is_refused_and_the_old_wil
         assert machine.path(PID_FILE).read_text() == pid
         send_message(machine, upstream)
     assert nothing_but_one_release(machine)
+
+
+def test_a_configuration_that_only_root_can_read_is_refused_while_the_old_willi_still_runs(machine):
+    """As an editor leaves it under umask 077: neither the new Willi nor the old one could start with it."""
+    configure(machine)
+    with upstream_on(machine) as upstream:
+        machine.run(INIT, "start")
+        machine.run("chown", "root:root", CONF)
+        machine.run("chmod", "600", CONF)
+        for done in (install(machine, NEW), machine.ask(INIT, "restart")):
+            assert done.returncode == 1
+            assert f"{CONF}: cannot read it: Permission denied" in done.stderr + done.stdout
+        assert version_on(machine) == f"willi {OLD}"
+        send_message(machine, upstream)
+
+
+def test_opt_willi_may_be_a_symlink(machine):
+    configure(machine)
+    machine.run("mv", "/opt/willi", "/opt/data")
+    machine.run("ln", "-s", "/opt/data", "/opt/willi")
+    with upstream_on(machine) as upstream:
+        machine.run(INIT, "start")
+        done = install(machine, NEW)
+        assert done.returncode == 0, done.stdout + done.stderr
+        machine.run(INIT, "restart")
+        assert version_on(machine) == f"willi {NEW}"
+        send_message(machine, upstream)
 
 
 def test_a_release_that_does_not_start_makes_way_for_the_old_one(machine):
