@@ -8,6 +8,7 @@ from tests.conftest import StartUpstream, StartWilli
 from tests.support.certificates import Pair
 from tests.support.client import Client
 from tests.support.daemon import Willi
+from tests.support.loopback import wait_until
 from tests.support.postfix import Postfix
 from tests.support.promise import (
     all_at_once,
@@ -143,8 +144,10 @@ def test_chunks_that_become_data_are_given_up_without_a_dot(willi: Willi, upstre
     assert say(client, b"RSET", MAIL, BOB) == ["250 2.0.0 Ok", "250 2.1.0 Ok", "250 2.0.0 ok"]
     assert chunk(client, b"whole\r\n", last=True) == QUEUED
     assert [message.content for message in upstream.messages] == [b"whole\r\n"]
-    assert upstream.connections[0].unfinished == b"half\r\n"
-    assert upstream.connections[0].commands[-1] == b"DATA"
+    given_up = upstream.connections[0]
+    wait_until(lambda: given_up.ended, "the end of the first connection")
+    assert given_up.unfinished == b"half\r\n"
+    assert given_up.commands[-1] == b"DATA"
 
 
 def test_a_client_that_is_too_slow_has_sent_nothing(start_willi: StartWilli, upstream: ScriptedUpstream):
