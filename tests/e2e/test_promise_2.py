@@ -19,7 +19,7 @@ from tests.support.promise import (
     sent,
 )
 from tests.support.talk import BOB, MAIL, QUEUED, chunk, content, deliver, say
-from tests.support.upstream import Ended, Hold, ScriptedUpstream
+from tests.support.upstream import Connection, Ended, Hold, ScriptedUpstream
 
 MESSAGE = b"Subject: x\r\n\r\n..\r\nQUIT\r\n.x\r\n\r\n.\r\n"
 CHUNKS = b"BDAT 8\r\na\r\nQUIT\nBDAT 0\r\nBDAT 6 LAST\r\nx\r\n.\r\n"[:-1]  # all but the last octet
@@ -144,10 +144,15 @@ def test_chunks_that_become_data_are_given_up_without_a_dot(willi: Willi, upstre
     assert say(client, b"RSET", MAIL, BOB) == ["250 2.0.0 Ok", "250 2.1.0 Ok", "250 2.0.0 ok"]
     assert chunk(client, b"whole\r\n", last=True) == QUEUED
     assert [message.content for message in upstream.messages] == [b"whole\r\n"]
-    given_up = upstream.connections[0]
-    wait_until(lambda: given_up.ended, "the end of the first connection")
-    assert given_up.unfinished == b"half\r\n"
-    assert given_up.commands[-1] == b"DATA"
+    first = ended(upstream.connections[0])
+    assert first.unfinished == b"half\r\n"
+    assert first.commands[-1] == b"DATA"
+
+
+def ended(connection: Connection) -> Connection:
+    """Once its end has been noted, and with it what it left."""
+    wait_until(lambda: connection.ended, "the end of a connection")
+    return connection
 
 
 def test_a_client_that_is_too_slow_has_sent_nothing(start_willi: StartWilli, upstream: ScriptedUpstream):
@@ -212,8 +217,9 @@ def test_the_sizes_of_chunks_add_up(start_willi: StartWilli, upstream: ScriptedU
     assert chunk(client, b"NOOP\r\n", last=False) == TOO_BIG
     assert chunk(client, b"NOOP\r\n", last=True) == TOO_BIG
     assert deliver(client) == QUEUED
-    assert upstream.connections[0].unfinished == b"x" * 2000
-    assert upstream.connections[0].commands[-1] == b"BDAT 1000"
+    first = ended(upstream.connections[0])
+    assert first.unfinished == b"x" * 2000
+    assert first.commands[-1] == b"BDAT 1000"
     assert len(upstream.messages) == 1
 
 
@@ -250,8 +256,9 @@ def test_broken_framing_is_refused_at_the_end_and_nothing_of_it_executed(
     assert say(client, b"NOOP") == ["250 2.0.0 Ok"]
     assert deliver(client) == QUEUED
     assert len(upstream.messages) == 1
-    assert upstream.connections[0].unfinished is not None
-    assert b"QUIT" not in upstream.connections[0].commands
+    first = ended(upstream.connections[0])
+    assert first.unfinished is not None
+    assert b"QUIT" not in first.commands
 
 
 def test_broken_framing_does_not_reach_postfix(start_willi: StartWilli, postfix: Postfix):
