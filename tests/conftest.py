@@ -17,6 +17,7 @@ from tests.support.dns import DnsServer
 from tests.support.loopback import need
 from tests.support.mariadb import Mariadb
 from tests.support.postfix import Postfix
+from tests.support.raw import RawUpstream
 from tests.support.upstream import ScriptedUpstream
 
 LOGS = pytest.StashKey[dict[str, Path]]()
@@ -75,6 +76,14 @@ def start_upstream() -> Iterator[StartUpstream]:
 def upstream(start_upstream: StartUpstream) -> ScriptedUpstream:
     """A scripted upstream in plain text."""
     return start_upstream()
+
+
+@pytest.fixture
+def raw() -> Iterator[RawUpstream]:
+    """An upstream whose every octet the test itself sends."""
+    upstream = RawUpstream()
+    yield upstream
+    upstream.stop()
 
 
 @pytest.fixture

@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from tests.support.loopback import wait_until
 from tests.test_limits import board_of
 from willi_lib import scoreboard as module
-from willi_lib.scoreboard import CELLS, HASHES, RATE_WINDOW, WINDOW, Row, Scoreboard, cells_of
+from willi_lib.scoreboard import CELLS, HASHES, WINDOW, Row, Scoreboard, cells_of
 
+MINUTE = 60.0
 ANN, BOB = cells_of("192.0.2.1"), cells_of("192.0.2.2")
 
 
@@ -68,14 +69,14 @@ def test_a_connection_counts_for_a_minute_and_not_for_much_longer(clock):
     row = Row(board, 0)
     clock(WINDOW - 1000 % WINDOW - 0.5)  # to the end of a window, and then to its beginning: the two extremes
     row.add_recent(ANN)
-    clock(RATE_WINDOW - 0.01)
+    clock(MINUTE - 0.01)
     row.beat()
     assert board.recent_of(ANN) == 1
     clock(1)
     row.beat()
     assert board.recent_of(ANN) == 0
     row.add_recent(ANN)
-    clock(RATE_WINDOW)
+    clock(MINUTE)
     row.beat()
     assert board.recent_of(ANN) == 1
     clock(WINDOW)

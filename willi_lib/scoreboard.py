@@ -16,7 +16,6 @@ HASHES = 4  # of 16 bits, out of the 64 of hash()
 SKETCH = CELLS * HASHES * 2  # octets
 WINDOW = 10.0  # seconds
 WINDOWS = 7  # the current one, and six before it: at least a minute
-RATE_WINDOW = WINDOW * (WINDOWS - 1)  # seconds
 
 Cells = tuple[int, ...]
 

@@ -22,13 +22,6 @@ FEATURES = b"250-raw.example\r\n250-CHUNKING\r\n250 PIPELINING\r\n"
 
 
 @pytest.fixture
-def raw() -> Iterator[RawUpstream]:
-    upstream = RawUpstream()
-    yield upstream
-    upstream.stop()
-
-
-@pytest.fixture
 def beside() -> Iterator[Callable[..., Future[None]]]:
     """Run the upstream's side of the dialogue; its end, or what went wrong in it, is its result."""
     with ThreadPoolExecutor(4) as pool:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 
 from tests.conftest import StartWilli
@@ -30,13 +28,6 @@ NO_VERDICTS = {
     "a very long line": b"250 " + b"x" * 10_000 + b"\r\n",
     "octets out of TLS": bytes(range(128, 256)) + b"\r\n",
 }
-
-
-@pytest.fixture
-def raw() -> Iterator[RawUpstream]:
-    upstream = RawUpstream()
-    yield upstream
-    upstream.stop()
 
 
 @pytest.fixture

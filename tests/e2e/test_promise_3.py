@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import pytest
@@ -235,13 +234,6 @@ def test_an_upstream_that_says_more_than_it_was_asked_is_given_up(
     assert answers[1] == (NO_ANSWER if where != b"RCPT" else "250 upstream.example")
     assert say(client, b"RSET") == ["250 2.0.0 Ok"]
     assert deliver(client) == QUEUED
-
-
-@pytest.fixture
-def raw() -> Iterator[RawUpstream]:
-    upstream = RawUpstream()
-    yield upstream
-    upstream.stop()
 
 
 def test_an_upstream_that_does_not_read_is_given_up(start_willi: StartWilli, raw: RawUpstream):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 
 from tests.conftest import StartPostfix, StartUpstream, StartWilli
@@ -33,13 +31,6 @@ NO_VALID_RECIPIENTS = "554 5.5.1 No valid recipients"
 NO_RECIPIENTS_YET = "451 4.5.1 No valid recipients, try again"
 UNKNOWN = Reply(550, (b"5.1.1 unknown",))
 GREYLISTED = Reply(450, (b"4.7.1 greylisted",))
-
-
-@pytest.fixture
-def raw() -> Iterator[RawUpstream]:
-    upstream = RawUpstream()
-    yield upstream
-    upstream.stop()
 
 
 @pytest.mark.parametrize("pipelining", [True, False], ids=["PIPELINING", "one by one"])

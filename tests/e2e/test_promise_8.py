@@ -7,7 +7,7 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -31,13 +31,6 @@ TOO_SLOW = "421 4.4.2 Timeout, closing connection"
 A_MEGABYTE = 1 << 20
 ENDLESS = {"long lines": b"250-" + b"x" * 1000 + b"\r\n", "empty lines": b"250-\r\n", "a line": b"2", "LF": b"250 ok\n"}
 FLAT = 20 * A_MEGABYTE  # by how much the daemon may grow: its own buffers, not a hundred megabytes
-
-
-@pytest.fixture
-def raw() -> Iterator[RawUpstream]:
-    upstream = RawUpstream()
-    yield upstream
-    upstream.stop()
 
 
 class Dripping(threading.Thread):
