@@ -107,6 +107,7 @@ class Master:
         self._current = Generation(settings, _board_for(settings))
         self._candidate: Generation | None = None  # whose workers are starting
         self._read_again = read_again
+        self._pid = os.getpid()
         self._listeners = Listeners()
         self._children: list[Child] = []
         self._certificates = CertificateFiles()
@@ -275,7 +276,7 @@ class Master:
                 child.channel.close()
             self._listeners.close_others(generation.settings.listen)
             log.set_up(generation.settings.loglevel, generation.settings.log)
-            _end_with_the_master_while_starting()
+            _end_with_the_master_while_starting(self._pid)
             from . import worker  # not before: it brings gevent
 
             status = worker.run(generation.settings, self._listeners.sockets, Row(generation.board, row), channel)
@@ -367,9 +368,11 @@ class Master:
             systemd.notify("WATCHDOG=1")
 
 
-def _end_with_the_master_while_starting() -> None:
-    """Until gevent waits for the end of the socket to the master: a table may hang for ever on a dead file server."""
-    master = os.getppid()
+def _end_with_the_master_while_starting(master: int) -> None:
+    """Until gevent waits for the end of the socket to the master: a table may hang for ever on a dead file server.
+
+    master: its process number as it was before the fork; it may be dead already.
+    """
 
     def look(*_: object) -> None:
         if os.getppid() != master:

@@ -100,9 +100,9 @@ def test_a_refused_mail_is_never_followed_by_a_recipient(willi: Willi, upstream:
         lines = b"RSET", b"MAIL FROM:<eve@a.example>", BOB, b"DATA"
         assert say(client, *lines) == ["250 2.0.0 Ok", SENDER_KEPT, OK, GO_ON]
         assert content(client) == QUEUED
+        heard = list(upstream.connection().commands)  # before it hears QUIT
     [message] = upstream.messages
     assert (message.sender, message.recipients) == (b"eve@a.example", (b"bob@b.example",))
-    heard = upstream.connection().commands
     assert heard == [b"EHLO willi.example", MAIL, BOB, b"RSET", b"MAIL FROM:<eve@a.example>", BOB, b"DATA"]
 
 
