@@ -80,6 +80,8 @@ def hold_standard_descriptors() -> None:
 
 def serve(settings: Settings, debug: bool) -> int:
     """Run the proxy; the exit status."""
+    # An upgrade turns /opt/willi/venv to another release: workers forked after it shall find the libraries of ours.
+    sys.path[:] = map(os.path.realpath, sys.path)
     if debug:
         settings = dataclasses.replace(settings, loglevel="debug", log="stdout", workers=1)
     log.set_up(settings.loglevel, settings.log)
