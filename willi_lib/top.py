@@ -224,13 +224,13 @@ def view(overview: Overview, height: int | None = None, fault: str = "", bars: s
     """The lines, at most `height`; None: all of them. fault: why there is no newer overview."""
     blocks = [
         Block(_head(overview, fault), 2, 3),
-        Block(_problems(overview), 5, 20),
+        Block(_problems(overview), 5, 16),
         Block(_hour(overview, bars), 6, 6),
         Block(_hosts(overview), 4, 10),
         Block(_tables(overview), 3, 8),
         Block(_limits(overview), 0, 6),
         Block(_certificates(overview), 0, 6),
-        Block(_events(overview), 5, 1000),
+        Block(_events(overview), 8, 1000),
     ]
     if height is None:
         return [line for block in blocks for line in block.lines]
@@ -249,7 +249,8 @@ def _part(lines: Sequence[Line], count: int) -> Sequence[Line]:
     """The first of them; the last line says how many more there are."""
     if count >= len(lines) or count < 2:
         return lines[:count]
-    return [*lines[: count - 1], [(f"  … {len(lines) - count + 1} more", "quiet")]]
+    hidden = sum(1 for line in lines[count - 1 :] if line)
+    return [*lines[: count - 1], [(f"  … {hidden} more", "quiet")]]
 
 
 def _head(overview: Overview, fault: str) -> list[Line]:
@@ -315,8 +316,8 @@ def _host(host: Host, now: float) -> Line:
 
 
 def _tables(overview: Overview) -> list[Line]:
-    title = f"{'MAPPING':28}{'STATE':8}{'PATTERNS':>9} {'LOOK-UPS':>10} {'HITS':>5} {'ERRORS':>6} {'TIME':>7}  LAST ERROR"
-    return [[(title, "quiet")], *map(_table, overview.tables), []]
+    title = f"{'MAPPING':28}{'STATE':8}{'PATTERNS':>9} {'LOOK-UPS':>10} {'HITS':>5} {'ERRORS':>6} {'TIME':>7}"
+    return [[(title + "  LAST ERROR", "quiet")], *map(_table, overview.tables), []]
 
 
 def _table(table: Table) -> Line:
