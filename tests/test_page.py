@@ -205,7 +205,7 @@ def test_the_page_refreshes_itself_unless_something_is_asked():
         root = parsed(overviews.healthy(), asked)
         return [node.get("content") for node in root.iter("meta") if node.get("http-equiv") == "refresh"]
 
-    assert refresh(None) == ["10"]
+    assert refresh(None) == ["10; url=/"]
     assert refresh(overviews.asked()) == []
     assert refresh(Asked("", (), "")) == []
 

@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from playwright.sync_api import Browser, BrowserContext, Page, sync_playwright
+from playwright.sync_api import Browser, BrowserContext, Dialog, Page, sync_playwright
 
 from tests.support import overviews
 from tests.support.loopback import need, wait_until
 from tests.support.overviews import HOSTILE
 from tests.support.status_server import StatusServer
+from willi_lib.status import page as status_page
 from willi_lib.status import words
 
 CHROMIUM = "/usr/bin/chromium"
@@ -26,9 +27,10 @@ OPTIONS = [
 ]  # fmt: skip
 PATIENCE = 60_000  # milliseconds for one step of the browser; on an idle machine a step takes less than 100
 WIDE, PHONE = (1280, 900), (375, 812)
-WIDTHS = (1600, 1280, 1001, 1000, 761, 760, 375, 320)
+WIDTHS = (1600, 1280, 1001, 1000, 901, 900, 500, 375, 320)
 STATES = {
-    "healthy": overviews.healthy, "troubled": overviews.troubled, "hostile": overviews.hostile, "empty": overviews.empty,
+    "healthy": overviews.healthy, "troubled": overviews.troubled, "hostile": overviews.hostile,
+    "empty": overviews.empty,
 }  # fmt: skip
 
 # The lowest contrast (WCAG 2.1, 1.4.3) of all text that is shown, and where.
@@ -100,6 +102,10 @@ def open_page(browser: Browser, complaints: list[str]) -> Iterator[Open]:
     """open_page(url, size=WIDE, scheme="light"): a page whose complaints are kept."""
     contexts: list[BrowserContext] = []
 
+    def refuse(dialog: Dialog) -> None:
+        complaints.append(f"dialog: {dialog.message}")
+        dialog.dismiss()
+
     def open_page(url: str, size: tuple[int, int] = WIDE, scheme: Any = "light") -> Page:
         context = browser.new_context(viewport={"width": size[0], "height": size[1]}, color_scheme=scheme)
         contexts.append(context)
@@ -108,7 +114,7 @@ def open_page(browser: Browser, complaints: list[str]) -> Iterator[Open]:
         page.on("console", lambda message: complaints.append(f"{message.type}: {message.text}"))
         page.on("pageerror", lambda error: complaints.append(str(error)))
         page.on("requestfailed", lambda request: complaints.append(f"failed: {request.url}"))
-        page.on("dialog", lambda dialog: (complaints.append(f"dialog: {dialog.message}"), dialog.dismiss()))
+        page.on("dialog", refuse)
         page.goto(url)
         return page
 
@@ -203,13 +209,19 @@ def test_a_malicious_question_is_answered_as_text(
     assert complaints == []
 
 
-def test_the_page_asks_again_by_itself_and_stays_where_it_was(open_page: Open, server: StatusServer):
-    page = open_page(server.url)
-    page.evaluate("scrollTo(0, 900)")
+@pytest.mark.parametrize("fragment", ["", "#events"])
+def test_the_page_asks_again_by_itself_and_stays_where_it_was(
+    open_page: Open, server: StatusServer, monkeypatch: pytest.MonkeyPatch, fragment: str
+):
+    monkeypatch.setattr(status_page, "REFRESH", 3)
+    page = open_page(f"{server.url}/{fragment}")
+    monkeypatch.setattr(status_page, "REFRESH", 600)
     server.overview = overviews.troubled()
+    page.mouse.wheel(0, 400)
+    wait_until(lambda: page.evaluate("scrollY") > 0, "the page further down")
     page.get_by_text("6 problems need you").wait_for()
+    wait_until(lambda: page.evaluate("scrollY") > 0, "the page further down, as before")
     assert server.asked.count("/") == 2
-    wait_until(lambda: page.evaluate("scrollY") == 900, "the same place")
 
 
 def test_the_pause_gives_time_to_type(open_page: Open, server: StatusServer, complaints: list[str]):

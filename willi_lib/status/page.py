@@ -30,7 +30,7 @@ def render(overview: Overview, asked: Asked | None) -> str:
         element("title", f"{words.headline(overview)}: {overview.domain}"),
         element("meta", name="viewport", content="width=device-width"),
         element("meta", name="color-scheme", content="light dark"),
-        None if asked else element("meta", http_equiv="refresh", content=REFRESH),
+        None if asked else element("meta", http_equiv="refresh", content=f"{REFRESH}; url=/"),
         element("link", rel="icon", href=_icon(COLOURS[mark])),
         element("link", rel="stylesheet", href="/style.css"),
     )

@@ -130,8 +130,8 @@ table.events { table-layout: fixed; }
   .pair { grid-template-columns: minmax(0, 1fr); }
 }
 
-/* A phone: each row of a table is a card, and each cell bears the name of its column. */
-@media (max-width: 760px) {
+/* A phone, a small tablet: each row of a table is a card, and each cell bears the name of its column. */
+@media (max-width: 900px) {
   body { padding: 0 12px 32px; }
   h2 { margin-top: 22px; }
   form { margin: 0; width: 100%; }
@@ -143,6 +143,7 @@ table.events { table-layout: fixed; }
   .tile, .tile:nth-child(n + 3) { grid-column: auto; padding: 10px 12px 8px; }
   .tile:first-child { grid-column: span 2; }
   .tile:first-child .note { min-height: 0; }
+  .key { white-space: normal; margin-right: 0; }
   .axis span:first-child { display: none; }
   .facts dl { gap: 8px 20px; padding: 10px 12px; }
   table, tbody { display: block; }
