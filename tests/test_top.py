@@ -66,11 +66,18 @@ def test_anything_else_is_no_overview(text: bytes):
         plain.parse(text)
 
 
-@pytest.mark.parametrize("name", ["sessions", "minutes", "problems", "last_reload"])
-def test_an_overview_with_one_wrong_value_is_none(name: str):
-    wrong = {**asdict(overviews.healthy()), name: {"x": 1}}
-    with pytest.raises(ValueError, match="no overview"):
-        plain.parse(json.dumps(wrong).encode())
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("sessions", '"1"'), ("sessions", "-1"), ("sessions", "true"), ("sessions", "1.5"), ("now", "1e999"),
+        ("now", "9" * 400), ("minutes", "{}"), ("minutes", "[[]]"), ("problems", "[1]"), ("problems", '"x"'),
+        ("last_reload", '""'), ("domain", "null"), ("hosts", '[{"name": "x"}]'), ("sessions", "9" * 5000),
+    ],
+)  # fmt: skip
+def test_an_overview_with_one_wrong_value_is_none(name: str, value: str):
+    good = {**asdict(overviews.healthy()), name: "HERE"}
+    with pytest.raises(ValueError, match=r"no overview|integer string conversion"):
+        plain.parse(json.dumps(good).replace('"HERE"', value).encode())
 
 
 @pytest.mark.parametrize("width", WIDTHS)

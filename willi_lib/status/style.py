@@ -28,6 +28,7 @@ h2 { font-size: 15px; font-weight: 600; margin: 28px 0 8px; }
 h3 { font-size: 13px; font-weight: 500; color: var(--quiet); }
 small { font-size: 12px; color: var(--quiet); }
 a { color: var(--link); }
+bdi { direction: ltr; unicode-bidi: isolate; }
 code { font-family: var(--mono); font-size: 12.5px; }
 :focus-visible { outline: 2px solid var(--link); outline-offset: 2px; border-radius: 3px; }
 .aside { color: var(--quiet); font-size: 13px; }
@@ -84,6 +85,7 @@ button { cursor: pointer; font-weight: 500; }
 .facts dd { font-size: 13.5px; }
 
 .panel { overflow-x: auto; }
+.panel + .aside { margin-top: 6px; }
 table { width: 100%; border-collapse: collapse; font-size: 13px; }
 caption { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); white-space: nowrap; }
 th, td { padding: 7px 12px; text-align: left; vertical-align: top; border-bottom: 1px solid var(--line); }
@@ -143,7 +145,7 @@ table.events { table-layout: fixed; }
   .tile, .tile:nth-child(n + 3) { grid-column: auto; padding: 10px 12px 8px; }
   .tile:first-child { grid-column: span 2; }
   .tile:first-child .note { min-height: 0; }
-  .key { white-space: normal; margin-right: 0; }
+  .key { display: block; white-space: normal; margin-right: 0; }
   .axis span:first-child { display: none; }
   .facts dl { gap: 8px 20px; padding: 10px 12px; }
   table, tbody { display: block; }
@@ -155,8 +157,15 @@ table.events { table-layout: fixed; }
   tbody td.number { text-align: left; white-space: normal; }
   td::before { content: attr(data-label); display: block; font: 11.5px/1.4 system-ui, sans-serif; color: var(--quiet); }
   td.none { display: none; }
-  tbody th, td.long, .answer td:nth-child(2) { grid-column: 1 / -1; }
+  tbody th, td.long, .answer td:nth-child(2), .certificates td { grid-column: 1 / -1; }
+  .answer tr { gap: 2px 10px; }
+  .answer tbody th { color: var(--quiet); }
   .answer td:nth-child(3) { grid-column: span 2; }
+  .answer td:nth-child(3)::before { display: inline; content: "\\2192\\a0"; }
+  .answer td:nth-child(2)::before, .answer td:nth-child(4)::before, .certificates td::before { display: none; }
+  .answer tbody td:nth-child(4) { text-align: right; color: var(--quiet); }
+  .number small { white-space: nowrap; }
+  .badge { white-space: normal; }
   .hosts tbody th, .tables tbody th { grid-column: span 2; }
   .hosts td:nth-child(2), .tables td:nth-child(2) { text-align: right; }
   .hosts td:nth-child(2)::before, .tables td:nth-child(2)::before, .events td::before, .gauge::before { display: none; }
