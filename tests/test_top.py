@@ -139,6 +139,16 @@ def test_without_a_terminal_it_prints_once_and_ends(server: StatusServer, tmp_pa
     assert server.asked == ["/status.json"]
 
 
+def test_a_locale_without_unicode_is_no_fault(server: StatusServer, tmp_path: Path):
+    config = configure(tmp_path, f"{HOST}:{server.port}")
+    command = [PYTHON, str(ROOT / "willi.py"), "top", "-c", str(config)]
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(command, capture_output=True, env=environment, timeout=30, check=False)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert b"#@#" in done.stdout  # the chart
+    assert done.stdout.isascii()
+
+
 def test_without_status_listen_it_says_what_to_set(tmp_path: Path):
     done = run_willi("top", "-c", configure(tmp_path, ""))
     assert (done.returncode, done.stdout) == (1, "")

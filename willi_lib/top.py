@@ -71,7 +71,7 @@ def top(settings: Settings) -> int:
     if not sys.stdout.isatty():
         sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
         width = shutil.get_terminal_size((WIDE, 0)).columns
-        print("\n".join(_drawn(line, width, colour=False).rstrip() for line in view(overview)))
+        print("\n".join(_drawn(line, width, colour=False).rstrip() for line in view(overview, bars=_bars())))
         return 0
     with suppress(KeyboardInterrupt):  # the usual end
         _watch(address, overview)
@@ -173,14 +173,18 @@ def _key(seconds: float) -> str:
 
 def _draw(overview: Overview, fault: str) -> None:
     width, height = shutil.get_terminal_size()
-    bars = BARS if "utf" in (sys.stdout.encoding or "").lower() else ASCII_BARS
-    lines = view(overview, height, fault, bars)
+    lines = view(overview, height, fault, _bars())
     colour = "NO_COLOR" not in os.environ
     # Each line is cleared before it is written: after the last column this would take a character away.
     drawn = ["\x1b[K" + _drawn(line, width, colour) for line in lines]
     drawn += ["\x1b[K"] * (height - len(lines))
     sys.stdout.write("\x1b[H" + "\r\n".join(drawn))
     sys.stdout.flush()
+
+
+def _bars() -> str:
+    """What this terminal can show."""
+    return BARS if "utf" in (sys.stdout.encoding or "").lower() else ASCII_BARS
 
 
 def _drawn(line: Line, width: int, colour: bool) -> str:
