@@ -324,6 +324,19 @@ def test_a_bar_shows_how_near_a_limit_is(used: int, most: int, width: float, mar
     assert (float(filled.get("width", "")), filled.get("class")) == (width, mark)
 
 
+def test_a_client_at_its_own_limit_is_no_trouble():
+    assert words.limit_mark(Limit("max_connections_per_ip", 50, 50, 900)) == "warn"
+
+
+@pytest.mark.parametrize(
+    ("up", "error", "state"),
+    [(True, "", ("good", "up")), (False, "gone", ("bad", "down")), (None, "", ("good", "in use")),
+     (None, "map.csv:3: no server", ("warn", "old table"))],
+)  # fmt: skip
+def test_a_mapping_is_in_a_state(up: bool | None, error: str, state: tuple[str, str]):
+    assert words.table_state(replace(overviews.healthy().tables[0], database_up=up, last_error=error)) == state
+
+
 @pytest.mark.parametrize(
     ("seconds", "text"),
     [(-1, "0 µs"), (0.000004, "4 µs"), (0.0004, "0.4 ms"), (0.031, "31 ms"), (3.42, "3.4 s"), (59, "59 s"),
@@ -345,7 +358,8 @@ def test_a_size_reads(octets: float, text: str):
 @pytest.mark.parametrize(
     ("left", "text", "mark"),
     [(-60, "expired 1 min ago", "bad"), (3_600, "1 h 0 min left", "bad"), (86_400, "1 day left", "bad"),
-     (8 * 86_400, "8 days left", "warn"), (31 * 86_400, "31 days left", "good")],
+     (13 * 86_400, "13 days left", "bad"), (15 * 86_400, "15 days left", "warn"),
+     (31 * 86_400, "31 days left", "good")],
 )  # fmt: skip
 def test_a_certificate_warns_before_it_ends(left: float, text: str, mark: str):
     certificate = CertificateState("f", ("n",), NOW + left)

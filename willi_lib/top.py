@@ -320,18 +320,18 @@ def _host(host: Host, now: float) -> Line:
 
 
 def _tables(overview: Overview) -> list[Line]:
-    title = f"{'MAPPING':28}{'STATE':8}{'PATTERNS':>9} {'LOOK-UPS':>10} {'HITS':>5} {'ERRORS':>6} {'TIME':>7}"
+    title = f"{'MAPPING':28}{'STATE':10}{'PATTERNS':>9} {'LOOK-UPS':>10} {'HITS':>5} {'ERRORS':>6} {'TIME':>7}"
     return [[(title + "  LAST ERROR", "quiet")], *map(_table, overview.tables), []]
 
 
 def _table(table: Table) -> Line:
-    state, mark = {True: ("up", "good"), False: ("down", "bad"), None: ("in use", "good")}[table.database_up]
+    mark, state = words.table_state(table)
     patterns = words.number(table.patterns) if table.patterns is not None else ""
     time = words.duration(table.lookup_seconds) if table.lookup_seconds is not None else ""
     counts = f"{table.lookups:>10,} {words.share(table.hits, table.lookups):>5} {table.errors:>6,}"
     return [
         (_cell(table.name, 28), ""),
-        (_cell(state, 8), mark),
+        (_cell(state, 10), mark),
         (f"{patterns:>9} {counts} {time:>7}  ", ""),
         (table.last_error, "quiet"),
     ]

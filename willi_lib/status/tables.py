@@ -47,8 +47,7 @@ def tables(overview: Overview) -> Markup:
 
 
 def _mapping(mapping: Table, now: float) -> Sequence[Content]:
-    down = mapping.database_up is False
-    state = {True: "up", False: "down", None: "in use"}[mapping.database_up]
+    mark, state = words.table_state(mapping)
     cache: Content = None
     if mapping.cache_entries is not None:
         cache = words.number(mapping.cache_entries)
@@ -56,7 +55,7 @@ def _mapping(mapping: Table, now: float) -> Sequence[Content]:
             cache = [cache, element("small", f" {words.share(mapping.cache_hits, mapping.lookups)}")]
     return (
         element("code", said(mapping.name, NAME)),
-        badge("bad" if down else "good", state),
+        badge(mark, state),
         words.number(mapping.patterns) if mapping.patterns is not None else None,
         time(mapping.loaded_at, now) if mapping.loaded_at is not None else None,
         words.number(mapping.lookups),

@@ -5,12 +5,13 @@ from __future__ import annotations
 import unicodedata
 from datetime import datetime, timezone
 
-from .overview import CertificateState, Event, Host, Limit, Overview
+from .overview import CertificateState, Event, Host, Limit, Overview, Table
 
 DAY = 86400  # seconds
 SOON = 30 * DAY  # a certificate that ends so soon should have been renewed already
-AT_ONCE = 7 * DAY
+AT_ONCE = 14 * DAY  # as for the problems of an overview
 NEAR = 0.8  # of a limit: look at it before clients are turned away
+FOR_ALL = "max_connections"  # the other limits are for a client each, and one that runs into its own is no trouble
 MAX_MARKS = 2  # combining marks on one letter; more of them climb over the lines above
 LETTERS = {"\n": r"\n", "\r": r"\r", "\t": r"\t"}
 LAST_SECOND = 253402300799.0  # of the year 9999: datetime knows no later one
@@ -124,9 +125,18 @@ def certificate_mark(certificate: CertificateState, now: float) -> str:
 
 def limit_mark(limit: Limit) -> str:
     """good, warn or bad."""
-    if limit.most and limit.used >= limit.most:
-        return "bad"
-    return "warn" if limit.most and limit.used >= NEAR * limit.most else "good"
+    if not limit.most or limit.used < NEAR * limit.most:
+        return "good"
+    return "bad" if limit.name == FOR_ALL and limit.used >= limit.most else "warn"
+
+
+def table_state(table: Table) -> tuple[str, str]:
+    """good, warn or bad, and the state in words."""
+    if table.database_up is False:
+        return "bad", "down"
+    if table.database_up:
+        return "good", "up"
+    return ("warn", "old table") if table.last_error else ("good", "in use")
 
 
 def event_mark(event: Event) -> str:
@@ -174,8 +184,8 @@ def advice(overview: Overview) -> list[str]:
         "Renew certificates in place: Willi takes new files within 10 seconds.": any(
             certificate_mark(certificate, now) != "good" for certificate in overview.certificates
         ),
-        "Who runs into a limit is told 4xx and tries again. Raise the limit in willi.conf and reload, if the machine "
-        "can bear it.": any(limit_mark(limit) != "good" for limit in overview.limits),
+        "Who comes beyond max_connections is told 421 and tries again. Raise it and reload, if the machine can bear "
+        "more.": any(limit_mark(limit) != "good" for limit in overview.limits if limit.name == FOR_ALL),
         "After a failed reload the old settings serve. Mend what the error names, then reload again.": bool(
             overview.last_reload_error
         ),
