@@ -30,7 +30,7 @@ FLOORS = [
 KNOW_ONLY_THEMSELVES = {"smtp", "routing"}
 PURE = {
     "smtp.body", "smtp.syntax", "smtp.reply", "smtp.proxy_protocol", "routing", "status.overview", "status.plain",
-    "status.markup", "status.charts", "status.page", "status.style",
+    "status.markup", "status.charts", "status.parts", "status.tables", "status.page", "status.style", "status.lines",
 }  # fmt: skip
 WORLD = {
     "_socket", "asyncio", "datetime", "dns", "gevent", "logging", "os", "random", "select", "selectors", "socket",

@@ -315,7 +315,7 @@ def test_a_chart_of_nothing_is_a_base_line():
 @pytest.mark.parametrize(
     ("used", "most", "width", "mark"),
     [(0, 50, 0, "good"), (39, 50, 78, "good"), (40, 50, 80, "warn"), (50, 50, 100, "bad"), (90, 50, 100, "bad"),
-     (3, 0, 0, "good")],
+     (1, 5000, 1, "good"), (3, 0, 0, "good")],
 )  # fmt: skip
 def test_a_bar_shows_how_near_a_limit_is(used: int, most: int, width: float, mark: str):
     limit = Limit("max_connections", used, most, 0)

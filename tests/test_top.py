@@ -26,7 +26,7 @@ from tests.support.loopback import HOST, ROOT, free_port, wait_until
 from tests.support.status_server import StatusServer
 from willi_lib import top
 from willi_lib.config.values import Address
-from willi_lib.status import plain, words
+from willi_lib.status import lines, plain, words
 
 ESCAPE = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 WIDTHS = (20, 80, 132)
@@ -49,7 +49,7 @@ def configure(directory: Path, listen: str) -> Path:
 
 
 def shown(overview, width: int, height: int | None = None, colour: bool = False) -> list[str]:
-    return [top._drawn(line, width, colour) for line in top.view(overview, height)]
+    return [top._drawn(line, width, colour) for line in lines.view(overview, height)]
 
 
 @pytest.mark.parametrize("make", [overviews.healthy, overviews.troubled, overviews.hostile, overviews.empty])
@@ -84,7 +84,7 @@ def test_an_overview_with_one_wrong_value_is_none(name: str, value: str):
 @pytest.mark.parametrize("make", [overviews.healthy, overviews.troubled, overviews.hostile, overviews.empty])
 def test_no_line_is_wider_than_the_terminal_and_none_bears_a_control(make, width: int):
     for line in shown(make(), width):
-        assert top._columns(line) <= width
+        assert lines.columns(line) <= width
         assert line == words.visible(line)
         assert line.isprintable()
 
@@ -92,7 +92,7 @@ def test_no_line_is_wider_than_the_terminal_and_none_bears_a_control(make, width
 @pytest.mark.parametrize("height", [1, 5, 24, 50])
 def test_there_are_no_more_lines_than_the_terminal_has(height: int):
     for overview in (overviews.healthy(), overviews.troubled(), overviews.hostile()):
-        assert len(top.view(overview, height)) <= height
+        assert len(lines.view(overview, height)) <= height
 
 
 def test_a_small_terminal_shows_the_trouble_and_the_last_messages():
@@ -101,6 +101,12 @@ def test_a_small_terminal_shows_the_trouble_and_the_last_messages():
     assert "mail2.example.org:25 is down" in text
     assert "SESSION" in text
     assert "more" in text
+
+
+@pytest.mark.parametrize("height", [3, 24, 60])
+def test_that_there_is_no_newer_answer_is_said_on_top(height: int):
+    second = lines.view(overviews.troubled(), height, "Connection refused")[1]
+    assert second == [(" No newer answer: Connection refused ", "ill")]
 
 
 def test_all_of_it_is_shown_where_there_is_room():
@@ -117,18 +123,15 @@ def test_all_of_it_is_shown_where_there_is_room():
 
 
 def test_only_marks_are_coloured_and_never_what_a_client_has_sent():
-    lines = shown(overviews.hostile(), 200, colour=True)
-    left = [ESCAPE.sub("", line) for line in lines]
+    coloured = shown(overviews.hostile(), 200, colour=True)
+    left = [ESCAPE.sub("", line) for line in coloured]
     assert left == shown(overviews.hostile(), 200)
-    assert set(re.findall("\x1b[^m]*m", "".join(lines))) <= {
-        *re.findall("\x1b[^m]*m", "".join(top.COLOURS.values())),
-        top.PLAIN,
-    }
+    assert set(ESCAPE.findall("".join(coloured))) <= {*ESCAPE.findall("".join(top.COLOURS.values())), top.PLAIN}
 
 
 def test_the_last_hour_is_a_line_of_sixty_with_the_highest_at_the_top():
-    assert top._spark([0] * 58 + [1, 100], top.BARS) == " " * 58 + "▁█"
-    assert top._spark([], top.BARS) == " " * 60
+    assert lines._spark([0] * 58 + [1, 100], lines.BARS) == " " * 58 + "▁█"
+    assert lines._spark([], lines.BARS) == " " * 60
 
 
 def test_without_a_terminal_it_prints_once_and_ends(server: StatusServer, tmp_path: Path):
@@ -268,9 +271,9 @@ def test_it_asks_again_and_fits_the_terminal(server: StatusServer, tmp_path: Pat
         opened.shows("later.example")
         pictures = opened.screen.removeprefix(top.ENTER).split("\x1b[H")[1:]
         for picture in pictures:
-            lines = ESCAPE.sub("", picture).replace("\r", "").split("\n")
-            assert len(lines) == 20
-            assert max(map(top._columns, lines)) <= 72
+            rows = ESCAPE.sub("", picture).replace("\r", "").split("\n")
+            assert len(rows) == 20
+            assert max(map(lines.columns, rows)) <= 72
 
 
 def test_it_waits_for_a_willi_that_is_gone_for_a_while(server: StatusServer, tmp_path: Path):

@@ -58,7 +58,7 @@ def _stack(place: int, clock: str, layers: Sequence[Layer], counts: Sequence[int
 
 def bar(used: int, most: int, class_: str) -> Markup:
     """How near a limit is; the numbers stand beside it."""
-    filled = min(BAR, BAR * used / most) if most else 0
+    filled = min(BAR, max(1, BAR * used / most)) if most and used else 0  # one of 5,000 shall be seen
     shape = [_rect(0, 0, BAR, 8, "room"), _rect(0, 0, filled, 8, class_)]
     label = f"{several(used, 'is', 'are')} used of {number(most)}"
     return element(

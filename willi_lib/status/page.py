@@ -70,14 +70,13 @@ def _header(overview: Overview, asked: Asked | None) -> Markup:
 
 
 def _state(overview: Overview, mark: str) -> Markup:
-    hints = words.advice(overview)
+    problems = [element("li", said(text, 2 * MOST)) for text in overview.problems]
+    hints = [element("li", hint) for hint in words.advice(overview)]
     return element(
         "section",
         element("h2", words.headline(overview), id="state"),
-        element("ul", [element("li", said(text, 2 * MOST)) for text in overview.problems]) if mark == "bad" else None,
-        element("div", element("h3", "What to do"), element("ul", [element("li", hint) for hint in hints]))
-        if hints
-        else None,
+        element("ul", problems) if problems else None,
+        element("div", element("h3", "What to do"), element("ul", hints)) if hints else None,
         class_=f"state {mark}",
         aria_labelledby="state",
     )
@@ -107,6 +106,15 @@ def _answer(asked: Asked) -> Markup:
 
 
 def _last_hour(overview: Overview) -> Markup:
+    return element(
+        "section",
+        element("h2", "Last hour", id="hour"),
+        element("div", _tiles(overview), class_="tiles"),
+        aria_labelledby="hour",
+    )
+
+
+def _tiles(overview: Overview) -> list[Markup]:
     def of(count: Callable[[Minute], int]) -> list[int]:
         return [count(minute) for minute in overview.minutes]
 
@@ -119,23 +127,15 @@ def _last_hour(overview: Overview) -> Markup:
         " ",
         element("span", f"{words.number(sum(by_willi))} by Willi", class_="key own"),
     ]
-    began_text = f"open now; {words.number(sum(sessions))} began"
-    tiles = [
-        _tile("Sessions", overview.sessions, began_text, began, [Layer("began", "calm", sessions)]),
+    open_now = f"open now; {words.number(sum(sessions))} began"
+    rejections = [Layer("by upstreams", "upstream", by_upstream), Layer("by Willi", "own", by_willi)]
+    return [
+        _tile("Sessions", overview.sessions, open_now, began, [Layer("began", "calm", sessions)]),
         _tile("Accepted", sum(accepted), "messages", began, [Layer("accepted", "fine", accepted)]),
-        _tile(
-            "Rejected", sum(by_upstream) + sum(by_willi), split, began,
-            [Layer("by upstreams", "upstream", by_upstream), Layer("by Willi", "own", by_willi)],
-        ),
+        _tile("Rejected", sum(by_upstream) + sum(by_willi), split, began, rejections),
         _tile("Turned away", sum(refused), "connections", began, [Layer("turned away", "own", refused)]),
         _tile("Failed", sum(failed), "messages without a verdict", began, [Layer("failed", "wrong", failed)]),
-    ]  # fmt: skip
-    return element(
-        "section",
-        element("h2", "Last hour", id="hour"),
-        element("div", tiles, class_="tiles"),
-        aria_labelledby="hour",
-    )
+    ]
 
 
 def _tile(name: str, figure: int, note: Content, began: Sequence[float], layers: Sequence[Layer]) -> Markup:

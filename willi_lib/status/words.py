@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import unicodedata
+from collections.abc import Callable
 from datetime import datetime, timezone
 
 from .overview import CertificateState, Event, Host, Limit, Overview, Table
@@ -167,27 +168,43 @@ def headline(overview: Overview) -> str:
 
 def advice(overview: Overview) -> list[str]:
     """What to do, beside what the problems themselves say."""
-    if not overview.problems:
-        return []
-    now = overview.now
-    hints = {
-        "The log says why workers ended (lvl=error). The master starts new ones by itself.": (
-            overview.workers < overview.workers_wanted
-        ),
+    return [hint for hint, applies in ADVICE if overview.problems and applies(overview)]
+
+
+def _has_a_bad_certificate(overview: Overview) -> bool:
+    return any(certificate_mark(certificate, overview.now) == "bad" for certificate in overview.certificates)
+
+
+def _is_nearly_full(overview: Overview) -> bool:
+    return any(limit.name == FOR_ALL and limit_mark(limit) != "good" for limit in overview.limits)
+
+
+ADVICE: tuple[tuple[str, Callable[[Overview], bool]], ...] = (
+    (
+        "The log says why workers ended (lvl=error). The master starts new ones by itself.",
+        lambda overview: overview.workers < overview.workers_wanted,
+    ),
+    (
         "While an upstream is down, its clients hear 451 and try again later: nothing is lost. Look at that server; "
-        "willi.py check tries it from here.": any(not host.up for host in overview.hosts),
+        "willi.py check tries it from here.",
+        lambda overview: any(not host.up for host in overview.hosts),
+    ),
+    (
         "While a database is down, answers that are known keep serving for stale_ttl, and others hear 451. Start it "
-        "again; Willi finds it by itself.": any(table.database_up is False for table in overview.tables),
-        "A table with a wrong line is not taken; the old one serves. Mend the line that the error names.": any(
-            table.kind == "csv" and table.last_error for table in overview.tables
-        ),
-        "Renew certificates in place: Willi takes new files within 10 seconds.": any(
-            certificate_mark(certificate, now) != "good" for certificate in overview.certificates
-        ),
-        "Who comes beyond max_connections is told 421 and tries again. Raise it and reload, if the machine can bear "
-        "more.": any(limit_mark(limit) != "good" for limit in overview.limits if limit.name == FOR_ALL),
-        "After a failed reload the old settings serve. Mend what the error names, then reload again.": bool(
-            overview.last_reload_error
-        ),
-    }
-    return [hint for hint, applies in hints.items() if applies]
+        "again; Willi finds it by itself.",
+        lambda overview: any(table.database_up is False for table in overview.tables),
+    ),
+    (
+        "A table with a wrong line is not taken; the old one serves. Mend the line that the error names.",
+        lambda overview: any(table_state(table)[0] == "warn" for table in overview.tables),
+    ),
+    ("Renew certificates in place: Willi takes new files within 10 seconds.", _has_a_bad_certificate),
+    (
+        "Clients beyond max_connections are told 421 and try again. Raise it, if the machine can bear it, and reload.",
+        _is_nearly_full,
+    ),
+    (
+        "After a failed reload the old settings serve. Mend what the error names, then reload again.",
+        lambda overview: bool(overview.last_reload_error),
+    ),
+)
