@@ -14,7 +14,7 @@ import subprocess
 import termios
 import threading
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -191,6 +191,28 @@ def test_a_server_that_does_not_go_on_is_given_up(octets: bytes, monkeypatch: py
         thread.start()
         with pytest.raises(top.Unanswered, match=r"no answer within|timed out"):
             top.fetch(Address(HOST, silent.getsockname()[1]))
+        thread.join(10)
+        assert not thread.is_alive()
+
+
+def test_an_answer_that_drips_is_given_up_although_no_octet_is_late(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(top, "PATIENCE", 0.5)
+    given_up = threading.Event()
+    with socket.create_server((HOST, 0)) as server:
+
+        def answer() -> None:
+            with closing(server.accept()[0]) as connection, suppress(OSError):
+                connection.sendall(b"HTTP/1.1 200 OK\r\nX: ")
+                for _ in range(500):
+                    connection.sendall(b"x")
+                    if given_up.wait(0.02):
+                        return
+
+        thread = threading.Thread(target=answer, daemon=True)
+        thread.start()
+        with pytest.raises(top.Unanswered, match=r"no answer within 0\.5 s"):
+            top.fetch(Address(HOST, server.getsockname()[1]))
+        given_up.set()
         thread.join(10)
         assert not thread.is_alive()
 
