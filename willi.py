@@ -3,18 +3,19 @@
 
 Usage:
   willi.py [-c FILE] [--debug]
-  willi.py check [-c FILE] [--quick]
+  willi.py check [-c FILE] [--quick] [--json]
   willi.py lookup [-c FILE] ADDRESS...
   willi.py (-h | --help | -V | --version)
 
 Commands:
   (none)          Serve in the foreground until SIGTERM or Ctrl-C. SIGHUP reads the file again.
-  check           Try the file, the mappings, the certificates and the upstreams.
+  check           Try the file and all that it names, and say what is wrong and what to do: one line per finding.
   lookup          Show each key asked in each mapping for an address, and its route.
 
 Options:
   -c FILE         The configuration. Default: ./willi.conf, then /opt/willi/etc/willi.conf.
   --quick         Only whether Willi would start: the file, tables and certificates. Nothing is connected to.
+  --json          The findings as a list of {"level", "subject", "what", "advice"}.
   --debug         One process, and the whole dialogue in the log on the terminal.
   -h --help       Show this text.
   -V --version    Show the version.
@@ -28,6 +29,8 @@ from __future__ import annotations
 import dataclasses
 import os
 import sys
+from collections.abc import Mapping
+from typing import Any
 
 from docopt import DocoptExit, docopt
 
@@ -52,15 +55,27 @@ def main() -> int:
     try:
         settings = load(arguments["-c"] or default_file())
         if arguments["check"] or arguments["lookup"]:
-            from willi_lib import check  # not before: it brings gevent
-
-            if arguments["lookup"]:
-                return check.lookup(settings, arguments["ADDRESS"])
-            return check.check_quickly(settings) if arguments["--quick"] else check.check(settings)
+            return ask(settings, arguments)
         return serve(settings, arguments["--debug"])
     except ConfigError as error:
+        if arguments["--json"]:
+            from willi_lib.check.report import say_faults
+
+            return say_faults(error.faults)
         print(error, file=sys.stderr)
         return BAD_CONFIGURATION
+
+
+def ask(settings: Settings, arguments: Mapping[str, Any]) -> int:
+    """Answer the question of somebody at a terminal; the exit status."""
+    if arguments["lookup"]:
+        from willi_lib import lookup  # not before: they bring gevent
+
+        return lookup.lookup(settings, arguments["ADDRESS"])
+    from willi_lib import check
+
+    one = check.check_quickly if arguments["--quick"] else check.check
+    return one(settings, as_json=arguments["--json"])
 
 
 def default_file() -> str:

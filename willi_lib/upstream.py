@@ -78,6 +78,8 @@ class Upstream:
         self.route = route
         self.features: Mapping[str, str] = {}
         self.knows_client = False  # by XCLIENT or a PROXY header
+        self.xclient_offer = ""  # the attributes that it lists; not all go on to list them afterwards
+        self.xclient_answer: Reply | None = None
         self.introduced = False  # and waits for MAIL, which may take time
         self.in_transaction = False  # it heard MAIL, and no end of that
         self._ahead: deque[bytes] = deque()  # sent in a group, answers still to come
@@ -398,7 +400,8 @@ class Connector:
                 log.error("XCLIENT is required and not offered", sid=sid, upstream=str(upstream.server))
                 raise Reject(replies.XCLIENT_NEEDED)
             return False
-        attributes = _attributes(upstream.features["XCLIENT"], client)
+        upstream.xclient_offer = upstream.features["XCLIENT"]
+        attributes = _attributes(upstream.xclient_offer, client)
         if upstream.wire.pending():  # DNS may have taken seconds
             raise UpstreamFailed(f"{upstream.server}: spoke out of turn, or hung up, before XCLIENT")
         answer = _ask_all(upstream, xclient_lines(attributes))
@@ -406,6 +409,7 @@ class Connector:
             # The client's HELO is the one value that the client chooses: it must not keep the address from being told.
             attributes = [attribute for attribute in attributes if attribute[0] != "HELO"]
             answer = _ask_all(upstream, xclient_lines(attributes))
+        upstream.xclient_answer = answer
         if answer is None or answer.positive:
             return answer is not None
         if not _is_about_us(answer):
