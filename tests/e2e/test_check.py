@@ -50,6 +50,8 @@ def test_json_says_the_same_as_the_lines(tmp_path: Path):
     assert (done.returncode, done.stderr) == (WRONG, "")
     entries = json.loads(done.stdout)
     assert {tuple(entry) for entry in entries} == {("level", "subject", "what", "advice")}
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert [key for key in entries[0] if f'"{key}"' not in readme] == []
     said = [line for line in lines(path) if " DNS: " not in line]  # which says how long it took
     assert len(said) > 3
     assert said == [
@@ -231,6 +233,12 @@ def test_a_port_is_free_or_belongs_to_somebody(tmp_path: Path, upstream: Scripte
     assert taken.level == "wrong" and f"{upstream.server} belongs to process {os.getpid()}, " in taken.what
     assert "stop it" in taken.advice
     assert foreign.level == "wrong" and "192.0.2.77:25: Cannot assign requested address" in foreign.what
+
+
+def test_one_address_is_enough_to_keep_willi_from_all(tmp_path: Path, upstream: ScriptedUpstream):
+    path = listening_on(configure(tmp_path, ""), f"0.0.0.0:{upstream.port}")
+    [taken] = about(findings(path), "listen")
+    assert taken.level == "wrong" and f"belongs to process {os.getpid()}, " in taken.what
 
 
 def test_who_may_not_see_the_process_is_told_its_greeting(tmp_path: Path, upstream: ScriptedUpstream):

@@ -8,7 +8,7 @@ import socket
 import sys
 from collections.abc import Iterator
 from contextlib import suppress
-from ipaddress import ip_address
+from ipaddress import IPv4Address, IPv6Address, ip_address
 from pathlib import Path
 
 from willi_lib.config import Address, Settings
@@ -18,6 +18,7 @@ from .report import Report
 
 PATIENCE = 2.0  # seconds for whoever listens there to greet us
 LISTENING = "0A"  # in /proc/net/tcp
+ANYWHERE = (ip_address("0.0.0.0"), ip_address("::"))
 MAX_GREETING = 200  # octets of it that are shown
 MAX_COMMAND = 80  # characters of a command line
 
@@ -36,9 +37,8 @@ def look_at_ports(settings: Settings, report: Report) -> None:
 
 
 def _overlap(one: Address, other: Address) -> bool:
-    anywhere = {"", "0.0.0.0", "::"}
-    same_host = one.host == other.host or one.host in anywhere or other.host in anywhere
-    return same_host and one.port == other.port != 0
+    anywhere = not (one.host and other.host) or any(ip_address(each.host).is_unspecified for each in (one, other))
+    return (anywhere or one.host == other.host) and one.port == other.port != 0
 
 
 def _look_at(setting: str, address: Address, needed: bool, report: Report) -> None:
@@ -121,18 +121,19 @@ def _link(file: Path) -> str:
 
 
 def _inodes(address: Address) -> Iterator[str]:
-    """Of the sockets that listen on this address, or on all."""
-    wanted = {ip_address(address.host), ip_address("0.0.0.0"), ip_address("::")}
+    """Of the sockets that keep us from listening on this address."""
+    wanted = ip_address(address.host)
     for table in ("/proc/net/tcp", "/proc/net/tcp6"):
         with suppress(OSError):
             for line in Path(table).read_text().splitlines()[1:]:
                 fields = line.split()
                 host, _, port = fields[1].partition(":")
-                if fields[3] == LISTENING and int(port, 16) == address.port and _address(host) in wanted:
+                in_the_way = wanted.is_unspecified or _address(host) in (wanted, *ANYWHERE)
+                if fields[3] == LISTENING and int(port, 16) == address.port and in_the_way:
                     yield fields[9]
 
 
-def _address(text: str) -> object:
+def _address(text: str) -> IPv4Address | IPv6Address:
     """An address as the kernel prints it: words of four octets in the machine's order."""
     octets = bytes.fromhex(text)
     if sys.byteorder == "little":
