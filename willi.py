@@ -68,12 +68,10 @@ def main() -> int:
 
 def ask(settings: Settings, arguments: Mapping[str, Any]) -> int:
     """Answer the question of somebody at a terminal; the exit status."""
+    from willi_lib import check  # not before: it brings gevent
+
     if arguments["lookup"]:
-        from willi_lib import lookup  # not before: they bring gevent
-
-        return lookup.lookup(settings, arguments["ADDRESS"])
-    from willi_lib import check
-
+        return check.lookup(settings, arguments["ADDRESS"])
     one = check.check_quickly if arguments["--quick"] else check.check
     return one(settings, as_json=arguments["--json"])
 

@@ -24,7 +24,7 @@ FLOORS = [
     {"service", "session_log"},
     {"session"},
     {"status"},
-    {"check", "lookup", "worker"},
+    {"check", "worker"},
     {"master"},
 ]
 KNOW_ONLY_THEMSELVES = {"smtp", "routing"}
@@ -33,8 +33,8 @@ WORLD = {
     "_socket", "asyncio", "datetime", "dns", "gevent", "logging", "os", "random", "select", "selectors", "socket",
     "ssl", "subprocess", "sys", "syslog", "threading", "time",
 }  # fmt: skip
-# `dns` asks c-ares by way of gevent; `check` and `lookup` are processes of their own and patch it as the worker does.
-KNOW_GEVENT = {"smtp.wire", "dns", "routing.mysql", "routing.database", "check", "lookup", "worker", "status"}
+# `dns` asks c-ares by way of gevent; `check` is a process of its own and patches it as the worker does.
+KNOW_GEVENT = {"smtp.wire", "dns", "routing.mysql", "routing.database", "check", "worker", "status"}
 
 
 def modules() -> dict[str, Path]:

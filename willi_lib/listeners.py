@@ -54,7 +54,7 @@ class Listeners:
         fresh: dict[Address, socket.socket] = {}
         try:
             for address in addresses:
-                for one, needed in families(address):
+                for one, needed in _families(address):
                     if one not in self._bound and one not in fresh:
                         _bind(one, needed, fresh)
         except CannotBind:
@@ -67,7 +67,7 @@ class Listeners:
 
     def close_others(self, addresses: Sequence[Address]) -> None:
         """Close what is for none of these addresses."""
-        wanted = {one for address in addresses for one, _ in families(address)}
+        wanted = {one for address in addresses for one, _ in _families(address)}
         for one in () if self._given else self._bound.keys() - wanted:
             self._bound.pop(one).close()
             systemd.notify("FDSTOREREMOVE=1", f"FDNAME={_name(one)}")
@@ -78,7 +78,7 @@ class Listeners:
             listener.close()
 
 
-def families(address: Address) -> Iterator[tuple[Address, bool]]:
+def _families(address: Address) -> Iterator[tuple[Address, bool]]:
     """What to bind, and whether it is needed: an address without a host is IPv4 and, if the machine has it, IPv6."""
     if address.host:
         yield address, True

@@ -409,7 +409,6 @@ class Connector:
             # The client's HELO is the one value that the client chooses: it must not keep the address from being told.
             attributes = [attribute for attribute in attributes if attribute[0] != "HELO"]
             answer = _ask_all(upstream, xclient_lines(attributes))
-        upstream.xclient_answer = answer
         if answer is None or answer.positive:
             return answer is not None
         if not _is_about_us(answer):
@@ -421,12 +420,13 @@ class Connector:
 
 
 def _ask_all(upstream: Upstream, lines: Sequence[bytes]) -> Reply | None:
-    """Ask one after the other, up to the first that is refused; the last answer."""
+    """Ask one after the other, up to the first that is refused; the last answer, which is kept for `check`."""
     answer = None
     for line in lines:
         answer = upstream.ask(line)
         if not answer.positive:
             break
+    upstream.xclient_answer = answer
     return answer
 
 

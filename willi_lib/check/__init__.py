@@ -1,4 +1,4 @@
-"""`willi.py check`: try all that the file names, and say what is wrong with it and what to do."""
+"""`willi.py check` and `willi.py lookup`: the questions of somebody at a terminal."""
 
 # ruff: noqa: E402
 
@@ -16,12 +16,15 @@ from willi_lib.routing.csv_file import CsvError, CsvFile
 from willi_lib.tls import CertificateError, server_context
 
 from .files import look_at_certificates, look_at_files
+from .lookup import lookup
 from .ports import look_at_ports
 from .promises import look_at_promises
 from .report import Report
 from .resolver import look_at_dns
 from .routes import look_at_mappings
 from .upstreams import look_at_upstreams
+
+__all__ = ["check", "check_quickly", "lookup"]
 
 
 def check(settings: Settings, as_json: bool = False) -> int:

@@ -12,7 +12,7 @@ from ipaddress import IPv4Address, IPv6Address, ip_address
 from pathlib import Path
 
 from willi_lib.config import Address, Settings
-from willi_lib.listeners import families
+from willi_lib.listeners import _families
 
 from .report import Report
 
@@ -26,10 +26,10 @@ MAX_COMMAND = 80  # characters of a command line
 def look_at_ports(settings: Settings, report: Report) -> None:
     """Bind each address for a moment, without listening."""
     for address in settings.listen:
-        for one, needed in families(address):
+        for one, needed in _families(address):
             _look_at("listen", one, needed, report)
     if settings.status_listen:
-        for one, needed in families(settings.status_listen):
+        for one, needed in _families(settings.status_listen):
             _look_at("status_listen", one, needed, report)
         for address in settings.listen:
             if _overlap(address, settings.status_listen):

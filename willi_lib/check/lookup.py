@@ -1,27 +1,22 @@
 """`willi.py lookup`: what a session would find for an address, key by key."""
 
-# ruff: noqa: E402
-
 from __future__ import annotations
-
-from gevent import monkey
-
-monkey.patch_all(ssl=False)  # before the imports below, as in worker.py
 
 from collections.abc import Sequence
 from time import monotonic
 
-from . import log
-from .config import Settings
-from .mappings import MappingError, open_mappings
-from .routing import Mapping, Step, search
-from .routing.csv_file import CsvError, CsvFile
-from .routing.mysql import Mysql
-from .smtp.reply import Reject
-from .smtp.syntax import parse_rcpt
+from willi_lib import log
+from willi_lib.config import Settings
+from willi_lib.mappings import MappingError, open_mappings
+from willi_lib.routing import Mapping, Step, search
+from willi_lib.routing.csv_file import CsvError, CsvFile
+from willi_lib.routing.mysql import Mysql
+from willi_lib.smtp.reply import Reject
+from willi_lib.smtp.syntax import parse_rcpt
+
+from .report import GOOD, WRONG
 
 ORIGINS = {"": "", "asked": "", "cache": ", from the cache", "stale": ", from the cache, since the database is down"}
-GOOD, WRONG = 0, 1
 
 
 def lookup(settings: Settings, addresses: Sequence[str]) -> int:
