@@ -28,6 +28,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import signal
 import sys
 from collections.abc import Mapping
 from typing import Any
@@ -70,10 +71,15 @@ def ask(settings: Settings, arguments: Mapping[str, Any]) -> int:
     """Answer the question of somebody at a terminal; the exit status."""
     from willi_lib import check  # not before: it brings gevent
 
-    if arguments["lookup"]:
-        return check.lookup(settings, arguments["ADDRESS"])
-    one = check.check_quickly if arguments["--quick"] else check.check
-    return one(settings, as_json=arguments["--json"])
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C is no reason for a traceback
+    try:
+        if arguments["lookup"]:
+            return check.lookup(settings, arguments["ADDRESS"])
+        one = check.check_quickly if arguments["--quick"] else check.check
+        return one(settings, as_json=arguments["--json"])
+    except BrokenPipeError:  # `willi.py check | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python complains at its end
+        return FAILED
 
 
 def default_file() -> str:

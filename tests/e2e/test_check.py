@@ -7,6 +7,7 @@ import os
 import pty
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import tempfile
@@ -20,9 +21,9 @@ from tests.support.certificates import Authority
 from tests.support.check import GOOD, NOBODY, WRONG, Finding, about, bad, configure, findings, lines
 from tests.support.daemon import PYTHON, run_willi
 from tests.support.dns import DnsServer, Fault
-from tests.support.loopback import HOST, ROOT, free_port, need
+from tests.support.loopback import HOST, PATIENCE, ROOT, free_port, need
 from tests.support.talk import reply
-from tests.support.upstream import ScriptedUpstream
+from tests.support.upstream import GREETING, Hold, ScriptedUpstream
 
 GREEN, RED = "\x1b[32m", "\x1b[1;31m"
 WITHOUT_PROC = ["unshare", "--mount", "sh", "-euc", 'mount -t tmpfs none /proc; exec "$@"', "sh"]
@@ -114,6 +115,26 @@ def test_a_bar_shows_how_many_upstreams_are_done_and_goes_away(tmp_path: Path):
     assert "#" * 30 + " 4/4 upstreams" in drawn
     assert drawn[-1] == ""  # cleared
     assert run_willi("check", "-c", path).stderr == ""
+
+
+def test_who_has_seen_enough_gets_no_traceback(tmp_path: Path, upstream: ScriptedUpstream):
+    waiting = upstream.answers[GREETING] = Hold()
+    path = configure(tmp_path, f"b.example;{upstream.server}\n", "connect_timeout = 60s")
+    path.write_text(path.read_text().replace("connect_timeout = 1s\n", ""))
+    command = [PYTHON, "-u", str(ROOT / "willi.py"), "check", "-c", str(path)]
+    for leave, status in (("Ctrl-C", -signal.SIGINT), ("head", 4)):
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        assert process.stdout and process.stderr
+        with process, process.stdout as stdout, process.stderr as stderr:
+            assert waiting.reached.wait(PATIENCE)
+            waiting.reached.clear()
+            if leave == "Ctrl-C":
+                process.send_signal(signal.SIGINT)
+            else:
+                stdout.close()
+                waiting.release()
+            assert stderr.read() == b""
+            assert process.wait(PATIENCE) == status
 
 
 # -- --quick
