@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import pwd
 import socket
 import sys
 from collections.abc import Iterator
@@ -19,7 +20,8 @@ from .report import Report
 PATIENCE = 2.0  # seconds for whoever listens there to greet us
 LISTENING = "0A"  # in /proc/net/tcp
 ANYWHERE = (ip_address("0.0.0.0"), ip_address("::"))
-MAX_GREETING = 200  # octets of it that are shown
+MAX_ANSWER = 200  # octets of what it says that are shown
+MAX_METRICS = 1 << 16  # octets in which Willi would have named one of its own
 MAX_COMMAND = 80  # characters of a command line
 
 
@@ -65,14 +67,13 @@ def _look_at(setting: str, address: Address, needed: bool, report: Report) -> No
 def _look_at_owner(setting: str, address: Address, report: Report) -> None:
     """Willi itself, or who else?"""
     pid, command = next(_owners(address), (0, ""))
-    greeting = "" if command else _greeting(address)
-    process = f"process {pid}, {command}" if pid else ""
-    if "willi.py" in command or greeting.endswith("ESMTP Willi"):
+    speaks = "" if command else _metrics(address) if setting == "status_listen" else _greeting(address)
+    if "willi.py" in command or "willi_" in speaks or speaks.endswith("ESMTP Willi"):
         report.ok(setting, f"Willi listens on {address} already" + (f" (process {pid})" if pid else ""))
     elif pid == 1:
         report.ok(setting, f"systemd holds {address}")
     else:
-        who = process or (f"what says {greeting!r}" if greeting else "something that says nothing by itself")
+        who = f"process {pid}, {command}" if pid else f"a process of {_user(address)} that says {speaks[:MAX_ANSWER]!r}"
         advice = "stop it, and keep it from starting again, or take another address"
         report.wrong(setting, f"{address} belongs to {who}", advice)
 
@@ -97,16 +98,25 @@ def _is_taken(address: Address) -> bool:
 def _greeting(address: Address) -> str:
     """The first line of whoever listens there; empty if he says none."""
     with suppress(OSError), socket.create_connection(_near(address), PATIENCE) as connection:
-        line = connection.recv(MAX_GREETING).decode("utf-8", "replace").partition("\r\n")[0]
+        line = connection.recv(MAX_ANSWER).decode("utf-8", "replace").partition("\r\n")[0]
         with suppress(OSError):
             connection.sendall(b"QUIT\r\n")
         return line
     return ""
 
 
+def _metrics(address: Address) -> str:
+    """The beginning of what it answers to Prometheus."""
+    with suppress(OSError), socket.create_connection(_near(address), PATIENCE) as connection:
+        connection.sendall(b"GET /metrics HTTP/1.0\r\n\r\n")
+        with connection.makefile("rb") as answer:
+            return answer.read(MAX_METRICS).decode("utf-8", "replace")
+    return ""
+
+
 def _owners(address: Address) -> Iterator[tuple[int, str]]:
     """Process numbers and commands of those who listen there, as far as we may see them (root: all)."""
-    sockets = {f"socket:[{inode}]" for inode in _inodes(address)}
+    sockets = {f"socket:[{inode}]" for _, inode in _listening(address)}
     for directory in sorted(Path("/proc").glob("[0-9]*"), key=lambda path: int(path.name)):
         with suppress(OSError):  # it has ended, or is another user's
             if any(_link(file) in sockets for file in (directory / "fd").iterdir()):
@@ -120,8 +130,15 @@ def _link(file: Path) -> str:
     return ""
 
 
-def _inodes(address: Address) -> Iterator[str]:
-    """Of the sockets that keep us from listening on this address."""
+def _user(address: Address) -> str:
+    """Whose socket it is, which everybody may know."""
+    with suppress(KeyError):
+        return next((pwd.getpwuid(uid).pw_name for uid, _ in _listening(address)), "somebody")
+    return "somebody"
+
+
+def _listening(address: Address) -> Iterator[tuple[int, str]]:
+    """User and inode of the sockets that keep us from listening on this address."""
     wanted = ip_address(address.host)
     for table in ("/proc/net/tcp", "/proc/net/tcp6"):
         with suppress(OSError):
@@ -130,7 +147,7 @@ def _inodes(address: Address) -> Iterator[str]:
                 host, _, port = fields[1].partition(":")
                 in_the_way = wanted.is_unspecified or _address(host) in (wanted, *ANYWHERE)
                 if fields[3] == LISTENING and int(port, 16) == address.port and in_the_way:
-                    yield fields[9]
+                    yield int(fields[7]), fields[9]
 
 
 def _address(text: str) -> IPv4Address | IPv6Address:
