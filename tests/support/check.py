@@ -30,7 +30,7 @@ def configure(directory: Path, csv: str, more: str = "", mappings: str = "") -> 
     (directory / "map.csv").write_text("pattern;server;tls_verify\n" + csv)
     path = directory / "willi.conf"
     path.write_text(
-        f"domain = mx.willi.example\nlisten = {HOST}:{free_port()}\nconnect_timeout = 1s\n{more}\ndns_timeout = 1s\n"
+        f"domain = mx.willi.example\nlisten = {HOST}:{free_port()}\nconnect_timeout = 5s\n{more}\ndns_timeout = 2s\n"
         f"[mappings]\n[[people]]\ntype = csv\nfile = map.csv\n{mappings}"
     )
     return path

@@ -30,12 +30,14 @@ def look_at_certificates(settings: Settings, report: Report) -> None:
     """Those shown to clients."""
     if not settings.certificates:
         report.warn("tls_cert", "not set: STARTTLS is not offered, mail comes in clear", "set tls_cert and tls_key")
+    names: set[str] = set()
     for pair in settings.certificates:
         try:
             facts = certificate_facts(pair)
         except CertificateError as error:
             report.faults(str(error), "issue the certificate anew, and name it and its own key in the same order")
             continue
+        names.update(facts.names)
         days = days_left(facts.expires)
         text = f"for {', '.join(facts.names) or 'no name'}, until {facts.expires:%Y-%m-%d} ({days} days)"
         if days >= WARN_DAYS:
@@ -43,6 +45,10 @@ def look_at_certificates(settings: Settings, report: Report) -> None:
         else:
             complain = report.wrong if days < 0 else report.warn
             complain(pair.cert, text, "renew it: a running Willi reads the new file by itself")
+    domain = settings.domain.lower()
+    if names and not names & {domain, f"*.{domain.partition('.')[2]}"}:
+        what = f"no certificate is for {settings.domain}: senders that verify (MTA-STS, DANE) do not deliver"
+        report.warn("tls_cert", what, "have one issued for the names in your MX records")
 
 
 def look_at_files(settings: Settings, report: Report) -> None:
@@ -88,7 +94,11 @@ def _mode(file: str) -> int:
 
 def _look_at_rights(settings: Settings, report: Report) -> None:
     """The files that the workers read again when they are no longer root."""
-    if os.geteuid() != 0 or not settings.user:
+    if os.geteuid() != 0:
+        return
+    if not settings.user:
+        what = "not set: a Willi that root starts stays root; and what root can read here, the service perhaps cannot"
+        report.warn("user", what, "set user, or check as the user of the service: runuser -u willi -- willi.py check")
         return
     account = pwd.getpwnam(settings.user)
     group = grp.getgrnam(settings.group).gr_gid if settings.group else account.pw_gid

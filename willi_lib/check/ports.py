@@ -55,8 +55,7 @@ def _look_at(setting: str, address: Address, needed: bool, report: Report) -> No
         if error.errno == errno.EADDRINUSE or (error.errno == errno.EACCES and _is_taken(address)):
             _look_at_owner(setting, address, report)
         elif error.errno == errno.EACCES:
-            what = f"{address} is free; to listen below port 1024 needs a right that this user has not"
-            report.ok(setting, f"{what}, and the service has")
+            report.ok(setting, f"{address} is free (below port 1024: this user may not open it, the service may)")
         elif needed:
             advice = "name an address of this machine: ip address" if error.errno == errno.EADDRNOTAVAIL else ""
             report.wrong(setting, f"cannot listen on {address}: {error.strerror}", advice)
