@@ -78,11 +78,11 @@ class Upstream:
         self.route = route
         self.features: Mapping[str, str] = {}
         self.knows_client = False  # by XCLIENT or a PROXY header
-        self.xclient_offer = ""  # the attributes that it lists; not all go on to list them afterwards
-        self.xclient_answer: Reply | None = None
         self.introduced = False  # and waits for MAIL, which may take time
         self.in_transaction = False  # it heard MAIL, and no end of that
         self._ahead: deque[bytes] = deque()  # sent in a group, answers still to come
+        self.xclient_offer = ""  # the attributes that it lists; not all go on to list them afterwards (for `check`)
+        self.xclient_answer: Reply | None = None
 
     # -- commands
 
