@@ -29,7 +29,7 @@ from tests.support.upstream import GREETING, Hold, ScriptedUpstream
 
 GREEN, RED = "\x1b[32m", "\x1b[1;31m"
 # As the user willi, who may not look into the service that has the right to open port 25.
-WITHOUT_INSIGHT = ["setpriv", "--bounding-set", "-sys_ptrace"]
+WITHOUT_INSIGHT = ["setpriv", "--bounding-set", "-sys_ptrace,-setpcap"]
 WITHOUT_RIGHTS = ["unshare", "--net", "setpriv", "--bounding-set", "-net_bind_service"]
 
 
