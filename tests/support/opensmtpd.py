@@ -1,0 +1,113 @@
+"""The real OpenSMTPD, in a twin of this machine: own configuration, spool, mailbox and log, loopback only, no DNS."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import smtplib
+from collections.abc import Sequence
+
+from tests.support.certificates import Pair
+from tests.support.loopback import HOST, PATIENCE, free_port, wait_until
+from tests.support.postfix import Stored
+from tests.support.refusals import REFUSALS
+from tests.support.twin import Twin
+
+PACKAGE = "opensmtpd"
+PHASES = {"connect": "connect", "ehlo": "ehlo", "mail": "mail-from", "rcpt": "rcpt-to", "data": "data", "end": "commit"}
+CONDITIONS = {"connect": "src", "ehlo": "helo", "mail": "mail-from", "rcpt": "rcpt-to", "data": "mail-from", "end": "mail-from"}
+
+
+class OpenSmtpd:
+    """A running instance. Messages for `domains` go to its mailbox, all others to `relay_port`.
+
+    Who comes to `proxy_port` must say in a PROXY header who he is.
+    """
+
+    def __init__(
+        self, domains: Sequence[str] = (), tls: Pair | None = None, relay_port: int = 0, relay_tls: bool = False
+    ) -> None:
+        """tls: offer STARTTLS with it. relay_tls: require it there."""
+        self._twin = Twin(PACKAGE)
+        self.home = self._twin.home
+        self.port, self.proxy_port = free_port(), free_port()
+        self.log_file = self.home / "smtpd.log"
+        (self.home / "mailbox").mkdir()
+        try:
+            self._write_configuration(domains, tls, relay_port, relay_tls)
+            self._twin.run("useradd", "--create-home", "box")
+            self._twin.run("chown", "box", str(self.home / "mailbox"))
+            self._process = self._twin.start("smtpd", "-d", "-v", log_file=self.log_file)
+            wait_until(self._is_up, "OpenSMTPD's greeting")
+        except BaseException:
+            self.stop()
+            raise
+
+    @property
+    def server(self) -> str:
+        """As a route names it."""
+        return f"{HOST}:{self.proxy_port}"
+
+    def _write_configuration(self, domains: Sequence[str], tls: Pair | None, relay_port: int, relay_tls: bool) -> None:
+        lines, options = [], "hostname mx.example filter all"
+        if tls:
+            for name, path in (("cert", tls.cert), ("key", tls.key)):
+                shutil.copy(path, self.home / f"{name}.pem")
+                (self.home / f"{name}.pem").chmod(0o600)
+                lines.append(f'pki mx.example {name} "{self.home}/{name}.pem"')
+            options += " tls pki mx.example"
+        names = []
+        for number, refusal in enumerate(REFUSALS):
+            names.append(f"refusal{number}")
+            lines.append(
+                f"filter {names[-1]} phase {PHASES[refusal.at]} match {CONDITIONS[refusal.at]} "
+                f'{{ "{refusal.whom}" }} reject "{refusal.code} {refusal.words}"'
+            )
+        lines += [
+            'smtp max-message-size "100M"',
+            'table catch-all { "@" = "box" }',
+            f"filter all chain {{ {', '.join(names)} }}",
+            f"listen on {HOST} port {self.port} {options}",
+            f"listen on {HOST} port {self.proxy_port} proxy-v2 {options}",
+            f'action "store" maildir "{self.home}/mailbox" virtual <catch-all>',
+            f'action "send" relay host "smtp{"+tls" if relay_tls else "+notls"}://{HOST}:{relay_port}"'
+            + (" tls no-verify" if relay_tls else ""),
+            *(f'match from any for domain "{domain}" action "store"' for domain in domains),
+            *(['match from any for any action "send"'] if relay_port else []),
+        ]
+        (self.home / "smtpd.conf").write_text("\n".join(lines) + "\n")
+        self._twin.run("sh", "-c", f"cp {self.home}/smtpd.conf /etc/smtpd.conf")
+
+    def _is_up(self) -> bool:
+        assert self._process.poll() is None, self.log_file.read_text()
+        try:
+            with self.client():
+                return True
+        except (ConnectionError, smtplib.SMTPException):
+            return False
+
+    def client(self) -> smtplib.SMTP:
+        """A client of this OpenSMTPD itself: to send through it."""
+        return smtplib.SMTP(HOST, self.port, local_hostname="c.example", timeout=PATIENCE)
+
+    def stored(self) -> list[Stored]:
+        """What lies in the mailbox now."""
+        return [_parse(path.read_bytes()) for path in (self.home / "mailbox" / "new").glob("*")]
+
+    def is_idle(self) -> bool:
+        """Whether nothing waits to be delivered."""
+        return self._twin.run("smtpctl", "show", "queue").strip() == ""
+
+    def stop(self) -> None:
+        """End it and remove its files."""
+        self._twin.stop()
+        if hasattr(self, "_process"):
+            self._process.wait(PATIENCE)
+
+
+def _parse(octets: bytes) -> Stored:
+    """Take off what this OpenSMTPD put on top: Return-Path and Delivered-To, then a folded Received."""
+    found = re.match(rb"Return-Path: <?(.*?)>?\nDelivered-To: (.*)\n(Received: .*\n(?:[ \t].*\n)*)", octets)
+    assert found, f"not what OpenSMTPD stores: {octets[:500]!r}"
+    sender, recipient, received = (part.decode() for part in found.groups())
+    return Stored(sender, recipient, " ".join(received.split()), octets[found.end() :])
