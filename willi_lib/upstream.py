@@ -329,13 +329,13 @@ class Connector:
         policy = upstream.route.policy
         told = policy.send_proxy != "no"  # it knows the client already, so the client's name belongs into EHLO
         name = client.helo if told else self._settings.domain
+        upstream.knows_client = told
         self._hello(upstream, name, sid)
         if self._wants_tls(upstream, client):
             self._start_tls(upstream)
             self._hello(upstream, name, sid)
         elif policy.upstream_tls == "require":
             raise UpstreamFailed("STARTTLS is required and not offered")
-        upstream.knows_client = told
         if policy.xclient != "no" and self._send_xclient(upstream, client, sid):
             upstream.knows_client = True
             self._hello_for(upstream, client, client.helo)
@@ -343,13 +343,15 @@ class Connector:
             self._hello_for(upstream, client, name)
 
     def _hello(self, upstream: Upstream, name: str, sid: str) -> None:
-        """EHLO in our own affair, HELO if that is refused: what comes back is about us."""
+        """EHLO, HELO if that is refused: what comes back is about us, unless the upstream knows the client already."""
         answer = upstream.ask(b"EHLO " + name.encode())
         if answer.permanent:
             answer = upstream.ask(b"HELO " + name.encode())
             upstream.features = {}
         else:
             upstream.features = parse_features(answer)
+        if answer.permanent and upstream.knows_client:
+            raise Refused(answer)  # by the PROXY header it knew whose name that is
         if not answer.positive:
             raise UpstreamFailed(f"EHLO: {answer}")
         who = answer.lines[0].partition(b" ")[0].decode("ascii", "replace")
