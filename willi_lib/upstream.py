@@ -340,7 +340,7 @@ class Connector:
             upstream.knows_client = True
             self._hello_for(upstream, client, client.helo)
         elif not client.esmtp:
-            self._hello_for(upstream, client, name)
+            self._hello_for(upstream, client, name, again=True)
 
     def _hello(self, upstream: Upstream, name: str, sid: str) -> None:
         """EHLO, HELO if that is refused: what comes back is about us, unless the upstream knows the client already."""
@@ -359,9 +359,14 @@ class Connector:
             log.error("Mail loop: the upstream has our domain", sid=sid, upstream=str(upstream.server), domain=who)
             raise Reject(replies.MAIL_LOOP)
 
-    def _hello_for(self, upstream: Upstream, client: Client, name: str) -> None:
-        """EHLO or HELO as the client said it: what comes back is the verdict on the client, if it is known."""
+    def _hello_for(self, upstream: Upstream, client: Client, name: str, again: bool = False) -> None:
+        """EHLO or HELO as the client said it: what comes back is the verdict on the client, if it is known.
+
+        again: it has heard EHLO, and nothing since.
+        """
         answer = upstream.ask((b"EHLO " if client.esmtp else b"HELO ") + name.encode())
+        if answer.code == 503 and again:  # OpenSMTPD takes but one greeting, against RFC 5321 §4.1.4: it was our EHLO
+            return
         if not answer.positive and not upstream.knows_client:
             raise UpstreamFailed(f"HELO: {answer}")
         if not answer.positive:
