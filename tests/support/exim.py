@@ -173,8 +173,8 @@ def _acls(domains: Sequence[str]) -> str:
 def _parse(octets: bytes) -> Stored:
     """Take off what this Exim put on top: Return-path and Envelope-to, then a folded Received."""
     found = re.match(
-        rb"Return-path: <(.*)>\nEnvelope-to: (.*)\n(?:Delivery-date: .*\n)?(Received: .*\n(?:[ \t].*\n)*)", octets
+        rb"Return-path: <(.*)>\nEnvelope-to: (.*\n(?:[ \t].*\n)*)(?:Delivery-date: .*\n)?(Received: .*\n(?:[ \t].*\n)*)", octets
     )
     assert found, f"not what Exim stores: {octets[:500]!r}"
-    sender, recipient, received = (part.decode() for part in found.groups())
-    return Stored(sender, recipient, " ".join(received.split()), octets[found.end() :])
+    sender, recipients, received = (" ".join(part.decode().split()) for part in found.groups())
+    return Stored(sender, recipients, received, octets[found.end() :])
