@@ -273,9 +273,9 @@ SESSIONS: dict[str, Session] = {
     "CR CR LF": to_bob(HEAD + b"one\r\r\ntwo\r\n", repaired=HEAD + b"one \r\ntwo\r\n"),
     "LF . LF": to_bob(HEAD + b"one\n.\n" + SMUGGLED, repaired=HEAD + b"one\r\n.\r\n" + SMUGGLED),
     "LF . CRLF": to_bob(HEAD + b"one\n.\r\n" + SMUGGLED, repaired=HEAD + b"one\r\n.\r\n" + SMUGGLED),
-    "CRLF . LF": to_bob(HEAD + b"one\r\n.\n" + SMUGGLED, repaired=HEAD + b"one\r\n.\r\n" + SMUGGLED),
+    "CRLF . LF": to_bob(HEAD + b"one\r\n.\n" + SMUGGLED, repaired=HEAD + b"one\r\n\r\n" + SMUGGLED),
     "CR . CR": to_bob(HEAD + b"one\r.\r" + SMUGGLED, repaired=HEAD + b"one . " + SMUGGLED),
-    "CRLF . CR CRLF": to_bob(HEAD + b"one\r\n.\r\r\n" + SMUGGLED, repaired=HEAD + b"one\r\n. \r\n" + SMUGGLED),
+    "CRLF . CR CRLF": to_bob(HEAD + b"one\r\n.\r\r\n" + SMUGGLED, repaired=HEAD + b"one\r\n \r\n" + SMUGGLED),
     "CRLF . blank CRLF": to_bob(HEAD + b"one\r\n. \r\n" + SMUGGLED, repaired=HEAD + b"one\r\n \r\n" + SMUGGLED),
     "CRLF NUL . CRLF": to_bob(HEAD + b"one\r\n\0.\r\n" + SMUGGLED, repaired=HEAD + b"one\r\n\0.\r\n" + SMUGGLED),
     # STARTTLS

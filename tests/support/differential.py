@@ -21,6 +21,7 @@ CLOSED = "(closed)"
 NOT_SENT = "(not sent)"
 CONNECT = "(connect)"
 CONTENT = "(message)"
+RECEIVED = "(Received)"
 REPAIRED = "(message with line ends that Willi repairs)"
 
 # What each server calls a message: it is the only thing in its answers that is never the same.
@@ -188,7 +189,7 @@ def _name_of(message: Stored) -> str:
 
 
 class Exchange(NamedTuple):
-    """The same said on both ways, and what was heard."""
+    """The same said on both ways, and what was heard; at the end the words of each Received."""
 
     said: str
     direct: str
@@ -202,5 +203,8 @@ def exchanges(direct: Outcome, through: Outcome) -> Iterator[Exchange]:
         yield Exchange(one.said, one.reply, other.reply, tuple(refusals))
         if one.reply[:1] in ("4", "5"):
             refusals.append(one.reply)
+    for one_line, other_line in zip(direct.received, through.received, strict=False):
+        for word, other_word in zip(one_line.split(), other_line.split(), strict=False):
+            yield Exchange(RECEIVED, word, other_word, ())
 
 
