@@ -31,7 +31,8 @@ PROXY: Mapping[str, Setting] = {"send_proxy": "v2"}  # neither Debian's Exim nor
 
 def inline(at: str) -> str:
     """The refusals at this stage as a table of Postfix's."""
-    return "inline:{ %s }" % " ".join(f"{{ {r.whom} = {r.code} {r.words} }}" for r in REFUSALS if r.at == at)
+    rows = (f"{{ {refusal.whom} = {refusal.code} {refusal.words} }}" for refusal in REFUSALS if refusal.at == at)
+    return f"inline:{{ {' '.join(rows)} }}"
 
 
 def postfix_settings() -> dict[str, str]:

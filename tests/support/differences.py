@@ -33,8 +33,9 @@ class Difference(NamedTuple):
     parts: bool = False
 
     def explains(self, exchange: Exchange) -> bool:
-        through = exchange.through in exchange.earlier if self.through is EARLIER else _is(self.through, exchange.through)
-        return through and _is(self.said, exchange.said) and _is(self.direct, exchange.direct)
+        if not (_is(self.said, exchange.said) and _is(self.direct, exchange.direct)):
+            return False
+        return exchange.through in exchange.earlier if self.through is EARLIER else _is(self.through, exchange.through)
 
 
 def _is(pattern: str, text: str) -> bool:
@@ -56,7 +57,7 @@ DIFFERENCES = (
         "RFC 5321 §4.1.1.1", ALL, HELLO, "250 .*", OWN_HELLO,
     ),
     Difference(
-        "EHLO a second time", "Willi takes it as the RFC wants, as a RSET. OpenSMTPD refuses it, and its transaction goes on.",
+        "EHLO a second time", "To Willi it is a RSET (the RFC wants it so). OpenSMTPD refuses it and goes on.",
         "RFC 5321 §4.1.4", (OPENSMTPD,), HELLO, "503 5.5.1 Invalid command: Already identified", OWN_HELLO, parts=True,
     ),
     Difference(
@@ -69,7 +70,7 @@ DIFFERENCES = (
         parts=True,
     ),
     Difference(
-        "Refusal before RCPT", "The server's refusal of the client's address, name or sender waits for the first recipient.",
+        "Refusal before RCPT", "The server's refusal of the client's address, name or sender waits for a recipient.",
         'README, "What happens to a mail"', ALL, rf"\(connect\)|{HELLO}|MAIL FROM:.*", r"[45].*|\(closed\)",
         f"{OWN_GREETING}|{OWN_HELLO}|{_own(replies.SENDER_KEPT)}",
     ),
@@ -78,7 +79,7 @@ DIFFERENCES = (
         'README, "What happens to a mail"', ALL, "RCPT TO:.*", r"503 .*|\(closed\)", EARLIER,
     ),
     Difference(
-        "No valid recipient", "Same meaning, other words, and 451 instead of 5xx if one of the recipients was refused for now.",
+        "No valid recipient", "Same meaning, other words, and 451 if one of the recipients was refused for now.",
         "RFC 5321 §3.3", ALL, "DATA|BDAT .*", r"5.*|\(closed\)",
         _own(replies.NO_VALID_RECIPIENTS, replies.NO_RECIPIENTS_YET, replies.RCPT_FIRST),
     ),
@@ -134,12 +135,12 @@ DIFFERENCES = (
     ),
     Difference(
         "SMTP or ESMTP in Received",
-        "Where a client says HELO after EHLO, Postfix has another opinion. With OpenSMTPD there is no way to say HELO after EHLO.",
+        "To Postfix, HELO after EHLO changes nothing. OpenSMTPD takes one greeting, and Willi's is EHLO.",
         "RFC 3848", (POSTFIX, OPENSMTPD), re.escape(RECEIVED), "E?SMTPS?", "E?SMTPS?",
     ),
     Difference(
         "Line ends that are not CRLF",
-        "Willi repairs them before anybody can take them for the end of the message. The servers differ, and some are fooled.",
+        "Willi repairs them, so that nobody can take them for the end of the message. Some servers do.",
         "RFC 5321 §2.3.8", ALL, re.escape(REPAIRED), ".*", "250 .*", parts=True,
     ),
 )  # fmt: skip

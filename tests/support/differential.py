@@ -25,7 +25,9 @@ RECEIVED = "(Received)"
 REPAIRED = "(message with line ends that Willi repairs)"
 
 # What each server calls a message: it is the only thing in its answers that is never the same.
-_NAME = re.compile(r"(?<=queued as )[0-9A-Za-z]+|(?<=OK id=)[0-9A-Za-z-]+|(?<=2\.0\.0 )[0-9a-f]{8}(?= Message accepted)")
+_NAME = re.compile(
+    r"(?<=queued as )[0-9A-Za-z]+|(?<=OK id=)[0-9A-Za-z-]+|(?<=2\.0\.0 )[0-9a-f]{8}(?= Message accepted)"
+)
 _NAME_IN_RECEIVED = re.compile(r" id ([0-9A-Za-z-]+)")
 _TIME = re.compile(r"\d\d:\d\d:\d\d")
 

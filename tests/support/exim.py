@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 import smtplib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from tests.support.certificates import Pair
 from tests.support.loopback import HOST, PATIENCE, free_port, wait_until
@@ -47,7 +47,7 @@ store:
   transport = store
 send:
   driver = manualroute
-  route_list = * 127.0.0.1 byname
+  route_list = {routes}
   self = send
   transport = send
 
@@ -64,9 +64,11 @@ store:
 send:
   driver = smtp
   allow_localhost
-  port = {relay_port}
-  {relay_tls} = *
+  interface = {source}
   tls_try_verify_hosts =
+  tls_verify_hosts =
+  tls_verify_cert_hostnames =
+  hosts_try_dane =
 
 begin retry
 * * F,1h,2s
@@ -81,13 +83,13 @@ CONDITIONS = {
 
 
 class Exim:
-    """A running instance. Messages for `domains` go to its mailbox, all others to `relay_port`."""
+    """A running instance. Messages for `domains` go to its mailbox, those for `relays` to a port of this machine."""
 
     def __init__(
-        self, domains: Sequence[str] = (), tls: Pair | None = None, proxies: str = "", relay_port: int = 0,
-        relay_tls: bool = False,
+        self, domains: Sequence[str] = (), tls: Pair | None = None, proxies: str = "",
+        relays: Mapping[str, int] | None = None, source: str = HOST,
     ) -> None:  # fmt: skip
-        """tls: offer STARTTLS with it. proxies: who sends a PROXY header. relay_tls: require it there."""
+        """tls: offer STARTTLS with it. proxies: who sends a PROXY header. source: where relayed mail comes from."""
         self._twin = Twin(PACKAGE)
         self.home = self._twin.home
         self.port = free_port()
@@ -95,7 +97,7 @@ class Exim:
         for name in ("spool", "log", "mailbox"):
             (self.home / name).mkdir()
         try:
-            self._write_configuration(domains, tls, proxies, relay_port, relay_tls)
+            self._write_configuration(domains, tls, proxies, relays or {}, source)
             self._twin.run("chown", "Debian-exim:Debian-exim", str(self.home / "spool"), str(self.home / "log"))
             self._twin.run("chown", "nobody", str(self.home / "mailbox"))
             self._process = self._twin.start("exim4", "-bdf", "-q1s", log_file=self.home / "stderr.log")
@@ -110,18 +112,18 @@ class Exim:
         return f"{HOST}:{self.port}"
 
     def _write_configuration(
-        self, domains: Sequence[str], tls: Pair | None, proxies: str, relay_port: int, relay_tls: bool
+        self, domains: Sequence[str], tls: Pair | None, proxies: str, relays: Mapping[str, int], source: str
     ) -> None:
-        lines = ["tls_advertise_hosts ="]
+        lines = [f"tls_advertise_hosts = {'*' if tls else ''}"]
         if tls:
             for name, path in (("certificate", tls.cert), ("privatekey", tls.key)):
                 shutil.copy(path, self.home / f"{name}.pem")
                 self._twin.run("chown", "Debian-exim", str(self.home / f"{name}.pem"))
-            lines = ["tls_advertise_hosts = *", *(f"tls_{n} = {self.home}/{n}.pem" for n in ("certificate", "privatekey"))]
+                lines.append(f"tls_{name} = {self.home}/{name}.pem")
         text = CONFIGURATION.format(
-            name="mx.example", port=self.port, home=self.home, proxies=proxies, tls="\n".join(lines), acls=_acls(domains),
-            domains=" : ".join(domains), relay_port=relay_port or 25,
-            relay_tls="hosts_require_tls" if relay_tls else "hosts_avoid_tls",
+            name="mx.example", port=self.port, home=self.home, proxies=proxies, tls="\n".join(lines),
+            acls=_acls([*domains, *relays]), domains=" : ".join(domains), source=source,
+            routes="; ".join(f"{domain} {HOST}::{port} byname" for domain, port in relays.items()),
         )  # fmt: skip
         (self.home / "exim.conf").write_text(text)
         self._twin.run("sh", "-c", f"cp {self.home}/exim.conf /etc/exim4/exim4.conf")
@@ -145,6 +147,10 @@ class Exim:
     def is_idle(self) -> bool:
         """Whether nothing waits to be delivered."""
         return self._twin.run("exim4", "-bpc").strip() == "0"
+
+    def close(self) -> None:
+        """For contextlib.closing."""
+        self.stop()
 
     def stop(self) -> None:
         """End it and remove its files."""
@@ -171,9 +177,9 @@ def _acls(domains: Sequence[str]) -> str:
 
 
 def _parse(octets: bytes) -> Stored:
-    """Take off what this Exim put on top: Return-path and Envelope-to, then a folded Received."""
+    """Take off what this Exim put on top: Return-path, Envelope-to and Received, folded if they are long."""
     found = re.match(
-        rb"Return-path: <(.*)>\nEnvelope-to: (.*\n(?:[ \t].*\n)*)(?:Delivery-date: .*\n)?(Received: .*\n(?:[ \t].*\n)*)", octets
+        rb"Return-path: <(.*)>\nEnvelope-to: (.*\n(?:[ \t].*\n)*)(Received: .*\n(?:[ \t].*\n)*)", octets
     )
     assert found, f"not what Exim stores: {octets[:500]!r}"
     sender, recipients, received = (" ".join(part.decode().split()) for part in found.groups())

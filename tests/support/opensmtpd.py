@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import smtplib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from tests.support.loopback import HOST, PATIENCE, free_port, wait_until
 from tests.support.postfix import Stored
@@ -12,7 +12,8 @@ from tests.support.refusals import REFUSALS
 from tests.support.twin import Twin
 
 PACKAGE = "opensmtpd"
-ADDED = re.compile(rb"^Date: .* \(UTC\)\n|^Message-ID: <[0-9a-f]{16}@mx\.example>\n", re.MULTILINE)  # where they are missing
+# Headers that it adds if they are missing.
+ADDED = re.compile(rb"^Date: .* \(UTC\)\n|^Message-ID: <[0-9a-f]{16}@mx\.example>\n", re.MULTILINE)
 PHASES = {
     "connect": ["connect"], "ehlo": ["ehlo", "helo"], "mail": ["mail-from"], "rcpt": ["rcpt-to"], "data": ["data"],
     "end": ["commit"],
@@ -23,23 +24,23 @@ CONDITIONS = {
 
 
 class OpenSmtpd:
-    """A running instance. Messages for `domains` go to its mailbox, all others to `relay_port`.
+    """A running instance. Messages for `domains` go to its mailbox, those for `relays` to a port of this machine.
 
-    Who comes to `proxy_port` must say in a PROXY header who he is. STARTTLS is not offered: Debian 12's OpenSMTPD (6.8.0p2
-    with OpenSSL 3) loses its private key and ends every handshake with "missing private key".
+    Who comes to `proxy_port` must say in a PROXY header who he is. STARTTLS is not offered: Debian 12's OpenSMTPD
+    (6.8.0p2 with OpenSSL 3) ends every handshake with "missing private key".
     """
 
     def __init__(
-        self, domains: Sequence[str] = (), relay_port: int = 0, relay_tls: bool = False
+        self, domains: Sequence[str] = (), relays: Mapping[str, int] | None = None, source: str = HOST
     ) -> None:
-        """relay_tls: require STARTTLS there."""
+        """source: where relayed mail comes from."""
         self._twin = Twin(PACKAGE)
         self.home = self._twin.home
         self.port, self.proxy_port = free_port(), free_port()
         self.log_file = self.home / "smtpd.log"
         (self.home / "mailbox").mkdir()
         try:
-            self._write_configuration(domains, relay_port, relay_tls)
+            self._write_configuration(domains, relays or {}, source)
             self._twin.run("useradd", "--create-home", "box")
             self._twin.run("chown", "box", str(self.home / "mailbox"))
             self._process = self._twin.start("smtpd", "-d", "-v", log_file=self.log_file)
@@ -53,7 +54,7 @@ class OpenSmtpd:
         """As a route names it."""
         return f"{HOST}:{self.proxy_port}"
 
-    def _write_configuration(self, domains: Sequence[str], relay_port: int, relay_tls: bool) -> None:
+    def _write_configuration(self, domains: Sequence[str], relays: Mapping[str, int], source: str) -> None:
         lines, options = [], "hostname mx.example filter all"
         names = []
         for number, refusal in enumerate(REFUSALS):
@@ -70,10 +71,10 @@ class OpenSmtpd:
             f"listen on {HOST} port {self.port} {options}",
             f"listen on {HOST} port {self.proxy_port} proxy-v2 {options}",
             f'action "store" maildir "{self.home}/mailbox" virtual <catch-all>',
-            f'action "send" relay host "smtp{"+tls" if relay_tls else "+notls"}://{HOST}:{relay_port}"'
-            + (" tls no-verify" if relay_tls else ""),
+            *(f'action "{domain}" relay host "smtp://{HOST}:{port}" src {source} helo mx.example'
+              for domain, port in relays.items()),
             *(f'match from any for domain "{domain}" action "store"' for domain in domains),
-            *(['match from any for any action "send"'] if relay_port else []),
+            *(f'match from any for domain "{domain}" action "{domain}"' for domain in relays),
         ]
         (self.home / "smtpd.conf").write_text("\n".join(lines) + "\n")
         self._twin.run("sh", "-c", f"cp {self.home}/smtpd.conf /etc/smtpd.conf")
@@ -97,6 +98,10 @@ class OpenSmtpd:
     def is_idle(self) -> bool:
         """Whether nothing waits to be delivered."""
         return self._twin.run("smtpctl", "show", "queue").strip() == ""
+
+    def close(self) -> None:
+        """For contextlib.closing."""
+        self.stop()
 
     def stop(self) -> None:
         """End it and remove its files."""

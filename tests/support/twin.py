@@ -69,8 +69,9 @@ class Twin:
     @property
     def prefix(self) -> list[str]:
         """Put before a command: it runs in the twin, as root."""
-        inside = ["nsenter", f"--target={self._pid}", "--mount", "--pid", "--root", "--wd=/", "--", "env", "-i", "-C", "/"]
-        return [*inside, f"PATH={PATH}", "LC_ALL=C.UTF-8", "DEBIAN_FRONTEND=noninteractive"]
+        inside = ["nsenter", f"--target={self._pid}", "--mount", "--pid", "--root", "--wd=/", "--"]
+        environment = [f"PATH={PATH}", "LC_ALL=C.UTF-8", "DEBIAN_FRONTEND=noninteractive"]
+        return [*inside, "env", "-i", "-C", "/", *environment]
 
     def run(self, *command: str, seconds: float = PATIENCE) -> str:
         """Run a command in the twin to its end, which must be good: what it printed."""
