@@ -5,6 +5,7 @@ What may differ is in tests/support/differences.py and docs/interoperation.md, a
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -136,6 +137,8 @@ def test_the_same_is_stored(comparison: Comparison, session: str):
         for messages, sent in zip(through.stored, through.sent, strict=True):
             stored = (sent if as_sent is None else as_sent).replace(b"\r\n", b"\n")
             stored += b"" if stored.endswith(b"\n") else b"\n"
+            if comparison.name == OPENSMTPD:  # for which a line ends at a NUL
+                stored = re.sub(rb"\0.*", b"", stored)
             assert messages
             assert [content for _, _, content in messages] == [stored] * len(messages)
 

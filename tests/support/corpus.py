@@ -277,7 +277,9 @@ SESSIONS: dict[str, Session] = {
     "CR . CR": to_bob(HEAD + b"one\r.\r" + SMUGGLED, repaired=HEAD + b"one . " + SMUGGLED),
     "CRLF . CR CRLF": to_bob(HEAD + b"one\r\n.\r\r\n" + SMUGGLED, repaired=HEAD + b"one\r\n \r\n" + SMUGGLED),
     "CRLF . blank CRLF": to_bob(HEAD + b"one\r\n. \r\n" + SMUGGLED, repaired=HEAD + b"one\r\n \r\n" + SMUGGLED),
-    "CRLF NUL . CRLF": to_bob(HEAD + b"one\r\n\0.\r\n" + SMUGGLED, repaired=HEAD + b"one\r\n\0.\r\n" + SMUGGLED),
+    "CRLF NUL . CRLF": to_bob(HEAD + b"one\r\n\0.\r\n" + SMUGGLED, repaired=HEAD + b"one\r\n .\r\n" + SMUGGLED),
+    "CRLF . NUL CRLF": to_bob(HEAD + b"one\r\n.\0\r\n" + SMUGGLED, repaired=HEAD + b"one\r\n\0\r\n" + SMUGGLED),
+    "CRLF . NUL x CRLF": to_bob(HEAD + b"one\r\n.\0x\r\n" + SMUGGLED, repaired=HEAD + b"one\r\n\0x\r\n" + SMUGGLED),
     # STARTTLS
     "a message over TLS": session(EHLO, TLS, EHLO, MAIL, BOB, DATA, END),
     "a message over TLS after HELO": session(EHLO, TLS, HELO, MAIL, BOB, DATA, END),
