@@ -16,7 +16,7 @@ import pytest
 
 from tests.conftest import show_on_failure
 from tests.support.certificates import Authority, Pair
-from tests.support.corpus import DOMAINS, SESSIONS
+from tests.support.corpus import DOMAINS, SESSIONS, Session
 from tests.support.daemon import Setting, Willi
 from tests.support.differences import ALL, DIFFERENCES, EXIM, LACKING, OPENSMTPD, POSTFIX, Difference
 from tests.support.differential import REPAIRED, Exchange, Server, Way, exchanges, features, one_by_one, play_all
@@ -90,6 +90,11 @@ def start_server(name: str, pair: Pair) -> tuple[Server, int, str, Mapping[str, 
     return opensmtpd, opensmtpd.port, opensmtpd.server, PROXY
 
 
+def can_be_asked(server: str, session: Session, lacking: frozenset[str]) -> bool:
+    """Whether the server can be asked without Willi. OpenSMTPD 6.8.0 now and then crashes when a smuggler hangs up."""
+    return session.needs not in lacking and not (server == OPENSMTPD and session.smuggles)
+
+
 @pytest.fixture(scope="module", params=ALL)
 def comparison(
     request: pytest.FixtureRequest, certificates: Authority, tmp_path_factory: pytest.TempPathFactory
@@ -107,7 +112,7 @@ def comparison(
         ends.callback(willi.end)
         lacking = frozenset(LACKING) - features(port)
         comparable = {n: s if "PIPELINING" not in lacking else one_by_one(s) for n, s in SESSIONS.items()}
-        asked = {n: s for n, s in comparable.items() if s.needs not in lacking - {"PIPELINING"}}
+        asked = {n: s for n, s in comparable.items() if can_be_asked(request.param, s, lacking - {"PIPELINING"})}
         yield Comparison(
             request.param, lacking, play_all(asked, port, server), play_all(SESSIONS, willi.port, server)
         )
@@ -120,7 +125,7 @@ def test_replies_agree_but_for_the_documented_differences(comparison: Comparison
         unexplained = [exchange for exchange, difference in comparison.differences(session) if difference is None]
         assert unexplained == []
     else:
-        assert SESSIONS[session].needs in comparison.lacking, "the server offers it, so it can be asked"
+        assert not can_be_asked(comparison.name, SESSIONS[session], comparison.lacking)
 
 
 @pytest.mark.parametrize("session", SESSIONS)

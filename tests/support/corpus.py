@@ -58,6 +58,11 @@ class Session:
     repaired: bytes | None = None
     quits: bool = True
 
+    @property
+    def smuggles(self) -> bool:
+        """Whether some servers see a second message in it."""
+        return self.repaired is not None and SMUGGLED in self.repaired
+
 
 TLS = Tls()
 HELO = b"HELO c.example"

@@ -96,8 +96,11 @@ class OpenSmtpd:
         return [_parse(path.read_bytes()) for path in (self.home / "mailbox" / "new").glob("*")]
 
     def is_idle(self) -> bool:
-        """Whether nothing waits to be delivered."""
-        return self._twin.run("smtpctl", "show", "queue").strip() == ""
+        """Whether nothing waits to be delivered. What does is tried at once, also if it has failed before."""
+        if self._twin.run("smtpctl", "show", "queue").strip() == "":
+            return True
+        self._twin.run("smtpctl", "schedule", "all")
+        return False
 
     def close(self) -> None:
         """For contextlib.closing."""
