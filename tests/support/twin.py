@@ -31,6 +31,7 @@ exec chroot "$files/root" sh -c 'echo up; exec sleep infinity'
 INSTALL = """\
 printf '#!/bin/sh\\nexit 101\\n' >/usr/sbin/policy-rc.d  # no service is started
 chmod 755 /usr/sbin/policy-rc.d
+rm -f /var/lib/man-db/auto-update  # half of the time would go into an index of manual pages
 install() { apt-get -qq -o Acquire::Retries=3 install --yes --no-install-recommends "$@"; }
 # The machine may know packages that are gone by now, or may just install others.
 install "$@" || { dpkg --configure -a && apt-get -qq -o Acquire::Retries=3 update && install "$@"; }
