@@ -314,6 +314,8 @@ class Session:
 
     def offer(self, transaction: Transaction, recipient: Path) -> Reply:
         """Have the upstream take a recipient; find and open the upstream first if need be."""
+        if transaction.verdict:
+            raise Reject(transaction.verdict)
         if len(transaction.recipients) >= self.settings.max_recipients:
             raise Reject(replies.TOO_MANY_RECIPIENTS)
         if self.stage is Stage.FAILED and transaction.recipients:
@@ -375,6 +377,8 @@ class Session:
             Content(self.settings, self.wire).skip(size)
             if last and self.stage is Stage.CHUNKS:
                 self.finish_transaction()
+            elif offered and transaction and not last:
+                transaction.verdict = refusal  # later chunks alone would make another message
             return refusal
         relay = transaction.relay = transaction.relay or Relay(self.settings, self.wire, transaction.upstream)
         self.stage = Stage.CHUNKS

@@ -151,6 +151,18 @@ def test_a_chunk_pipelined_behind_refused_recipients_is_read_to_its_end(willi: W
         assert [str(client.read_reply()) for _ in expected] == expected
 
 
+def test_a_message_of_which_a_chunk_came_too_early_is_not_delivered_without_it(willi: Willi, upstream: ScriptedUpstream):
+    with greeted(willi) as client:
+        assert say(client, MAIL) == [SENDER_KEPT]
+        refused = chunk(client, b"Subject: x\r\n")
+        assert refused == "503 5.5.1 Need RCPT command"
+        assert say(client, BOB) == [refused]
+        assert chunk(client, b"hello\r\n", last=True) == refused
+        assert say(client, b"RSET") == ["250 2.0.0 Ok"]
+        assert deliver(client) == QUEUED
+    assert len(upstream.messages) == 1
+
+
 @pytest.mark.parametrize(
     "argument", [b"", b"x", b"-1", b"3 LASTLY", b"3 FIRST", b"3 LAST x", b"0x3", b"3,LAST", b"9" * 21, "٣".encode()]
 )
