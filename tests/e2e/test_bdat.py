@@ -151,7 +151,7 @@ def test_a_chunk_pipelined_behind_refused_recipients_is_read_to_its_end(willi: W
         assert [str(client.read_reply()) for _ in expected] == expected
 
 
-def test_a_message_of_which_a_chunk_came_too_early_is_not_delivered_without_it(willi: Willi, upstream: ScriptedUpstream):
+def test_a_message_of_which_a_chunk_came_too_early_is_not_delivered(willi: Willi, upstream: ScriptedUpstream):
     with greeted(willi) as client:
         assert say(client, MAIL) == [SENDER_KEPT]
         refused = chunk(client, b"Subject: x\r\n")
