@@ -9,7 +9,7 @@ import sys
 from tests.fuzz.inputs import targets
 from tests.fuzz.runner import run
 
-SHARES = {"syntax": 20, "body": 20, "reply": 10, "proxy_protocol": 10, "session": 40}  # percent of the inputs
+SHARES = {"syntax": 25, "body": 20, "reply": 15, "proxy_protocol": 15, "session": 25}  # percent of the inputs
 
 
 def main() -> int:

@@ -27,10 +27,6 @@ class Genes:
         self._octets = octets
         self._at = 0
 
-    @property
-    def left(self) -> bool:
-        return self._at < len(self._octets)
-
     def next(self) -> int:
         """0 to 255."""
         self._at += 1
@@ -63,22 +59,19 @@ def read_seeds(name: str) -> tuple[Any, ...]:
 
 def octets_of(genes: Genes, seeds: Sequence[bytes], tokens: Sequence[bytes]) -> bytes:
     """Tokens in any order, or a seed in which some places are replaced by tokens."""
-    made = b""
-    if genes.next() % 2:
-        made = genes.pick(seeds)
-        for _ in range(1 + genes.next() % 3):
-            at, length = genes.next() % (len(made) + 1), genes.pick((0, 0, 1, 2, 5))
-            made = made[:at] + genes.pick(tokens) + made[at + length :]
-    for _ in range(genes.next() % 20):
-        if genes.left:
-            made += genes.pick(tokens)
+    if genes.next() % 3 == 0:
+        return b"".join(genes.pick(tokens) for _ in range(genes.next() % 20))
+    made = genes.pick(seeds)
+    for _ in range(1 + genes.next() % 3):
+        at, length = genes.next() % (len(made) + 1), genes.pick((0, 0, 1, 2, 5))
+        made = made[:at] + genes.pick(tokens) + made[at + length :]
     return made
 
 
 def tokens(*words: bytes) -> tuple[bytes, ...]:
-    """These, and single octets: printable ones now and then."""
-    rest = 256 - len(words) * 2
-    return words * 2 + tuple(bytes([number * 256 // rest]) for number in range(rest))
+    """These, and single octets now and then."""
+    octets = tuple(bytes([number]) for number in range(0, 256, 7))
+    return (words * 8)[: 256 - len(octets)] + octets
 
 
 SYNTAX = tokens(
