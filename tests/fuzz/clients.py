@@ -53,11 +53,16 @@ class Story:
     unheard: list[bytes] = field(default_factory=list)
     open: bytes = b""
 
+    def then(self, later: Story) -> Story:
+        """This one and what came after it."""
+        return Story(self.commands + later.commands, self.messages + later.messages, later.unheard, later.open)
+
 
 class Reader:
     """Puts commands and replies side by side."""
 
-    def __init__(self, said: bytes, heard: bytes) -> None:
+    def __init__(self, said: bytes, heard: bytes, greeted: bool = False) -> None:
+        self._greeted = greeted
         self._said = said
         self._replies = split_replies(heard)
         self._story = Story()
@@ -65,7 +70,7 @@ class Reader:
         self._poisoned = False  # a chunk of this message was refused
 
     def read(self) -> Story:
-        if self._next() in (None, b""):  # no greeting: it was gone too soon
+        if not self._greeted and self._next() is None:  # no greeting: it was gone too soon
             return self._story
         while self._command():
             pass
@@ -115,7 +120,9 @@ class Reader:
         if verb in (b"EHLO", b"HELO", b"RSET", b"MAIL") and reply.startswith(b"2"):
             self._chunks, self._poisoned = [], False
         ends = (verb == b"QUIT" and reply.startswith(b"221")) or (verb == b"STARTTLS" and reply.startswith(b"220"))
-        assert not ends or not self._replies or verb == b"STARTTLS"
+        assert not ends or not self._replies
+        if verb == b"STARTTLS" and ends:
+            self._said = b""  # what came along with it is as if it had never been said
         return not ends
 
     def _chunk(self, size: int, last: bool, reply: bytes) -> bool:

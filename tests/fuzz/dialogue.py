@@ -18,6 +18,7 @@ from typing import Any
 
 import gevent
 
+from tests.fuzz.client_end import ClientEnd
 from tests.fuzz.clients import Reader, Sent, Story, split_replies
 from tests.fuzz.lenient import with_good_line_ends
 from tests.fuzz.upstreams import CLOSE, REFUSE, RESET, USUAL, HostileUpstream, Plan, Stored
@@ -40,6 +41,7 @@ LONGEST = 20.0  # seconds for a session of which each wait has a limit far below
 PATIENCE, IMPATIENCE = 5.0, 0.01  # seconds of Willi's own limits; the second where a script wants to see them strike
 AT_ONCE, TOGETHER, IN_TURN, OCTETS = "at once", "together", "in turn", "octets"  # how the client's pieces come
 FINISH, HANG_UP, STAY, DRAIN, STOP = "finish", "hang up", "stay", "drain", "stop"  # what comes after them
+HANDSHAKE = b"(TLS handshake)"  # a piece of a script: the client does its part of it, if it was told to
 CLIENT = ("192.0.2.1", 4711)
 
 KEYWORD_OR_WHOLE = re.compile(f"{USUAL}|{CLOSE}|{RESET}|{REFUSE}|(?s:.*)(?:\r\n|^)(?!...-)[^\n]*\r\n")
@@ -145,9 +147,8 @@ class Player:
         self._script = script
         self._plan = Plan(deque(script.upstream), script.features)
         self._log: list[str] = []
-        self._said = self._heard = b""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)  # a piece is a recv
-        self._client = ours
+        self._client = ClientEnd(ours)
         self._raw = RawSocket(fileno=theirs.detach())
         self._raw.setblocking(False)
         self._session: Session | None = None
@@ -190,24 +191,36 @@ class Player:
     # The client
 
     def _talk(self) -> None:
-        self._client.setblocking(False)
         for piece in self._pieces():
+            if piece == HANDSHAKE:
+                gevent.idle()
+                self._hear(wait=False)
+                self._client.shake_hands()
+                continue
             if self._script.pace in (IN_TURN, OCTETS):
                 gevent.idle()
-            try:
-                self._client.send(piece)
-            except OSError:  # Willi has hung up
+            if not self._client.send(piece):  # Willi has hung up
                 break
-            self._said += piece
         self._end()
 
-    def _pieces(self) -> list[bytes]:
-        octets = b"".join(self._script.client)
-        if self._script.pace == TOGETHER:
-            return [octets] if octets else []
-        if self._script.pace == OCTETS:
-            return [octets[i : i + 1] for i in range(len(octets))]
-        return [piece for piece in self._script.client if piece]
+    def _pieces(self) -> Iterator[bytes]:
+        """As the pace wants them. A handshake stays what it is."""
+        groups: list[list[bytes]] = [[]]
+        for piece in self._script.client:
+            if piece == HANDSHAKE:
+                groups.append([])
+            elif piece:
+                groups[-1].append(piece)
+        for number, group in enumerate(groups):
+            if number:
+                yield HANDSHAKE
+            octets = b"".join(group)
+            if self._script.pace == TOGETHER and group:
+                yield octets
+            elif self._script.pace == OCTETS:
+                yield from [octets[i : i + 1] for i in range(len(octets))]
+            elif self._script.pace != TOGETHER:
+                yield from group
 
     def _end(self) -> None:
         end = self._script.end
@@ -219,37 +232,28 @@ class Player:
             gevent.idle()
         if end == HANG_UP:
             gevent.idle()
-            self._hear_all(wait=False)
+            self._hear(wait=False)
         else:
             if end != STAY:
-                self._client.shutdown(socket.SHUT_WR)
-            self._hear_all()
+                self._client.finish()
+            self._hear(wait=True)
         self._client.close()
 
-    def _hear_all(self, wait: bool = True) -> None:
+    def _hear(self, wait: bool) -> None:
         """wait: to the end; else what is there."""
-        while True:
-            try:
-                octets = self._client.recv(1 << 20)
-            except ConnectionError:  # it closed before it had read all; this is told once, and before what it said
-                continue
-            except BlockingIOError:
-                if not wait:
-                    return
-                gevent.socket.wait_read(self._client.fileno())
-                continue
-            if not octets:
-                return
-            self._heard += octets
+        while self._client.hear(wait):
+            pass
 
     # What must hold
 
     def _check(self) -> Story:
         self._check_log()
-        tls = re.search(rb"(?:^|\n)220 2\.0\.0 Ready to start TLS\r\n", self._heard)
-        heard = self._heard[: tls.end()] if tls else self._heard  # an alert may follow it
-        self._check_replies(split_replies(heard))
-        story = Reader(self._said, heard).read()
+        story = Story()
+        for number, phase in enumerate(self._client.phases):
+            tls = re.search(rb"(?:^|\n)220 2\.0\.0 Ready to start TLS\r\n", phase.heard)
+            heard = phase.heard[: tls.end()] if tls else phase.heard  # an alert may follow it
+            self._check_replies(split_replies(heard))
+            story = story.then(Reader(phase.said, heard, greeted=number > 0).read())
         if self._script.end == FINISH and self._script.is_patient and not self._was_cut_off(heard):
             assert not story.open, f"no answer to {story.open!r}"
         self._check_commands(story)
@@ -276,6 +280,8 @@ class Player:
     def _check_commands(self, story: Story) -> None:
         """No sender or recipient goes upstream that the client has not named, in a command of its own."""
         spoken = b"\n".join(story.commands + story.unheard)
+        if self._script.end in (HANG_UP, STOP):  # replies may have been lost, by which commands are told from content
+            spoken += b"".join(phase.said for phase in self._client.phases)
         for upstream in self._plan.upstreams:
             for command in upstream.commands if upstream.honest else ():
                 if command.startswith((b"MAIL", b"RCPT")):
@@ -291,15 +297,16 @@ class Player:
                 if twin is not None:
                     finished.remove(twin)
                 else:
-                    assert self._may_not_know(stored, story), f"{stored} is of no message of {story.messages}"
+                    assert self._may_not_know(stored), f"{stored} is of no message of {story.messages}"
         for sent in finished:
             assert not sent.verdict.startswith(b"2"), f"nobody has {sent}"
 
-    def _may_not_know(self, stored: Stored, story: Story) -> bool:
+    def _may_not_know(self, stored: Stored) -> bool:
         """The client has finished it, but something cut the verdict off: the one window that SMTP has."""
         cut_off = not self._script.is_patient or self._script.end in (HANG_UP, STOP)
         lines = re.split(rb"[\r\n]+", stored.content)  # which may lie in several chunks
-        return cut_off and all(line.strip(b" ") in self._said for line in lines)
+        said = b"".join(phase.said for phase in self._client.phases)
+        return cut_off and all(line.strip(b" ") in said for line in lines)
 
 
 def _normal(octets: bytes) -> bytes:

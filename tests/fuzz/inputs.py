@@ -107,6 +107,7 @@ LINES = (
     b"RCPT TO:<x@broken.example>\r\n", b"RCPT TO:<x@nowhere.example>\r\n", b"RCPT TO:<Postmaster>\r\n", b"DATA\r\n",
     b"DATA\r\n", b"RSET\r\n", b"NOOP\r\n", b"VRFY x\r\n", b"QUIT\r\n", b"HELP\r\n", b"AUTH PLAIN\r\n", b"STARTTLS\r\n",
     b"GET / HTTP/1.0\r\n", b"XCLIENT ADDR=192.0.2.9 NAME=x.example\r\n", b"x" * 2047 + b"\r\n", b"\r\n",
+    dialogue.HANDSHAKE,
     b"RCPT TO:<\"a b>,<\"@b.example>\r\n", b"RCPT TO:<b\xc3\xbc@b.example>\r\n", b"NOOP a\nb\r\n", b"BDAT x\r\n",
 )  # fmt: skip
 CONTENT = (
@@ -141,7 +142,11 @@ ANSWERS = (
     + (upstreams.CLOSE, upstreams.RESET, upstreams.REFUSE, upstreams.CLOSE, upstreams.REFUSE, upstreams.SILENT)
 )  # fmt: skip
 PIECES = LINES + CONTENT * 2 + CHUNKS + BLOCKS * 4
-OPENINGS: tuple[tuple[bytes, ...], ...] = ((START,), (START + b"DATA\r\n",), BEGIN, ())
+IN_TLS = (b"EHLO c.example\r\n", b"STARTTLS\r\n", dialogue.HANDSHAKE)
+INJECTING = (b"EHLO c.example\r\n", b"STARTTLS\r\n" + START.replace(b"ann@", b"eve@"), dialogue.HANDSHAKE)
+OPENINGS: tuple[tuple[bytes, ...], ...] = (
+    (START,), (START + b"DATA\r\n",), BEGIN, (), (START,), BEGIN, (*IN_TLS, START), (*INJECTING, START)
+)  # fmt: skip
 PACES = (dialogue.IN_TURN, dialogue.AT_ONCE, dialogue.AT_ONCE, dialogue.TOGETHER, dialogue.IN_TURN, dialogue.OCTETS)
 ENDS = (dialogue.FINISH,) * 50 + (dialogue.HANG_UP,) * 6 + (dialogue.DRAIN, dialogue.STOP) * 2 + (dialogue.STAY,)
 ENOUGH = ("PIPELINING", "SIZE", "8BITMIME", "SMTPUTF8", "CHUNKING")

@@ -34,8 +34,9 @@ def run_seeds(target: Target) -> int:
 def run(target: Target, inputs: int, seed: int) -> Count:
     """So many inputs, the seeds among them. Raises Failure, or AssertionError for a seed."""
     draw = random.Random(f"{seed} {target.name}")
-    began, descriptors = time.process_time(), _descriptors()
+    began = time.process_time()
     count = Count(run_seeds(target))
+    descriptors = _descriptors()  # now that the event loop has its own
     while count.inputs < inputs:
         genes = draw.randbytes(draw.randrange(4, MOST_GENES))
         count.inputs += 1

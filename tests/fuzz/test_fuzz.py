@@ -10,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given
 from hypothesis import strategies as st
 
-from tests.fuzz.dialogue import Script, check_session
+from tests.fuzz.dialogue import HANDSHAKE, IN_TURN, Script, check_session
 from tests.fuzz.inputs import MOST_GENES, Genes, Target, targets
 from tests.fuzz.lenient import early_end
 from tests.fuzz.parsers import check_body, check_proxy_header, check_reply, check_syntax
@@ -19,6 +19,7 @@ from willi_lib.relay import Relay
 from willi_lib.session import Session
 from willi_lib.smtp import body, proxy_protocol, reply, syntax
 from willi_lib.smtp.reply import Reply
+from willi_lib.smtp.wire import Wire
 from willi_lib.upstream import Upstream
 
 TARGETS = targets()
@@ -164,6 +165,21 @@ def test_a_connection_that_is_left_open_is_noticed(monkeypatch: pytest.MonkeyPat
         check_session(A_MESSAGE)
     for upstream in left:
         upstream.drop()
+
+
+def test_clear_text_that_outlives_starttls_is_noticed(monkeypatch: pytest.MonkeyPatch):
+    start_tls = Wire.start_tls
+
+    def keep_what_came_along(wire: Wire, *arguments: Any, **options: Any) -> None:
+        kept = b"\r\n".join([*wire.peek_lines(), b""])
+        start_tls(wire, *arguments, **options)
+        wire.unread(kept)
+
+    script = Script((EHLO, b"STARTTLS\r\nNOOP\r\n", HANDSHAKE, EHLO), pace=IN_TURN)
+    assert len(check_session(script).commands) == 3
+    monkeypatch.setattr(Wire, "start_tls", keep_what_came_along)
+    with pytest.raises(AssertionError):
+        check_session(script)
 
 
 def test_a_failing_input_is_made_small(monkeypatch: pytest.MonkeyPatch):
