@@ -17,6 +17,7 @@ from willi_lib.smtp.reply import Reply
 PATIENCE = 45.0  # seconds for any answer, or the end of the connection; Willi's own limits and all pauses are shorter
 BETWEEN_SESSIONS = (0.1, 0.5)  # seconds
 MOST_MESSAGES = 4  # of a session
+UNFINISHED = 0.06  # of all messages
 SIZES = (0, 0, 300, 2_000, 2_000, 40_000, 300_000)  # octets, about
 LINES = (b"plain text", b".", b"..dots", b".hidden", b"", b"8-bit \xfc\xff", b"a" * 900, b"From me", b" . ")
 
@@ -99,6 +100,7 @@ class Sender:
         self._pause = threading.Event()  # never set
         self._client: Client | None = None
         self._pipelines = self._slow = False
+        self._fate, self._code = Fate.NOT_BEGUN, 0  # of the message under way
 
     def run(self, end: threading.Event) -> None:
         while not end.wait(self._draw.uniform(*BETWEEN_SESSIONS)):
@@ -144,40 +146,38 @@ class Sender:
         """One message, whatever comes of it, is entered into the book. Raises what ends the session."""
         self._number += 1
         mark = f"{self._name}-{self._number}"
-        domain = self._draw.choice(self._domains)
-        content = message(mark, self._draw)
-        stage, code = Fate.NOT_BEGUN, 0
-        unfinished = self._draw.random() < 0.06
+        domain, content = self._draw.choice(self._domains), message(mark, self._draw)
+        self._fate, self._code = Fate.NOT_BEGUN, 0
         try:
-            chunked = self._draw.random() < 0.4
-            if not self._envelope(mark, domain, chunked):
-                return
-            stage = Fate.UNFINISHED
-            pieces = _chunks(content, self._draw) if chunked else [_stuffed(content)]
-            if unfinished:
-                self._break_off(pieces[-1])
-            for piece in pieces[:-1]:
-                self._send(piece)
-                self._expect(self._read())
-            stage = Fate.UNKNOWN
-            self._send(pieces[-1])
-            answer = self._read()
-            code = answer.code
-            stage = Fate.ACCEPTED if answer.positive else Fate.DEFERRED
-            self._expect(answer)
+            self._deliver(mark, domain, content)
         except Refused as refusal:
-            code = refusal.reply.code
-            if code == 421:
+            self._code = refusal.reply.code
+            if self._code == 421:
                 raise
-            self._book.count(f"replies {code}")
-            if stage is Fate.UNFINISHED:  # a chunk was refused: the message is over
+            self._book.count(f"replies {self._code}")
+            if self._fate is Fate.UNFINISHED:  # a chunk was refused: the message is over
                 self._say(b"RSET")
         finally:
-            digest = hashlib.sha256(content).hexdigest()
-            self._book.enter(mark, Entry(domain, digest, stage, code))
+            self._book.enter(mark, Entry(domain, hashlib.sha256(content).hexdigest(), self._fate, self._code))
 
-    def _envelope(self, mark: str, domain: str, chunked: bool) -> bool:
-        """Whether the content may follow."""
+    def _deliver(self, mark: str, domain: str, content: bytes) -> None:
+        chunked = self._draw.random() < 0.4
+        self._envelope(mark, domain, chunked)
+        self._fate = Fate.UNFINISHED
+        pieces = _chunks(content, self._draw) if chunked else [_stuffed(content)]
+        if self._draw.random() < UNFINISHED:
+            self._break_off(pieces[-1])
+        for piece in pieces[:-1]:
+            self._send(piece)
+            self._expect(self._read())
+        self._fate = Fate.UNKNOWN
+        self._send(pieces[-1])
+        answer = self._read()
+        self._fate, self._code = Fate.ACCEPTED if answer.positive else Fate.DEFERRED, answer.code
+        self._expect(answer)
+
+    def _envelope(self, mark: str, domain: str, chunked: bool) -> None:
+        """Up to where the content may follow. Raises Refused."""
         lines = [b"MAIL FROM:<ann@a.example>", b"RCPT TO:<%b@%b>" % (mark.encode(), domain.encode())]
         if not chunked:
             lines.append(b"DATA")
@@ -198,7 +198,6 @@ class Sender:
             self._send(b"RSET\r\n")
             self._expect(self._read())
             self._expect(worst)
-        return True
 
     def _break_off(self, piece: bytes) -> None:
         """Hang up in the middle, one way or the other."""

@@ -23,6 +23,7 @@ from tests.support.postfix import Postfix
 SHORT_STOP = (0.2, 2.5)  # seconds that a process stands still, or is gone
 PULSE = (0.06, 0.02)  # seconds of standing still and of running, for a process that is slow
 DRAIN_TIMEOUT = 4.0  # seconds, of Willi
+TIME_TO_START = 60.0  # seconds, on a machine that has other things to do
 TIME_TO_DIE = 30.0  # seconds until the workers of a dead master are gone
 
 
@@ -55,8 +56,10 @@ class Sink:
 class Daemon:
     """Willi, with a master that is started again when it has died, as systemd would do."""
 
-    def __init__(self, willi: Willi) -> None:
+    def __init__(self, willi: Willi, show: Callable[[Path], None]) -> None:
+        """show: is told of each new log, for whoever has to look at it when the test has failed."""
         self.willi = willi
+        self._show = show
         self.logs = [willi.log_file]
         self.orphans: list[str] = []
 
@@ -64,7 +67,8 @@ class Daemon:
         """Into a log of its own: a long one costs much to look at."""
         self.willi.log_file = self.willi.directory / f"willi{len(self.logs) + 1}.log"
         self.logs.append(self.willi.log_file)
-        self.willi.start()
+        self._show(self.willi.log_file)
+        self.willi.start(TIME_TO_START)
 
     def kill_master(self, workers_too: bool) -> None:
         """Workers whose master is dead end by themselves, if systemd does not end them first."""

@@ -10,7 +10,7 @@ import random
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -18,8 +18,8 @@ import pytest
 
 from tests.chaos.clients import Book, Entry, Fate, Sender, Traffic
 from tests.chaos.faults import DRAIN_TIMEOUT, Chaos, Daemon, Sink
-from tests.conftest import show_on_failure
-from tests.support.certificates import Authority
+from tests.conftest import LOGS
+from tests.support.certificates import Authority, Pair
 from tests.support.daemon import Setting, Willi, in_a_hurry, parse_logfmt
 from tests.support.loopback import HOST, need, wait_until
 from tests.support.mariadb import Mariadb
@@ -37,6 +37,11 @@ TIME_TO_DELIVER = 60.0  # seconds for Postfix to have all in its mailbox
 DOMAINS = (
     "one.example", "two.example", "many.example", "moved.example", "mail.example", "db.example", "dbmail.example",
 )  # fmt: skip
+ALL_EXTENSIONS = ("PIPELINING", "8BITMIME", "SIZE 100000000", "CHUNKING", "SMTPUTF8")
+TIMES: dict[str, Setting] = {
+    "drain_timeout": f"{DRAIN_TIMEOUT:g}s", "read_timeout": "20s", "write_timeout": "10s", "connect_timeout": "2s",
+    "upstream_timeout": "6s", "data_timeout": "10s", "dns_timeout": "1s",
+}  # fmt: skip
 
 Stores = Mapping[str, Counter[tuple[str, str]]]
 
@@ -44,44 +49,42 @@ Stores = Mapping[str, Counter[tuple[str, str]]]
 class Site:
     """A network of its own with nothing but lo, and in it all the servers. Every thread that is made here is in it."""
 
-    def __init__(self, directory: Path, certificates: Authority, ends: ExitStack) -> None:
+    def __init__(self, directory: Path, certificates: Authority, ends: ExitStack, show: Callable[[Path], None]) -> None:
+        """show: see Daemon."""
         resolver = directory / "resolv.conf"
         resolver.write_text("")
         host = Host(resolver)
         ends.callback(host.stop)
         ends.enter_context(host.inside())
         pair = certificates.issue("willi.example", HOST)
-        self.directory = directory
-        everything = ("PIPELINING", "8BITMIME", "SIZE 100000000", "CHUNKING", "SMTPUTF8")
-        self.sinks = [
-            Sink(directory, "127.0.1.1", everything, SEED),
-            Sink(directory, "127.0.1.2", ("8BITMIME",), SEED + 1),
-        ]
+        self.sinks = [Sink(directory, "127.0.1.1", ALL_EXTENSIONS, SEED), Sink(directory, "127.0.1.2", (), SEED + 1)]
         for sink in self.sinks:
             ends.callback(sink.kill)
-        # Its own limits count Willi as one client; a second instance of the same message would be its own fault.
-        limits = {"smtpd_client_connection_count_limit": "0", "in_flow_delay": "0", "smtpd_delay_reject": "yes"}
+        # To it Willi is one client with very many connections.
+        limits = {"smtpd_client_connection_count_limit": "0", "in_flow_delay": "0"}
         self.postfix = Postfix("mx.example", ("mail.example", "dbmail.example"), settings=limits)
         ends.callback(self.postfix.stop)
         self.mariadb = Mariadb(pair)
         ends.callback(self.mariadb.remove)
-        one, two = (sink.server for sink in self.sinks)
-        database = self.mariadb.table(("db.example", one, False), ("dbmail.example", self.postfix.server, False))
-        self.tables = [self._table(one), self._table(two)]
-        (directory / "willi").mkdir()
-        (directory / "willi" / "upstream_servers.csv").write_text(self.tables[0])
+        self.tables = [self._table(sink.server) for sink in self.sinks]
+        self.willi = self._start_willi(directory / "willi", pair)
+        self.daemon = Daemon(self.willi, show)
+        ends.callback(self.end_willi)
+
+    def _start_willi(self, directory: Path, pair: Pair) -> Willi:
+        directory.mkdir()
+        table = directory / "upstream_servers.csv"
+        table.write_text(self.tables[0])
+        database = self.mariadb.table(
+            ("db.example", self.sinks[0].server, False), ("dbmail.example", self.postfix.server, False)
+        )
         settings: dict[str, Setting] = {
-            "tls_cert": str(pair.cert), "tls_key": str(pair.key), "workers": WORKERS,
-            "drain_timeout": f"{DRAIN_TIMEOUT:g}s", "read_timeout": "20s",
-            "write_timeout": "10s", "connect_timeout": "2s", "upstream_timeout": "6s",
-            "data_timeout": "10s", "dns_timeout": "1s", "max_message_bytes": "20MiB", "mappings": {
-                "csv": {"type": "csv", "file": str(directory / "willi" / "upstream_servers.csv")},
+            **TIMES, "tls_cert": str(pair.cert), "tls_key": str(pair.key), "workers": WORKERS, "mappings": {
+                "csv": {"type": "csv", "file": str(table)},
                 "database": self.mariadb.mapping(database, cache_ttl="1s", stale_ttl="2s"),
             },
         }  # fmt: skip
-        self.willi = Willi(directory / "willi", settings, prefix=in_a_hurry(**{"master.LONGEST_DELAY": 2.0}))
-        self.daemon = Daemon(self.willi)
-        ends.callback(self.end_willi)
+        return Willi(directory, settings, prefix=in_a_hurry(**{"master.LONGEST_DELAY": 2.0}))
 
     def _table(self, moved: str) -> str:
         one, two = (sink.server for sink in self.sinks)
@@ -125,8 +128,14 @@ class Site:
 def site(request: pytest.FixtureRequest, certificates: Authority, tmp_path: Path) -> Iterator[Site]:
     need("postfix", "mariadbd", "mariadb-install-db", "ip", "unshare", "nsenter", root=True)
     with ExitStack() as ends:
-        made = Site(tmp_path, certificates, ends)
-        show_on_failure(request, "Willi's first log", made.daemon.logs[0])
+        logs = request.node.stash.setdefault(LOGS, {})
+
+        def show(log: Path) -> None:
+            logs["Willi's last log"] = log
+
+        made = Site(tmp_path, certificates, ends, show)
+        show(made.willi.log_file)
+        logs["Postfix"] = made.postfix.log_file
         yield made
 
 

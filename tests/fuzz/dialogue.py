@@ -37,8 +37,8 @@ from willi_lib.smtp.wire import Clock, PeerGone, Wire
 from willi_lib.tls import server_context
 from willi_lib.upstream import Client, Connector
 
-LONGEST = 20.0  # seconds for a session of which each wait has a limit far below
-PATIENCE, IMPATIENCE = 5.0, 0.01  # seconds of Willi's own limits; the second where a script wants to see them strike
+LONGEST = 40.0  # seconds for a session of which each wait has a limit far below
+PATIENCE, IMPATIENCE = 10.0, 0.01  # seconds of Willi's own limits; the second where a script wants to see them strike
 AT_ONCE, TOGETHER, IN_TURN, OCTETS = "at once", "together", "in turn", "octets"  # how the client's pieces come
 FINISH, HANG_UP, STAY, DRAIN, STOP = "finish", "hang up", "stay", "drain", "stop"  # what comes after them
 HANDSHAKE = b"(TLS handshake)"  # a piece of a script: the client does its part of it, if it was told to
