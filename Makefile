@@ -2,18 +2,24 @@
 
 PYTHON ?= python3
 ROUNDS ?= 15
+SECONDS ?= 300
+INPUTS ?= 100000
+SEED ?=
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --use-pep517 --requirement
 CHECKED := $(wildcard willi.py demo.py release.py) willi_lib bench tests
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo check test bench release lock install clean
+.PHONY: help venv demo check test chaos fuzz bench release lock install clean
 
 help:
 	@echo "make demo    two upstream servers and Willi in between: see mail being routed (Ctrl-C ends it)"
 	@echo "make check   ruff, mypy --strict and the unit tests: seconds"
 	@echo "make test    everything, with real servers; as root it installs those that are missing"
+	@echo "make chaos   mail goes through Willi while everything breaks; SECONDS=3600 is longer, SEED=7 draws the same again;"
+	@echo "             as root it installs the servers that are missing"
+	@echo "make fuzz    INPUTS=1000000 octets of strangers against the protocol code and whole sessions; SEED=7 as above"
 	@echo "make bench   Willi, nginx mail and HAProxy side by side, about 3 minutes: a table, bench/results.json and .svg;"
 	@echo "             make bench BENCH=\"plain tlsc\" ROUNDS=5 is shorter; see docs/performance.md"
 	@echo "make release release/willi-<version>.tar.gz of what is committed, with all that it needs, and release/SHA256SUMS"
@@ -47,13 +53,21 @@ demo: $(VENV)/demo
 check: venv
 	@$(BIN)/ruff check $(CHECKED)
 	@$(BIN)/mypy --strict $(CHECKED)
-	@$(BIN)/python -m pytest --quiet --ignore=tests/e2e --ignore=tests/fuzz
+	@$(BIN)/python -m pytest --quiet --ignore=tests/e2e --ignore=tests/fuzz --ignore=tests/chaos
 
+# In the order of the files: chaos, which takes longest, comes first.
 test: venv
 	@tests/install-packages.sh tests/e2e/packages.txt
 	@$(BIN)/ruff check $(CHECKED)
 	@$(BIN)/mypy --strict $(CHECKED)
-	@$(BIN)/python -m pytest --numprocesses 3 --dist loadfile
+	@$(BIN)/python -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder
+
+chaos: venv
+	@tests/install-packages.sh tests/e2e/packages.txt
+	@CHAOS_SECONDS=$(SECONDS) CHAOS_SEED=$(SEED) $(BIN)/python -m pytest --quiet --capture=no tests/chaos
+
+fuzz: venv
+	@$(BIN)/python -m tests.fuzz --inputs $(INPUTS) $(if $(SEED),--seed $(SEED))
 
 bench: $(VENV)/demo
 	@tests/install-packages.sh bench/packages.txt

@@ -125,7 +125,11 @@ class Session:
 
     def command(self, line: bytes) -> Reply:
         """Run one command. What it raises, `guarded` turns into a reply."""
-        verb, argument = split_command(line)
+        try:
+            verb, argument = split_command(line)
+        except Reject:
+            self.closing = line[:4].upper() == b"BDAT"  # octets follow that are no commands
+            raise
         if verb not in VERBS:
             return replies.NOT_HTTP if verb in OTHER_PROTOCOLS else replies.UNKNOWN_COMMAND
         method, stages = VERBS[verb]
@@ -314,6 +318,8 @@ class Session:
 
     def offer(self, transaction: Transaction, recipient: Path) -> Reply:
         """Have the upstream take a recipient; find and open the upstream first if need be."""
+        if transaction.verdict:
+            raise Reject(transaction.verdict)
         if len(transaction.recipients) >= self.settings.max_recipients:
             raise Reject(replies.TOO_MANY_RECIPIENTS)
         if self.stage is Stage.FAILED and transaction.recipients:
@@ -375,6 +381,8 @@ class Session:
             Content(self.settings, self.wire).skip(size)
             if last and self.stage is Stage.CHUNKS:
                 self.finish_transaction(accepted=False)
+            elif offered and transaction and not last:
+                transaction.verdict = refusal  # later chunks alone would make another message
             return refusal
         relay = transaction.relay = transaction.relay or Relay(self.settings, self.wire, transaction.upstream)
         self.stage = Stage.CHUNKS

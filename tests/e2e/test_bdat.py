@@ -151,6 +151,18 @@ def test_a_chunk_pipelined_behind_refused_recipients_is_read_to_its_end(willi: W
         assert [str(client.read_reply()) for _ in expected] == expected
 
 
+def test_a_message_of_which_a_chunk_came_too_early_is_not_delivered(willi: Willi, upstream: ScriptedUpstream):
+    with greeted(willi) as client:
+        assert say(client, MAIL) == [SENDER_KEPT]
+        refused = chunk(client, b"Subject: x\r\n")
+        assert refused == "503 5.5.1 Need RCPT command"
+        assert say(client, BOB) == [refused]
+        assert chunk(client, b"hello\r\n", last=True) == refused
+        assert say(client, b"RSET") == ["250 2.0.0 Ok"]
+        assert deliver(client) == QUEUED
+    assert len(upstream.messages) == 1
+
+
 @pytest.mark.parametrize(
     "argument", [b"", b"x", b"-1", b"3 LASTLY", b"3 FIRST", b"3 LAST x", b"0x3", b"3,LAST", b"9" * 21, "٣".encode()]
 )
@@ -159,6 +171,15 @@ def test_a_bdat_without_a_size_ends_the_session(argument: bytes, willi: Willi, u
     with in_envelope(willi) as client:
         client.send(b"BDAT " + argument + b"\r\nQUIT\r\nMAIL FROM:<eve@a.example>\r\n")
         assert str(client.read_reply()) == "501 5.5.4 Syntax: BDAT size [LAST]"
+        client.expect_eof()
+    upstream.wait_for_ends()
+    assert upstream.messages == []
+
+
+def test_a_bdat_with_a_control_character_ends_the_session(willi: Willi, upstream: ScriptedUpstream):
+    with in_envelope(willi) as client:
+        client.send(b"bdat 6\x01\r\nRSET\r\n")
+        assert str(client.read_reply()) == "501 5.5.2 Control or 8-bit character in a command"
         client.expect_eof()
     upstream.wait_for_ends()
     assert upstream.messages == []

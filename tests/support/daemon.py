@@ -15,7 +15,7 @@ from pathlib import Path
 from configobj import ConfigObj
 
 from tests.support.client import Client
-from tests.support.loopback import HOST, ROOT, free_port, wait_until
+from tests.support.loopback import HOST, PATIENCE, ROOT, free_port, wait_until
 
 PYTHON = os.environ.get("WILLI_PYTHON", sys.executable)
 PROBE_ADDRESS = "127.255.255.254"  # limits per address do not see the probe of start_willi
@@ -108,15 +108,18 @@ class Willi:
         self._command = [*prefix, PYTHON, str(ROOT / "willi.py"), "-c", str(self.config)]
         self.start()
 
-    def start(self) -> None:
-        """Also for a second time, after stop() or a kill: the log goes on in the same file."""
+    def start(self, seconds: float = PATIENCE) -> None:
+        """Also for a second time, after stop() or a kill: the log goes on in the same file.
+
+        seconds: until it must be ready.
+        """
         ready = len(self.lines(msg="Ready")) if self.log_file.exists() else 0
         with self.log_file.open("ab") as log:
             self.process = subprocess.Popen(
                 self._command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=self._environment
             )
         try:
-            wait_until(lambda: self._is_up(ready), "a line with msg=Ready in Willi's log")
+            wait_until(lambda: self._is_up(ready), "a line with msg=Ready in Willi's log", seconds)
         except AssertionError:
             self.kill()
             raise
