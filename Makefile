@@ -3,12 +3,14 @@
 PYTHON ?= python3
 ROUNDS ?= 15
 MINUTES ?= 30
+IDLE ?= 5000
+SLOW ?= 500
 VENV := .venv
 BIN := $(VENV)/bin
 CHECKED := $(wildcard willi.py demo.py release.py) willi_lib bench tests
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo check test bench soak release lock install clean
+.PHONY: help venv demo check test bench load soak release lock install clean
 
 help:
 	@echo "make demo    two upstream servers and Willi in between: see mail being routed (Ctrl-C ends it)"
@@ -16,6 +18,7 @@ help:
 	@echo "make test    everything, with real servers; as root it installs those that are missing"
 	@echo "make bench   Willi, nginx mail and HAProxy side by side, about 3 minutes: a table, bench/results.json and .svg;"
 	@echo "             make bench BENCH=\"plain tlsc\" ROUNDS=5 is shorter; see docs/performance.md"
+	@echo "make load    normal traffic with and without IDLE=5000 idle and SLOW=500 slow clients beside it"
 	@echo "make soak    Willi under full load for MINUTES=30: memory and descriptors, docs/soak.json and docs/soak.svg"
 	@echo "make release release/willi-<version>.tar.gz of what is committed, with all that it needs, and release/SHA256SUMS"
 	@echo "make install TARGET_HOST=root@mx1.example.org"
@@ -53,6 +56,9 @@ test: venv
 bench: venv
 	@tests/install-packages.sh bench/packages.txt
 	@$(BIN)/python -m bench --rounds $(ROUNDS) $(BENCH)
+
+load: venv
+	@$(BIN)/python -m bench.crowd --idle $(IDLE) --slow $(SLOW)
 
 soak: venv
 	@$(BIN)/python -m bench.soak --minutes $(MINUTES)
