@@ -38,6 +38,7 @@ from .config import Settings
 from .dns import Resolver
 from .limits import Limits
 from .mappings import MappingError, open_mappings
+from .memory import Memory
 from .routing.csv_file import CsvError, CsvFile
 from .routing.mysql import Mysql, Notice
 from .scoreboard import Row
@@ -158,6 +159,7 @@ class Worker:
         self._limits = Limits(
             row, settings.max_connections, settings.max_connections_per_ip, settings.max_connection_rate
         )
+        self._memory = Memory()
         self._servers = [Listener(listener, self._serve) for listener in sockets]
         if settings.workers > 1:
             for server in self._servers:
@@ -262,6 +264,10 @@ class Worker:
         """Unless there are too many already."""
         sid = new_session_id()
         wire = Wire(connection, Clock(), log.tracer(sid, "client"), self._settings.write_timeout)
+        if not self._memory.allows(self._connections - 1):
+            log.warn("Connection refused, no memory left", sid=sid, client=address[0], connections=self._connections)
+            self._turn_away(wire, sid, address[0], replies.OUT_OF_MEMORY, linger=False)
+            return
         refusal = self._limits.enter()
         if refusal:
             self._turn_away(wire, sid, address[0], refusal, linger=False)
