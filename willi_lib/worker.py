@@ -51,6 +51,7 @@ from .smtp.wire import Clock, PeerGone, Wire, WireError
 from .tls import CertificateError, server_context
 from .upstream import Client, Connector
 
+ACCEPT_PAUSE = 1.0  # seconds without a descriptor: trying all the time would take the CPU from those who may free one
 PROXY_HEADER_TIMEOUT = 3.0  # seconds; the least that its specification allows
 CSV_INTERVAL = 2.0  # seconds between looks at the CSV files
 MANY_PATTERNS = 100  # of a CSV file: if it loses more than half of so many, the administrator should look
@@ -96,9 +97,19 @@ class Listener(StreamServer):
         except BlockingIOError:
             pass  # another worker had one, and was quicker
         except OSError as error:
-            log.warn("Connection refused, no file descriptors left", error=str(error))
-        finally:
+            self._pause(error)
+        with suppress(OSError):  # then there is none the next time
             self._spare = open(os.devnull, "rb")  # noqa: PTH123, SIM115
+
+    def _pause(self, error: OSError) -> None:
+        """Not even the spare one was of use, as when the whole machine has none left. The clients wait in the queue."""
+        log.warn("No connection can be accepted", error=str(error))
+        self.stop_accepting()
+        gevent.spawn_later(ACCEPT_PAUSE, self._resume)
+
+    def _resume(self) -> None:
+        if not self.closed:
+            self.start_accepting()
 
     def do_close(self, connection: Socket, *_: object) -> None:
         """Called when the handler has come to its end, however."""

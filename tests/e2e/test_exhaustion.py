@@ -69,6 +69,22 @@ def test_without_descriptors_new_clients_are_told_421_and_no_descriptor_is_lost(
         assert_as_before(willi, worker, before)
 
 
+def test_without_even_the_spare_descriptor_clients_wait_and_the_log_is_not_flooded(
+    start_willi: StartWilli, upstream: ScriptedUpstream
+):
+    """As where the whole machine has none left: nobody can be told anything, and trying all the time helps nobody."""
+    willi = start_willi(server=upstream.server, **ENOUGH)
+    [worker] = willi.workers
+    before, limit = descriptors(worker), resource.prlimit(worker, resource.RLIMIT_NOFILE)
+    resource.prlimit(worker, resource.RLIMIT_NOFILE, (3, limit[1]))
+    with willi.connect(greeting=False) as client:
+        willi.wait_for_log(msg="No connection can be accepted", count=2)
+        assert len(willi.lines(lvl="warn")) < 10
+        resource.prlimit(worker, resource.RLIMIT_NOFILE, limit)
+        assert client.read_reply().code == 220
+    assert_as_before(willi, worker, before)
+
+
 def test_without_memory_new_clients_are_told_421_and_those_who_are_in_go_on(
     start_willi: StartWilli, upstream: ScriptedUpstream
 ):
