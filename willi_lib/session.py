@@ -311,7 +311,7 @@ class Session:
             transaction.recipients.append(recipient)
             self.stage = Stage.RECIPIENT
         else:
-            transaction.refused.append(answer)
+            transaction.refuse(answer)
             self.log.message(transaction, answer, recipient)
         return answer
 
