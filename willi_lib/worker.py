@@ -66,6 +66,7 @@ class Listener(StreamServer):
 
     def __init__(self, listener: stdlib_socket.socket, serve: Callable[..., None]) -> None:
         super().__init__(listener, serve)
+        self._serve = serve
         self._spare = open(os.devnull, "rb")  # noqa: PTH123, SIM115 -- a descriptor to let go of when none is left
 
     def do_read(self) -> tuple[Socket, tuple[str, int]] | None:  # type: ignore[override]
@@ -111,8 +112,15 @@ class Listener(StreamServer):
         if not self.closed:
             self.start_accepting()
 
+    def do_handle(self, *connection_and_address: object) -> None:
+        """A greenlet for each, without what gevent puts around it: 1.5 of 10 KiB a connection less, measured.
+
+        The handler closes the connection, and must not raise.
+        """
+        gevent.spawn_raw(self._serve, *connection_and_address)
+
     def do_close(self, connection: Socket, *_: object) -> None:
-        """Called when the handler has come to its end, however."""
+        """Called when no greenlet could be made."""
         connection.close()
 
 
@@ -264,16 +272,19 @@ class Worker:
     def _serve(self, connection: Socket, address: tuple[str, int]) -> None:
         """One connection, in its own greenlet."""
         self._connections += 1
+        sid = new_session_id()
         try:
-            self._serve_limited(connection, address)
+            self._serve_limited(sid, connection, address)
+        except Exception:  # noqa: BLE001 -- nobody above us could answer for it
+            log.bug("Internal error", sid=sid, client=address[0])
         finally:
+            connection.close()
             self._connections -= 1
             if self._asked_to_end.is_set() and not self._connections:
                 self._all_gone.set()
 
-    def _serve_limited(self, connection: Socket, address: tuple[str, int]) -> None:
+    def _serve_limited(self, sid: str, connection: Socket, address: tuple[str, int]) -> None:
         """Unless there are too many already."""
-        sid = new_session_id()
         wire = Wire(connection, Clock(), log.tracer(sid, "client"), self._settings.write_timeout)
         if not self._memory.allows(self._connections - 1):
             log.warn("Connection refused, no memory left", sid=sid, client=address[0], connections=self._connections)
@@ -289,8 +300,6 @@ class Worker:
             log.debug("Client gone", sid=sid, client=address[0], error=str(error))
         except (WireError, proxy_protocol.BadHeader, OSError) as error:
             log.warn("Connection dropped", sid=sid, client=address[0], error=str(error))
-        except Exception:  # noqa: BLE001 -- nobody above us could answer for it
-            log.bug("Internal error", sid=sid, client=address[0])
         finally:
             self._limits.leave()
             wire.close()
