@@ -23,7 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -43,11 +43,12 @@ COMMAND = b"NOOP\r\n"
 LINE = b"Subject: a line of sixty octets, so that it takes a minute..\r\n"
 ENVELOPE = b"MAIL FROM:<eva@client.example>\r\nRCPT TO:<%b>\r\nDATA" % RECIPIENT
 SPARE_DESCRIPTORS = 500
+MESSAGE = make_message(TRAFFIC)
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Of so many pairs; ratios: with the crowd to without, medians with quartiles. times: ms, of all sessions.
+    """Of so many pairs; p50, p99: ratios, with the crowd to without. times: ms, p50 and p99 of all sessions.
 
     control: the ratio of the p50 before the crowd came.
     """
@@ -126,14 +127,17 @@ class Pairs:
                 os.kill(holder, signal.SIGCONT if name == "with" else signal.SIGSTOP)
             times = [1e3 * seconds for seconds in send(self._proxies[name].port, TRAFFIC, MESSAGE, GROUP).times]
             self.times[name] += times
-            found[name] = statistics.quantiles(times, n=100, method="inclusive")
+            found[name] = percentiles(times)
         if holder:
             os.kill(holder, signal.SIGCONT)
-        self.p50.append(found["with"][49] / found["without"][49])
-        self.p99.append(found["with"][98] / found["without"][98])
+        for ratios, mine, other in zip((self.p50, self.p99), found["with"], found["without"], strict=True):
+            ratios.append(mine / other)
 
 
-MESSAGE = make_message(TRAFFIC)
+def percentiles(times: Sequence[float]) -> tuple[float, float]:
+    """p50 and p99."""
+    cuts = statistics.quantiles(times, n=100, method="inclusive")
+    return cuts[49], cuts[98]
 
 
 def compare(idle: int, slow: int, pairs: int, descriptors: int, directory: Path) -> Comparison:
@@ -154,11 +158,8 @@ def compare(idle: int, slow: int, pairs: int, descriptors: int, directory: Path)
         with crowd(crowded, idle, slow, directory / "crowd.log") as holder:
             for _ in range(pairs):
                 during.measure(holder)
-    return Comparison(
-        idle, slow, pairs, Spread.of(during.p50), Spread.of(during.p99), Spread.of(before.p50),
-        {name: (round(q[49], 2), round(q[98], 2)) for name, times in during.times.items()
-         if (q := statistics.quantiles(times, n=100))},
-    )  # fmt: skip
+    times = {name: percentiles(each) for name, each in during.times.items()}
+    return Comparison(idle, slow, pairs, Spread.of(during.p50), Spread.of(during.p99), Spread.of(before.p50), times)
 
 
 def main() -> int:
