@@ -46,6 +46,13 @@ assert [memory.allows(number) for number in (160, 121, 120, 119, 100, 119, 120)]
 """)
 
 
+def test_where_there_is_never_enough_a_few_are_let_in_all_the_same():
+    run("""
+leave(HEADROOM // 2)
+assert all(memory.allows(number) for number in range(EVERY)) and memory.is_short
+""")
+
+
 def test_few_connections_cost_a_look_at_the_memory():
     """At most EVERY of them come in before it is seen that there is none."""
     run("""

@@ -28,14 +28,14 @@ class Memory:
         """Whether there is room for one more, besides so many.
 
         If not, a quarter of them must go, or memory come back: what they leave is the allocator's, and
-        mostly cannot be seen from outside.
+        mostly cannot be seen from outside. A few are always let in: serving nobody would be no better.
         """
         if self._most is None and connections % EVERY:
             return True
         if _is_there(HEADROOM):
             self._most = None
         elif self._most is None:
-            self._most = connections * 3 // 4
+            self._most = max(EVERY, connections * 3 // 4)
         return self._most is None or connections < self._most
 
 
