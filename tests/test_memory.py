@@ -49,6 +49,7 @@ assert [memory.allows(number) for number in (160, 121, 120, 119, 100, 119, 120)]
 def test_where_there_is_never_enough_a_few_are_let_in_all_the_same():
     run("""
 leave(HEADROOM // 2)
+assert not memory.allows(EVERY) and memory.is_short
 assert all(memory.allows(number) for number in range(EVERY)) and memory.is_short
 """)
 

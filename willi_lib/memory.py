@@ -30,7 +30,7 @@ class Memory:
         If not, a quarter of them must go, or memory come back: what they leave is the allocator's, and
         mostly cannot be seen from outside. A few are always let in: serving nobody would be no better.
         """
-        if self._most is None and connections % EVERY:
+        if self._most is None and (connections % EVERY or not connections):
             return True
         if _is_there(HEADROOM):
             self._most = None
