@@ -22,7 +22,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
@@ -81,14 +80,16 @@ def be_crowd(port: int, idle: int, slow: int) -> None:
 
 
 def drip(clients: list[Client], over: gevent.Greenlet[..., None]) -> None:
-    """An octet a second from each of them: a command, or (every other one) a line of a message."""
-    begun = time.monotonic()
+    """An octet a second from each of them: a command, or (every other one) a line of a message.
+
+    After a stop it goes on at the same pace: an octet that was due meanwhile is not sent in addition.
+    """
     for tick in itertools.count():
         second, part = divmod(tick, TICKS)
         for number in range(part, len(clients), TICKS):
             text = COMMAND if number % 2 else LINE
             clients[number].drip(text[second % len(text) :][:1])
-        over.join(timeout=max(0.0, begun + (tick + 1) / TICKS - time.monotonic()))
+        over.join(timeout=1 / TICKS)
         if over.ready():
             return
 
