@@ -5,13 +5,16 @@ ROUNDS ?= 15
 SECONDS ?= 300
 INPUTS ?= 100000
 SEED ?=
+MINUTES ?= 30
+IDLE ?= 5000
+SLOW ?= 500
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --use-pep517 --requirement
 CHECKED := $(wildcard willi.py demo.py release.py) willi_lib bench tests
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo check test chaos fuzz bench release lock install clean
+.PHONY: help venv demo check test chaos fuzz bench load soak release lock install clean
 
 help:
 	@echo "make demo    two upstream servers and Willi in between: see mail being routed (Ctrl-C ends it)"
@@ -22,6 +25,8 @@ help:
 	@echo "make fuzz    INPUTS=1000000 octets of strangers against the protocol code and whole sessions; SEED=7 as above"
 	@echo "make bench   Willi, nginx mail and HAProxy side by side, about 3 minutes: a table, bench/results.json and .svg;"
 	@echo "             make bench BENCH=\"plain tlsc\" ROUNDS=5 is shorter; see docs/performance.md"
+	@echo "make load    normal traffic with and without IDLE=5000 idle and SLOW=500 slow clients beside it"
+	@echo "make soak    Willi under full load for MINUTES=30: memory and descriptors, docs/soak.json and docs/soak.svg"
 	@echo "make release release/willi-<version>.tar.gz of what is committed, with all that it needs, and release/SHA256SUMS"
 	@echo "make install TARGET_HOST=root@mx1.example.org"
 	@echo "             the same, and its install.sh run on that host, over ssh; SSH_OPTIONS=\"-p 2222 ...\" are passed on"
@@ -72,6 +77,12 @@ fuzz: venv
 bench: $(VENV)/demo
 	@tests/install-packages.sh bench/packages.txt
 	@$(BIN)/python -m bench --rounds $(ROUNDS) $(BENCH)
+
+load: $(VENV)/demo
+	@$(BIN)/python -m bench.crowd --idle $(IDLE) --slow $(SLOW)
+
+soak: $(VENV)/demo
+	@$(BIN)/python -m bench.soak --minutes $(MINUTES)
 
 release:
 	@tests/ensure-venv.sh "$(PYTHON)"

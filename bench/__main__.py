@@ -9,12 +9,9 @@ from __future__ import annotations
 
 import argparse
 import os
-import platform
 import random
-import re
 import resource
 import signal
-import ssl
 import statistics
 import subprocess
 import sys
@@ -23,13 +20,10 @@ import time
 import zlib
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field, replace
-from importlib.metadata import version
 from pathlib import Path
 
-from willi_lib import VERSION
-
 from . import report
-from .rig import KINDS, Proxy, RigFailed, Upstream, find, make_certificate
+from .rig import KINDS, Proxy, RigFailed, Upstream, find, machine, make_certificate, say, versions
 from .traffic import Load, Sent, SessionFailed, hold, let_go, make_message, send
 
 SETTLE = 0.05  # seconds for a proxy to close what its clients have closed
@@ -215,33 +209,6 @@ def fits(kind: str, plan: Plan) -> bool:
     return (KINDS[kind].tls or not plan.load.tls) and (KINDS[kind].command is not None or not plan.idle)
 
 
-def machine() -> dict[str, str | int]:
-    """What the figures depend on."""
-    models = re.findall(r"^(?:model name|Model)\s*: (.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-    return {
-        "cpu": models[0] if models else platform.machine(),
-        "cpus": len(os.sched_getaffinity(0)),
-        "system": platform.freedesktop_os_release()["PRETTY_NAME"],
-        "kernel": platform.release(),
-    }
-
-
-def versions() -> dict[str, str]:
-    """Of all that takes part."""
-    numbers = {"Willi": VERSION, "Python": platform.python_version(), "gevent": version("gevent")}
-    for name in ("nginx", "haproxy"):
-        if program := find(name):
-            answer = subprocess.run([program, "-v"], capture_output=True, text=True, check=True, timeout=10)
-            numbers[name] = re.findall(r"\d+\.\d+\S*", answer.stdout + answer.stderr)[0]
-    numbers["OpenSSL"] = ssl.OPENSSL_VERSION.split()[1]
-    return numbers
-
-
-def say(text: str) -> None:
-    """What is going on, on stderr: the table alone is on stdout."""
-    print(text, file=sys.stderr, flush=True)
-
-
 def parse() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m bench", description=(__doc__ or "").partition("\n")[0])
@@ -284,8 +251,8 @@ def main() -> int:
         say(f"\nFAILED: {failure}")
         return 1
     command = "python -m bench " + " ".join(sys.argv[1:])
-    today = time.strftime("%Y-%m-%d")
-    results = report.Results(today, command.strip(), bench.rounds, machine(), versions(), scenarios, bench.memory)
+    today, numbers = time.strftime("%Y-%m-%d"), versions("nginx", "haproxy")
+    results = report.Results(today, command.strip(), bench.rounds, machine(), numbers, scenarios, bench.memory)
     report.write(results, arguments.results)
     print(report.table(results))
     return 0

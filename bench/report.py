@@ -148,15 +148,15 @@ def picture(results: Results) -> str:
         parts.append(block)
         y += height
     lines = results.where.split("\n")
-    parts += [_text(16, y + 14 * number, line, "small") for number, line in enumerate(lines)]
+    parts += [svg_text(16, y + 14 * number, line, "small") for number, line in enumerate(lines)]
     height = y + 14 * len(lines)
     return f"""\
 <svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" width="{WIDTH}" height="{height}" role="img">
 <title>What a session costs: Willi, nginx mail and HAProxy</title>
 <style>{STYLE}</style>
 <rect class="page" width="{WIDTH}" height="{height}" rx="6"/>
-{_text(16, 30, "What a session costs", "title")}
-{_text(16, 50, LEGEND[0], "small")}{_text(16, 64, LEGEND[1], "small")}
+{svg_text(16, 30, "What a session costs", "title")}
+{svg_text(16, 50, LEGEND[0], "small")}{svg_text(16, 64, LEGEND[1], "small")}
 {"".join(parts)}</svg>
 """
 
@@ -165,7 +165,7 @@ def _block(scenario: Scenario, y: int) -> tuple[str, int]:
     """The bars of one scenario from this height on, and how high they are."""
     costs = {name: figures.cost.median for name, figures in scenario.figures.items() if figures.cost}
     scale = (WIDTH - LEFT - 150) / max(costs.values(), default=1)
-    parts = [_text(16, y + 12, f"{scenario.title}: {scenario.unit}", "title")]
+    parts = [svg_text(16, y + 12, f"{scenario.title}: {scenario.unit}", "title")]
     for number, (name, cost) in enumerate(costs.items()):
         top = y + 22 + number * (BAR + GAP)
         colour = COLOURS.get(name, "")
@@ -173,13 +173,14 @@ def _block(scenario: Scenario, y: int) -> tuple[str, int]:
         label = f"{cost:#.3g}" + (f", {ratio.median:.2f} x {PEERS[0]}" if ratio else "")
         shape = f'x="{LEFT}" y="{top}" width="{cost * scale:.1f}" height="{BAR}" rx="2"'
         parts += [
-            _text(LEFT - 8, top + 13, name, "name"),
+            svg_text(LEFT - 8, top + 13, name, "name"),
             f'<rect class="bar {colour}" {shape}/>\n',
-            _text(LEFT + cost * scale + 8, top + 13, label, ""),
+            svg_text(LEFT + cost * scale + 8, top + 13, label, ""),
         ]
     return "".join(parts), 22 + len(costs) * (BAR + GAP) + 20
 
 
-def _text(x: float, y: float, text: str, style: str) -> str:
+def svg_text(x: float, y: float, text: str, style: str) -> str:
+    """A line of text; style "name": it ends at x."""
     anchor = ' text-anchor="end"' if style == "name" else ""
     return f'<text x="{x:.0f}" y="{y:.0f}" class="{style}"{anchor}>{escape(text)}</text>\n'

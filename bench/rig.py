@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import re
 import shutil
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import tempfile
@@ -16,7 +18,10 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
+
+from willi_lib import VERSION
 
 from .traffic import HOST, greets
 
@@ -220,6 +225,24 @@ class Cpu:
         return Cpu(self.total - other.total, self.user - other.user, self.system - other.system)
 
 
+@dataclass(frozen=True)
+class Use:
+    """What one process holds: KiB (PSS: its part of shared pages counts; private: its own alone), descriptors."""
+
+    process: int
+    pss: int
+    private: int
+    descriptors: int
+
+    @classmethod
+    def of(cls, process: int) -> Use:
+        """Raises OSError if it has ended."""
+        text = Path(f"/proc/{process}/smaps_rollup").read_text()
+        kib = {name: int(number) for name, number in re.findall(r"^(\w+): +(\d+) kB", text, re.MULTILINE)}
+        descriptors = len(list(Path(f"/proc/{process}/fd").iterdir()))
+        return cls(process, kib["Pss"], kib["Private_Clean"] + kib["Private_Dirty"], descriptors)
+
+
 class Proxy:
     """A running proxy, or the upstream itself in its place (no process: no CPU, no memory)."""
 
@@ -269,8 +292,11 @@ class Proxy:
 
     def memory(self) -> int:
         """PSS of the tree in KiB: its own pages, and its part of the shared ones. Not the kernel's socket buffers."""
-        texts = [Path(f"/proc/{process}/smaps_rollup").read_text() for process, _ in self._tree()]
-        return sum(int(kib) for text in texts for kib in re.findall(r"^Pss: +(\d+) kB", text, re.MULTILINE))
+        return sum(use.pss for use in self.uses())
+
+    def uses(self) -> list[Use]:
+        """What each process of the tree holds, its parent before it."""
+        return [Use.of(process) for process, _ in self._tree()]
 
     def _tree(self) -> list[tuple[int, list[str]]]:
         """Process ids, and what /proc/<pid>/stat says from the state on (proc(5))."""
@@ -284,6 +310,33 @@ class Proxy:
         for process in tree:  # which grows while we look at it
             tree += [child for child, stat in stats.items() if int(stat[1]) == process]
         return [(process, stats[process]) for process in tree if process in stats]
+
+
+def machine() -> dict[str, str | int]:
+    """What the figures depend on."""
+    models = re.findall(r"^(?:model name|Model)\s*: (.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    return {
+        "cpu": models[0] if models else platform.machine(),
+        "cpus": len(os.sched_getaffinity(0)),
+        "system": platform.freedesktop_os_release()["PRETTY_NAME"],
+        "kernel": platform.release(),
+    }
+
+
+def versions(*peers: str) -> dict[str, str]:
+    """Of all that takes part; peers: programs that may be missing."""
+    numbers = {"Willi": VERSION, "Python": platform.python_version(), "gevent": version("gevent")}
+    for name in peers:
+        if program := find(name):
+            answer = subprocess.run([program, "-v"], capture_output=True, text=True, check=True, timeout=10)
+            numbers[name] = re.findall(r"\d+\.\d+\S*", answer.stdout + answer.stderr)[0]
+    numbers["OpenSSL"] = ssl.OPENSSL_VERSION.split()[1]
+    return numbers
+
+
+def say(text: str) -> None:
+    """What is going on, on stderr: the table alone is on stdout."""
+    print(text, file=sys.stderr, flush=True)
 
 
 def free_port() -> int:

@@ -14,7 +14,7 @@ import random
 import time
 import zlib
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import gevent
@@ -28,6 +28,7 @@ gevent.get_hub().NOT_ERROR += (Exception,)  # no traceback from a greenlet: at_o
 
 HOST = "127.0.0.1"
 RECIPIENT = b"ann@bench.example"
+FAREWELLS = 50  # at a time
 PATIENCE = 60.0  # seconds for one session, which takes a thousandth of it
 END = b"\r\n.\r\n"
 READ = 256 << 10  # octets
@@ -80,9 +81,9 @@ def client_context() -> ssl.SSLContext:
 class Client:
     """One session as a mail server has it: EHLO, STARTTLS if wanted, then pipelined groups (RFC 2920)."""
 
-    def __init__(self, port: int, tls: ssl.SSLContext | None = None) -> None:
-        """Raises SessionFailed or OSError."""
-        self._socket = socket.create_connection((HOST, port))
+    def __init__(self, port: int, tls: ssl.SSLContext | None = None, source: str = "") -> None:
+        """source: a loopback address to come from. Raises SessionFailed or OSError."""
+        self._socket = socket.create_connection((HOST, port), source_address=(source, 0) if source else None)
         self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._unread = b""
         self.expect(b"220")
@@ -121,6 +122,22 @@ class Client:
         line, _, self._unread = self._unread.partition(b"\n")
         return line.rstrip()
 
+    def drip(self, octets: bytes) -> None:
+        """Send them; no reply is read. Raises OSError."""
+        self._socket.sendall(octets)
+
+    def has_ended(self) -> bool:
+        """Whether the other side has closed; what it has said before is thrown away. For the last look."""
+        self._socket.setblocking(False)
+        try:
+            while self._socket.recv(READ):
+                continue
+        except BlockingIOError:
+            return False
+        except OSError:
+            pass
+        return True
+
     def close(self) -> None:
         """Hang up."""
         self._socket.close()
@@ -158,15 +175,18 @@ def greets(port: int) -> bool:
     return True
 
 
-def hold(port: int, load: Load, sessions: int) -> list[Client]:
-    """So many sessions that have said EHLO and nothing more. Raises SessionFailed or OSError."""
+def hold(port: int, load: Load, sessions: int, sources: Sequence[str] = ("",)) -> list[Client]:
+    """So many sessions that have said EHLO and nothing more, from these addresses in turn.
+
+    Raises SessionFailed or OSError.
+    """
     held: list[Client] = []
     numbers, tls = iter(range(sessions)), client_context() if load.tls else None
 
     def one_after_another() -> None:
-        for _ in numbers:
+        for number in numbers:
             with gevent.Timeout(PATIENCE, SessionFailed(f"a session took more than {PATIENCE:g} s")):
-                held.append(Client(port, tls))
+                held.append(Client(port, tls, sources[number % len(sources)]))
 
     at_once(one_after_another, load.clients)
     return held
@@ -174,10 +194,15 @@ def hold(port: int, load: Load, sessions: int) -> list[Client]:
 
 def let_go(held: list[Client]) -> None:
     """QUIT, which shows that they were served all the time. Raises SessionFailed or OSError."""
-    for client in held:
-        with gevent.Timeout(PATIENCE, SessionFailed(f"no answer to QUIT in {PATIENCE:g} s")):
-            client.command(b"QUIT", b"221")
-        client.close()
+    clients = iter(held)
+
+    def one_after_another() -> None:
+        for client in clients:
+            with gevent.Timeout(PATIENCE, SessionFailed(f"no answer to QUIT in {PATIENCE:g} s")):
+                client.command(b"QUIT", b"221")
+            client.close()
+
+    at_once(one_after_another, FAREWELLS)
 
 
 def at_once(work: Callable[[], None], times: int) -> None:

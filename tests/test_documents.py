@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 
 import pytest
@@ -184,3 +185,38 @@ def test_a_difference_names_a_section_of_the_readme_that_exists():
     for difference in DIFFERENCES:
         for title in re.findall(r'README, "(.*)"', difference.where):
             assert section(title), title
+
+
+# SECURITY.md
+
+SECURITY = (ROOT / "SECURITY.md").read_text(encoding="utf-8")
+ATTACKS = [line for line in SECURITY.splitlines() if line.startswith("| ")][1:]
+NAMED_TESTS = sorted(set(re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", SECURITY)))
+
+
+def names_of_tests(path: str) -> set[str]:
+    module = ast.parse((ROOT / path).read_text(encoding="utf-8"))
+    return {node.name for node in module.body if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")}
+
+
+@pytest.mark.parametrize("path", sorted({path for path, _ in NAMED_TESTS}))
+def test_every_test_that_covers_an_attack_exists(path):
+    assert {name for where, name in NAMED_TESTS if where == path} - names_of_tests(path) == set()
+
+
+def test_each_attack_has_an_answer_and_a_test():
+    assert len(ATTACKS) > 20
+    for row in ATTACKS:
+        attack, answer, tests = row.strip("| ").split(" | ")
+        assert attack and answer
+        assert re.fullmatch(r"(`tests/[\w/]+\.py::test_\w+`(<br>|$))+", tests), row
+
+
+def test_security_quotes_settings_replies_and_files_that_exist():
+    quoted = set(re.findall(r"`([^`\n]+)`", SECURITY))
+    settings = {text for text in quoted if re.fullmatch(r"[a-z][a-z0-9_]*", text)}
+    assert settings <= ALL_KEYS and len(settings) > 10
+    assert {text for text in quoted if re.match(r"\d{3} \d\.\d\.\d ", text)} <= REPLIES
+    assert [name for name in re.findall(r"\]\((?!http)([^)]+)\)", SECURITY) if not (ROOT / name).exists()] == []
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+    assert set(re.findall(r"`make (\w+)`", SECURITY)) <= targets

@@ -17,7 +17,7 @@ from tests.support.loopback import ROOT
 FLOORS = [
     {"smtp"},  # these two know only themselves
     {"routing"},
-    {"config", "log", "systemd", "scoreboard", "limits", "dns", "tls"},
+    {"config", "log", "systemd", "scoreboard", "limits", "memory", "dns", "tls"},
     {"mappings", "upstream", "listeners", "child", "certificate_files"},
     {"relay"},
     {"dispatch"},

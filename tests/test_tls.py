@@ -104,6 +104,15 @@ def test_an_exact_name_beats_a_wildcard_whatever_their_order(certificates):
     assert shown_to(serving(wildcard, exact), "b.mx.example") == der(wildcard)
 
 
+def test_no_context_compresses_or_renegotiates(certificates):
+    """OpenSSL 3 does neither by itself; older ones need to be told."""
+    pair = certificates.issue("mx.example")
+    served = serving(pair)
+    assert served.options & ssl.OP_NO_RENEGOTIATION
+    for context in (served, client_context(verify=True), client_context(verify=False)):
+        assert context.options & ssl.OP_NO_COMPRESSION
+
+
 @pytest.mark.parametrize(("oldest", "newest_of_client", "agreed"), [
     ("1.2", ssl.TLSVersion.TLSv1_1, None),
     ("1.2", ssl.TLSVersion.TLSv1_2, "TLSv1.2"),

@@ -24,19 +24,24 @@ class Transaction:
     mail: Mail
     began: float = field(default_factory=monotonic)
     recipients: list[Path] = field(default_factory=list)  # those that the upstream accepted
-    refused: list[Reply] = field(default_factory=list)  # what was said to those that were not accepted
+    refused: int = 0  # recipients that were not accepted
+    deferred: int = 0  # those of them that may be tried again
     refusals: dict[Route, Reject | Refused] = field(default_factory=dict)  # routes that did not work out
     route: Route | None = None  # the last one asked, for the log
     upstream: Upstream | None = None  # which accepted MAIL
     relay: Relay | None = None  # the content has begun
     verdict: Reply | None = None  # the message was refused before its end: what further chunks get
 
+    def refuse(self, answer: Reply) -> None:
+        """Count a recipient that was not accepted; there is no limit to them, so nothing else is kept."""
+        self.refused += 1
+        self.deferred += not answer.permanent
+
     def no_recipients(self) -> Reply:
         """Why there can be no message; a client that looks at nothing else must not take a 4yz for final."""
         if not self.refused:
             return replies.RCPT_FIRST
-        final = all(answer.permanent for answer in self.refused)
-        return replies.NO_VALID_RECIPIENTS if final else replies.NO_RECIPIENTS_YET
+        return replies.NO_RECIPIENTS_YET if self.deferred else replies.NO_VALID_RECIPIENTS
 
 
 class Dispatch:

@@ -32,6 +32,7 @@ from .smtp.syntax import (
 from .smtp.wire import BadFraming, LineTooLong, TimeLimit, TlsFailed, Wire, WireError
 from .upstream import Client, Refused, Upstream, UpstreamFailed
 
+OUT_OF_MEMORY = "out of memory"  # in the log
 SESSION_ID_LENGTH = 10
 SESSION_ID_LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"
 PAIRS_OF_LETTERS = [first + second for first in SESSION_ID_LETTERS for second in SESSION_ID_LETTERS]
@@ -95,6 +96,8 @@ class Session:
             self.end_with(replies.TOO_SLOW, str(limit))
         except ShuttingDown:
             self.end_with(replies.SHUTTING_DOWN, "shutting down")
+        except MemoryError:  # what failed was large, as a rule, and this is small
+            self.end_with(replies.OUT_OF_MEMORY, OUT_OF_MEMORY)
         except TlsFailed as error:
             self.log.info("TLS failed", error=str(error))
         except BadFraming as error:
@@ -160,7 +163,7 @@ class Session:
             return self.refuse(replies.LOOKUP_FAILED, str(failure))
         except UpstreamFailed as failure:
             return self.fail(failure)
-        except (WireError, ShuttingDown):  # run() closes; there is nobody left to answer
+        except (WireError, ShuttingDown, MemoryError):  # run() closes; there is nobody left to answer
             raise
         except Exception as bug:  # noqa: BLE001 -- our fault: it may try again, elsewhere its octets may be no commands
             self.log.bug("Internal error")
@@ -312,7 +315,7 @@ class Session:
             transaction.recipients.append(recipient)
             self.stage = Stage.RECIPIENT
         else:
-            transaction.refused.append(answer)
+            transaction.refuse(answer)
             self.log.message(transaction, answer, recipient)
         return answer
 
@@ -412,6 +415,10 @@ class Session:
         except ShuttingDown:
             self.log.blame = ("internal", "shutting down before the verdict (drain_timeout)")
             self.log.message(transaction, None)
+            raise
+        except MemoryError:
+            self.log.blame = ("internal", OUT_OF_MEMORY)
+            self.log.message(transaction, replies.OUT_OF_MEMORY)
             raise
         if last or relay.refusal is not None:
             self.log.blame = relay.blame or ("upstream", str(answer))

@@ -38,6 +38,7 @@ from .config import Settings
 from .dns import Resolver
 from .limits import Limits
 from .mappings import MappingError, open_mappings
+from .memory import Memory
 from .routing.csv_file import CsvError, CsvFile
 from .routing.mysql import Mysql, Notice
 from .scoreboard import Row
@@ -50,6 +51,7 @@ from .smtp.wire import Clock, PeerGone, Wire, WireError
 from .tls import CertificateError, server_context
 from .upstream import Client, Connector
 
+ACCEPT_PAUSE = 1.0  # seconds without a descriptor: trying all the time would take the CPU from those who may free one
 PROXY_HEADER_TIMEOUT = 3.0  # seconds; the least that its specification allows
 CSV_INTERVAL = 2.0  # seconds between looks at the CSV files
 MANY_PATTERNS = 100  # of a CSV file: if it loses more than half of so many, the administrator should look
@@ -96,9 +98,19 @@ class Listener(StreamServer):
         except BlockingIOError:
             pass  # another worker had one, and was quicker
         except OSError as error:
-            log.warn("Connection refused, no file descriptors left", error=str(error))
-        finally:
+            self._pause(error)
+        with suppress(OSError):  # then there is none the next time
             self._spare = open(os.devnull, "rb")  # noqa: PTH123, SIM115
+
+    def _pause(self, error: OSError) -> None:
+        """Not even the spare one was of use, as when the whole machine has none left. The clients wait in the queue."""
+        log.warn("No connection can be accepted", error=str(error))
+        self.stop_accepting()
+        gevent.spawn_later(ACCEPT_PAUSE, self._resume)
+
+    def _resume(self) -> None:
+        if not self.closed:
+            self.start_accepting()
 
     def do_handle(self, *connection_and_address: object) -> None:
         """A greenlet for each, without what gevent puts around it: 1.5 of 10 KiB a connection less, measured.
@@ -166,6 +178,7 @@ class Worker:
         self._limits = Limits(
             row, settings.max_connections, settings.max_connections_per_ip, settings.max_connection_rate
         )
+        self._memory = Memory()
         self._servers = [Listener(listener, self._serve) for listener in sockets]
         if settings.workers > 1:
             for server in self._servers:
@@ -273,6 +286,10 @@ class Worker:
     def _serve_limited(self, sid: str, connection: Socket, address: tuple[str, int]) -> None:
         """Unless there are too many already."""
         wire = Wire(connection, Clock(), log.tracer(sid, "client"), self._settings.write_timeout)
+        if not self._memory.allows(self._connections - 1):
+            log.warn("Connection refused, no memory left", sid=sid, client=address[0], connections=self._connections)
+            self._turn_away(wire, sid, address[0], replies.OUT_OF_MEMORY, linger=False)
+            return
         refusal = self._limits.enter()
         if refusal:
             self._turn_away(wire, sid, address[0], refusal, linger=False)

@@ -370,6 +370,18 @@ def test_endless_recipients_take_no_memory(start_willi: StartWilli, upstream: Sc
     assert len([line for line in upstream.commands if line == BOB]) == 100
 
 
+def test_endless_refused_recipients_take_no_memory(willi: Willi, upstream: ScriptedUpstream):
+    """Each with ten thousand octets of the upstream's own words, which are not kept."""
+    upstream.answers[b"RCPT"] = Reply(450, (b"4.1.1 " + b"x" * 500,) * 20)
+    client = greeted(willi)
+    assert say(client, MAIL) == [SENDER_KEPT]
+    before = resident(willi)
+    for _ in range(80):
+        assert {reply.code for reply in client.commands(*[BOB] * 50)} == {450}
+    assert resident(willi) - before < FLAT
+    assert say(client, b"DATA") == ["451 4.5.1 No valid recipients, try again"]
+
+
 @pytest.mark.parametrize("header", [b"PROXY TCP4 " + b"1" * 200, b"\r\n\r\n\0\r\nQUIT\n\x21\x11\xff\xff" + b"x" * 200])
 def test_a_long_proxy_header_is_refused_before_it_is_there(
     header: bytes, start_willi: StartWilli, upstream: ScriptedUpstream

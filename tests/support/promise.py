@@ -93,6 +93,7 @@ def assert_nothing_was_finished(upstream: ScriptedUpstream, content: bytes) -> N
 
 
 def resident(willi: Willi) -> int:
-    """Octets of memory that the daemon has in use at this moment."""
-    words = Path(f"/proc/{willi.process.pid}/statm").read_text(encoding="ascii").split()
-    return int(words[1]) * PAGE
+    """Octets of memory that the workers, who hold all clients, have in use at this moment."""
+    assert willi.workers
+    texts = [Path(f"/proc/{pid}/statm").read_text(encoding="ascii") for pid in willi.workers]
+    return sum(int(text.split()[1]) for text in texts) * PAGE
