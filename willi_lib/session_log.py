@@ -2,13 +2,33 @@
 
 from __future__ import annotations
 
-from time import monotonic
+from time import monotonic, time
 
 from . import log
+from .counts import (
+    ACCEPTED,
+    FAILED,
+    HOST_MESSAGES,
+    HOST_OCTETS,
+    MESSAGES,
+    OCTETS,
+    RECIPIENTS,
+    REJECTED_BY_UPSTREAM,
+    REJECTED_BY_WILLI,
+    VERDICT_SECONDS,
+    VERDICTS,
+    Counts,
+)
 from .dispatch import Transaction
+from .smtp import reply as replies
 from .smtp.reply import Reject, Reply
 from .smtp.syntax import Path
-from .upstream import Client
+from .upstream import Client, Upstream
+
+# What Willi says when nobody has judged the message or the recipient.
+NO_VERDICT = frozenset((replies.UPSTREAM_FAILED, replies.UPSTREAM_LOST, replies.LOOKUP_FAILED, replies.OUR_FAULT))
+NO_MAPPING = "none"
+EVENT_FIELDS = ("sid", "client", "from", "to", "upstream", "reply", "error", "error_src")  # of `Event` in overview.py
 
 
 class SessionLog:
@@ -17,10 +37,11 @@ class SessionLog:
     blame: who refused last ("client", "internal" or "upstream"), and why.
     """
 
-    def __init__(self, sid: str, client: Client) -> None:
+    def __init__(self, sid: str, client: Client, counts: Counts) -> None:
         self.blame = ("", "")
         self._sid = sid
         self._client = client
+        self._counts = counts
 
     def debug(self, message: str, **fields: log.Value) -> None:
         """For whoever looks for a fault."""
@@ -47,30 +68,68 @@ class SessionLog:
         text = argument.decode("utf-8", "backslashreplace")
         self.info(message, argument=text, reply=str(refusal.reply))
 
+    def upstream_failed(self, upstream: Upstream | None, error: str) -> None:
+        """It could not be reached (None), or was lost."""
+        self.error("Upstream failed", error=error)
+        if upstream:
+            self._counts.lost(upstream.server, error)
+
     def message(self, transaction: Transaction, answer: Reply | None, recipient: Path | None = None) -> None:
         """The one line for a message or a refused recipient; the fields of the Go program, and four more.
 
-        answer: what the client was told; None: nothing, it has gone.
+        answer: what the client was told; None: nothing, it has gone. Counted here and nowhere else, so that the
+        numbers are those of the log.
         """
         accepted = answer is not None and answer.positive
         recipients = [recipient] if recipient else transaction.recipients
         route, relay = transaction.route, transaction.relay
         upstream = transaction.upstream
         source, error = (None, None) if accepted else self.blame
-        log.info(
-            "Message accepted" if accepted else "Message rejected",
-            sid=self._sid,
-            client=str(self._client),
-            client_helo=self._client.helo,
-            client_tls=self._client.tls is not None,
-            **{"from": transaction.mail.path.address},
-            to=",".join([path.address for path in recipients]),
-            upstream=str(upstream.server if upstream else route or ""),
-            upstream_tls=upstream is not None and upstream.wire.tls_version is not None,
-            error=error,
-            error_src=source,
-            reply=str(answer) if answer else None,
-            bytes=relay.octets if relay else 0,
-            duration=monotonic() - transaction.began,
-            mapping=route.mapping if route else None,
-        )
+        fields: dict[str, log.Value] = {
+            "sid": self._sid,
+            "client": str(self._client),
+            "client_helo": self._client.helo,
+            "client_tls": self._client.tls is not None,
+            "from": transaction.mail.path.address,
+            "to": ",".join([path.address for path in recipients]),
+            "upstream": str(upstream.server if upstream else route or ""),
+            "upstream_tls": upstream is not None and upstream.wire.tls_version is not None,
+            "error": error,
+            "error_src": source,
+            "reply": str(answer) if answer else None,
+            "bytes": relay.octets if relay else 0,
+            "duration": monotonic() - transaction.began,
+            "mapping": route.mapping if route else None,
+        }
+        log.info("Message accepted" if accepted else "Message rejected", **fields)
+        self._count(transaction, fields, self._verdict(answer), None if recipient else len(recipients))
+
+    def _verdict(self, answer: Reply | None) -> str:
+        if answer is not None and answer.positive:
+            return ACCEPTED
+        source = self.blame[0]
+        if source == "upstream":
+            return REJECTED_BY_UPSTREAM
+        return FAILED if source == "client" or answer is None or answer in NO_VERDICT else REJECTED_BY_WILLI
+
+    def _count(
+        self, transaction: Transaction, fields: dict[str, log.Value], verdict: str, recipients: int | None
+    ) -> None:
+        """recipients: of a message; None: it is one refused recipient."""
+        counts = self._counts
+        mapping = str(fields["mapping"] or NO_MAPPING)
+        octets = int(fields["bytes"] or 0)
+        counts.add(VERDICTS, verdict)
+        if recipients is not None:
+            counts.add(MESSAGES, verdict, mapping)
+            counts.add(OCTETS, mapping, number=octets)
+        counts.add(RECIPIENTS, verdict, mapping, number=1 if recipients is None else recipients)
+        if transaction.is_for_one_host:
+            host = counts.host(fields["upstream"])
+            counts.add(HOST_MESSAGES, host, verdict)
+            counts.add(HOST_OCTETS, host, number=octets)
+        if transaction.relay and transaction.relay.verdict_seconds is not None:
+            counts.took(transaction.relay.verdict_seconds, VERDICT_SECONDS)
+        shown = [str(fields[name] or "") for name in EVENT_FIELDS]
+        kind = "accepted" if verdict == ACCEPTED else "rejected"
+        counts.event(time(), kind, *shown, octets, float(fields["duration"] or 0))

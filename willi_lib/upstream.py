@@ -20,6 +20,7 @@ from time import monotonic
 
 from . import log
 from .config import Settings
+from .counts import NOT_OPENED, OPENED, REFUSED_CLIENT, TLS, XCLIENT, Counts
 from .dns import TEMPUNAVAIL, Address, DnsFailed, Resolver
 from .routing import Policy, Route, Server
 from .smtp import proxy_protocol
@@ -233,8 +234,9 @@ class Upstream:
 class Connector:
     """Opens upstream connections; remembers for a while which hosts failed."""
 
-    def __init__(self, settings: Settings, resolver: Resolver) -> None:
+    def __init__(self, settings: Settings, resolver: Resolver, counts: Counts | None = None) -> None:
         self._settings = settings
+        self._counts = counts or Counts()
         self._resolver = resolver
         self._down: dict[tuple[str, int], float] = {}  # host and port: down until (monotonic)
 
@@ -252,14 +254,17 @@ class Connector:
                         break
                     try:
                         upstream = self._open(route, server, address, client, clock, sid)
-                        self._down.pop((server.host, server.port), None)
+                        self._note_open(upstream)
                         return upstream
                     except (UpstreamFailed, WireError, BadReply) as error:
                         where = "" if address[1] == server.host else f" [{address[1]}]"
                         failures.append(f"{server}{where}: {str(error).removeprefix(f'{server}: ')}")
             except UpstreamFailed as error:
                 failures.append(str(error))
-            self._mark_down(server)
+            except (Refused, Reject):
+                self._counts.tried(server, REFUSED_CLIENT)
+                raise
+            self._mark_down(server, failures[-1] if failures else "")
             if clock.overdue():
                 break
         raise UpstreamFailed("; ".join(failures))
@@ -282,7 +287,13 @@ class Connector:
         now = monotonic()
         return sorted(servers, key=lambda server: self._down.get((server.host, server.port), 0.0) > now)
 
-    def _mark_down(self, server: Server) -> None:
+    def _note_open(self, upstream: Upstream) -> None:
+        self._down.pop((upstream.server.host, upstream.server.port), None)
+        self._counts.tried(upstream.server, OPENED)
+        self._counts.add(TLS, "upstream", upstream.wire.tls_version or "none")
+
+    def _mark_down(self, server: Server, why: str) -> None:
+        self._counts.tried(server, NOT_OPENED, why)
         now = monotonic()
         self._down = {key: until for key, until in self._down.items() if until > now}
         self._down[server.host, server.port] = now + DOWN_TIME
@@ -296,6 +307,7 @@ class Connector:
 
     def _open(self, route: Route, server: Server, address: Address, client: Client, clock: Clock, sid: str) -> Upstream:
         """One attempt at one address. Raises UpstreamFailed, WireError, BadReply, Refused, Reject."""
+        began = monotonic()
         with clock.limit(self._settings.connect_timeout, "connecting (connect_timeout)"):
             connection = _connect(address, server.port)
             wire = Wire(connection, clock, log.tracer(sid, "upstream"), self._settings.write_timeout)
@@ -308,6 +320,7 @@ class Connector:
             except BaseException:
                 upstream.drop()
                 raise
+        self._counts.greeted(server, monotonic() - began)
         try:
             self._introduce(upstream, client, sid)
             upstream.introduced = True
@@ -341,6 +354,8 @@ class Connector:
             self._hello_for(upstream, client, client.helo)
         elif not client.esmtp:
             self._hello_for(upstream, client, name)
+        if policy.xclient == "no":
+            self._counts.add(XCLIENT, "off")
 
     def _hello(self, upstream: Upstream, name: str, sid: str) -> None:
         """EHLO in our own affair, HELO if that is refused: what comes back is about us."""
@@ -394,6 +409,7 @@ class Connector:
         """
         required = upstream.route.policy.xclient == "require"
         if "XCLIENT" not in upstream.features:
+            self._counts.add(XCLIENT, "not_offered")
             if required:
                 log.error("XCLIENT is required and not offered", sid=sid, upstream=str(upstream.server))
                 raise Reject(replies.XCLIENT_NEEDED)
@@ -407,9 +423,12 @@ class Connector:
             attributes = [attribute for attribute in attributes if attribute[0] != "HELO"]
             answer = _ask_all(upstream, xclient_lines(attributes))
         if answer is None or answer.positive:
+            self._counts.add(XCLIENT, "accepted" if answer else "not_offered")
             return answer is not None
         if not _is_about_us(answer):
+            self._counts.add(XCLIENT, "client_refused")
             raise Refused(answer)
+        self._counts.add(XCLIENT, "refused")
         log.error("XCLIENT refused", sid=sid, upstream=str(upstream.server), error=str(answer))
         if required:
             raise Reject(replies.XCLIENT_NEEDED)

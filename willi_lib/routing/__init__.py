@@ -136,12 +136,19 @@ def find_route(mappings: Sequence[Mapping], recipient: str, delimiter: str = "")
     Raises NoRoute, or LookupFailed from the first mapping that fails: the search
     ends there, since a later, more general mapping might send the mail elsewhere.
     """
-    for step in search(mappings, recipient, delimiter):
-        if step.failure is not None:
-            raise LookupFailed(f"{step.mapping}: {step.failure}", step.failure.told)
-        if step.route is not None:
-            return step.route
-    raise NoRoute(recipient)
+    last = None
+    for last in search(mappings, recipient, delimiter):  # noqa: B007 -- `search` knows where to end
+        pass
+    return conclude(last, recipient)
+
+
+def conclude(last: Step | None, recipient: str) -> Route:
+    """The route that a search has come to with its last step. Raises NoRoute, LookupFailed."""
+    if last is not None and last.failure is not None:
+        raise LookupFailed(f"{last.mapping}: {last.failure}", last.failure.told)
+    if last is None or last.route is None:
+        raise NoRoute(recipient)
+    return last.route
 
 
 # Keys
