@@ -66,6 +66,7 @@ class Listeners:
         """Close all, in this process. What systemd keeps stays open."""
         for listener in self.sockets:
             listener.close()
+        self._bound.clear()
 
 
 def bind(addresses: Sequence[Address], present: Container[Address]) -> dict[Address, socket.socket]:

@@ -12,6 +12,8 @@ import resource
 import signal
 import socket
 from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
 from time import monotonic, time
 from typing import NoReturn
 
@@ -141,7 +143,7 @@ class Facts:
             "pid": os.getpid(),
             "started": self._started,
             "domain": settings.domain,
-            "listen": listen.split(","),
+            "listen": listen.split(",") if listen else [],
             "wanted": settings.workers,
             "workers": states,
             "reloads": self._reloads,
@@ -205,8 +207,8 @@ class Master:
         if not self._stopping:
             self._replace()
             self._reload_if_asked()
-        self._look_after_status()
         self._pet_watchdog()
+        self._look_after_status()
 
     def _look_after_status(self) -> None:
         """It ends last: until then it shows how the workers drain."""
@@ -345,7 +347,7 @@ class Master:
         """In the child: what only the master may have is let go of, and then the worker is on its own."""
         status = 1
         try:
-            self._leave(generation.settings)
+            self._leave(generation.settings, "willi-worker")
             self._listeners.close_others(generation.settings.listen)
             self._status.close_in_child(sockets=self._status.sockets)
             links = self._status.links
@@ -362,7 +364,7 @@ class Master:
     def _become_status(self, settings: Settings, channel: socket.socket, has_predecessor: bool) -> NoReturn:
         """The same for the status process."""
         try:
-            self._leave(settings)
+            self._leave(settings, "willi-status")
             self._listeners.close()
             mine = self._status.sockets_for(settings)
             self._status.close_in_child(sockets=set(self._status.sockets) - set(mine))
@@ -375,8 +377,10 @@ class Master:
         finally:
             os._exit(0)
 
-    def _leave(self, settings: Settings) -> None:
-        """In a child: let go of what every child must let go of."""
+    def _leave(self, settings: Settings, name: str) -> None:
+        """In a child: let go of what every child must let go of. name: for ps and top."""
+        with suppress(OSError):  # no /proc
+            Path("/proc/self/comm").write_text(name)
         os.environ.pop("NOTIFY_SOCKET", None)
         for number in (signal.SIGHUP, signal.SIGINT):  # meant for the master, even if a terminal sends it to all
             signal.signal(number, signal.SIG_IGN)

@@ -23,7 +23,6 @@ from _socket import socket as Socket
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from ipaddress import IPv4Network, IPv6Network, ip_address
-from pathlib import Path
 from time import monotonic, time
 
 import gevent
@@ -120,8 +119,6 @@ def run(
 ) -> int:
     """A worker of the master's, from READY and GO to its end; the exit status."""
     master = gevent.socket.socket(fileno=channel.detach())
-    with suppress(OSError):  # no /proc; the name is for ps and top only
-        Path("/proc/self/comm").write_text("willi-worker")
     try:
         worker = Worker(settings, sockets, row, links)
         gevent.signal_handler(signal.SIGTERM, worker.end)  # a second one changes nothing: systemd sends it to all

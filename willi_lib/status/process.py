@@ -14,7 +14,6 @@ import signal
 import socket as stdlib_socket
 from collections.abc import Sequence
 from contextlib import suppress
-from pathlib import Path
 
 import gevent
 import gevent.socket
@@ -41,8 +40,6 @@ def run(
     channel: to the master. has_predecessor: another one that is about to hand over its numbers.
     """
     master = gevent.socket.socket(fileno=channel.detach())
-    with suppress(OSError):  # no /proc; the name is for ps and top only
-        Path("/proc/self/comm").write_text("willi-status")
     drop_privileges(settings)
     serving = Serving(settings, sockets, links)
     gc.freeze()
