@@ -34,6 +34,7 @@ class _Process:
         """Forks. Raises OSError."""
         self.settings = settings
         self.started = self.heard = monotonic()
+        self.reads = False  # the reports: it has shown that it is alive
         self.end_by: float | None = None  # it was told to end
         self.channel, theirs = socket.socketpair()
         with theirs:
@@ -47,7 +48,7 @@ class _Process:
         """Take note of its signs of life."""
         with suppress(BlockingIOError, ConnectionError):
             while self.channel.recv(4096):
-                self.heard = monotonic()
+                self.heard, self.reads = monotonic(), True
 
     def tell_to_hand_over(self) -> None:
         """And to end then."""
@@ -127,11 +128,9 @@ class Keeper:
             self._process = None
         self._delay = self._replace_at = 0.0
         if self._settings:
-            self._start(has_predecessor=before is not None)
-        if before and self._process:
-            before.tell_to_hand_over()
-        elif before:
-            before.end()
+            self._start()
+        else:
+            self.end()
 
     def look_after(self, awake_since: float) -> None:
         """Replace it when it has died, kill it when it hangs. To be called every second.
@@ -147,7 +146,10 @@ class Keeper:
                 os.kill(process.pid, signal.SIGKILL)
                 process.end_by = now + END_TIMEOUT
         if self._settings and not self._process and now >= self._replace_at:
-            self._start(has_predecessor=False)
+            self._start()
+        for process in self._leaving if self._process and self._process.reads else ():
+            if process.end_by is None:
+                process.tell_to_hand_over()
 
     def bury(self, pid: int, status: int) -> None:
         """A child of the master has ended."""
@@ -165,9 +167,10 @@ class Keeper:
             self._delay = 0.0 if long else min(max(FIRST_DELAY, self._delay * 2), LONGEST_DELAY)
             self._replace_at = monotonic() + self._delay
 
-    def _start(self, has_predecessor: bool) -> None:
+    def _start(self) -> None:
         settings = self._settings
         assert settings
+        has_predecessor = any(process.end_by is None for process in self._leaving)
         try:
             self._process = _Process(
                 settings, lambda channel, past: self._become(settings, channel, past), has_predecessor

@@ -46,9 +46,9 @@ def run(
     ends: AsyncResult[bytes] = AsyncResult()
     gevent.signal_handler(signal.SIGTERM, ends.set, b"")
     gevent.spawn(lambda: ends.set(_hear(master)))
-    gevent.spawn(_show_life, master)
     signal.setitimer(signal.ITIMER_REAL, 0)
     gevent.spawn(serving.start, has_predecessor)
+    gevent.spawn(_show_life, master)
     if ends.get() == HAND_OVER:
         serving.hand_over()
 

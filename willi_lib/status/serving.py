@@ -22,7 +22,8 @@ from .overview import Asked, AskedStep
 from .totals import Totals
 
 ANSWER_TIMEOUT = 3.0  # seconds
-HANDOVER_TIMEOUT = 5.0  # seconds for what the status process before this one has counted
+HANDOVER_TIMEOUT = 5.0  # seconds to send all that was counted, and twice that to wait for it
+NEWS_TIMEOUT = 3.0  # seconds for the first reports
 HANDOVER_RETRY = 0.02  # seconds
 INTERVAL = 1.0  # seconds
 
@@ -39,16 +40,19 @@ class Serving:
         self._numbers = count(1)
         self._asked: dict[int, AsyncResult[tuple[list[Any], str]]] = {}
         self._has_past = Event()
+        self._has_news = Event()
         self._reader: gevent.Greenlet[..., None] | None = None
 
     def start(self, has_predecessor: bool = False) -> None:
         """Begin to read, and then to answer.
 
-        has_predecessor: whose numbers come first, or a reader would see them begin at zero.
+        has_predecessor: whose numbers come first, or a reader would see them begin at zero. And nobody shall hear that
+        no worker serves, only because none has had the time to say so.
         """
         self._reader = gevent.spawn(self._read)
-        if has_predecessor and not self._has_past.wait(HANDOVER_TIMEOUT):
+        if has_predecessor and not self._has_past.wait(2 * HANDOVER_TIMEOUT):
             log.warn("The status process before this one has handed over nothing, its counters are lost")
+        self._has_news.wait(NEWS_TIMEOUT)
         for server in self._servers:
             server.start()
 
@@ -58,7 +62,7 @@ class Serving:
             server.close()
         if self._reader:
             self._reader.kill()
-        parts = [{"handover": rows} for rows in packed(self._totals.rows())]
+        parts = [*self._totals.last_words(), *({"handover": rows} for rows in packed(self._totals.rows()))]
         deadline = monotonic() + HANDOVER_TIMEOUT
         reports: list[Report] = [*parts, {"handover_done": True}]
         for report in reports:
@@ -79,6 +83,8 @@ class Serving:
 
     def _take_in(self, report: Report) -> None:
         self._totals.take_in(report, time())
+        if self._totals.fresh_workers(time()):
+            self._has_news.set()
         if "handover_done" in report:
             self._has_past.set()
         if "answer" in report:

@@ -121,13 +121,16 @@ class Totals:
         self.add_rows(report.get("rows", ()), now)
         self.add_rows(report.get("handover", ()), now, past=True)
         if "worker" in report:
-            worker = Worker(at=now, **report["worker"])
-            self.workers.pop(worker.pid, None)
-            self.workers[worker.pid] = worker
-            self._peaks.append((now, worker.peaks))
-        if "master" in report:
-            self.master = Master(at=now, **report["master"])
+            self._hear_worker(Worker(**{"at": now, **report["worker"]}), is_old="at" in report["worker"])
+        if "master" in report and not ("at" in report["master"] and self.master.at):
+            self.master = Master(**{"at": now, **report["master"]})
             self.workers = {pid: worker for pid, worker in self.workers.items() if str(pid) in self.master.workers}
+
+    def _hear_worker(self, worker: Worker, is_old: bool) -> None:
+        """is_old: another status process has heard that."""
+        known = self.workers.pop(worker.pid, None)
+        self.workers[worker.pid] = known if known and is_old else worker
+        self._peaks.append((worker.at, worker.peaks))
 
     def add_rows(self, rows: Iterable[Row], now: float, past: bool = False) -> None:
         """past: they are all that another status process knew, not what has just happened."""
@@ -169,6 +172,10 @@ class Totals:
             self.means.setdefault(key, HourMean()).add(sum(row[:-1]), row[-1], now)
 
     # -- handing over
+
+    def last_words(self) -> list[Report]:
+        """How things were, and when, for whoever has not heard anything newer."""
+        return [{"master": asdict(self.master)}, *({"worker": asdict(worker)} for worker in self.workers.values())]
 
     def rows(self) -> list[Row]:
         """All of it, for the status process that comes after this one."""
