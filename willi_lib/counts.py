@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from time import time
 from typing import Any
@@ -66,6 +66,8 @@ OPENED = "opened"
 REFUSED_CLIENT = "refused"  # it answers, and does not want this client, or us
 NOT_OPENED = "failed"
 
+EVENT_FIELDS = ("sid", "client", "from", "to", "upstream", "reply", "error", "error_src")  # of the log
+
 # Kinds of rows
 NUMBER, DURATION, HOST, EVENT = "n", "d", "h", "e"
 
@@ -97,14 +99,24 @@ class HostState:
         self.failing_since = min((moment for moment in began if moment > self.reached), default=0.0)
 
 
+NOTHING = HostState()
+
+
 class Counts:
-    """What was counted since it was last taken."""
+    """What was counted since it was last taken.
+
+    Each session pays for this, so that it does little: what happens together is one entry, and only `take` makes of it
+    all the numbers that it stands for.
+    """
 
     def __init__(self) -> None:
         self._numbers: dict[Key, float] = {}
         self._durations: dict[Key, list[float]] = {}  # for each bucket, then for what is longer, and the sum
+        self._messages: dict[tuple[str, str, str, bool], list[int]] = {}
+        self._opened: dict[Key, list[float]] = {}
         self._hosts: dict[str, HostState] = {}
-        self._events: deque[Row] = deque(maxlen=MAX_EVENTS)
+        self._events: deque[tuple[float, str, Mapping[str, object]]] = deque(maxlen=MAX_EVENTS)
+        self._old_events: list[Row] = []  # that were put back
 
     def add(self, *key: str, number: float = 1) -> None:
         """Count something."""
@@ -118,66 +130,116 @@ class Counts:
         row[bisect_left(BOUNDS[key[0]], seconds)] += 1
         row[-1] += seconds
 
-    def event(self, *fields: str | float) -> None:
-        """Keep one of the last messages and refusals: the fields of `Event` in overview.py."""
-        self._events.append([EVENT, *fields])
+    def session_ended(self, seconds: float, tls: str) -> None:
+        """After so long."""
+        self.took(seconds, SESSION_SECONDS, tls)
+
+    def looked_up(self, seconds: float, mapping: str, outcome: str) -> None:
+        """A recipient in one mapping."""
+        self.took(seconds, LOOKUP_SECONDS, mapping, outcome)
+
+    def message(self, verdict: str, mapping: str, host: str, recipients: int, octets: int, whole: bool = True) -> None:
+        """What became of a message; if not `whole`, of a refused recipient. host: empty if it is not known."""
+        if host and host not in self._hosts:
+            host = self._host(host)
+        key = (verdict, mapping, host, whole)
+        row = self._messages.get(key)
+        if row is None:
+            row = self._messages[key] = [0, 0, 0]
+        row[0] += 1
+        row[1] += recipients
+        row[2] += octets
+
+    def event(self, kind: str, fields: Mapping[str, object]) -> None:
+        """Keep one of the last messages and refusals. fields: as in the log."""
+        self._events.append((time(), kind, fields))
 
     # -- upstream hosts
 
-    def host(self, server: object) -> str:
+    def opened(self, server: object, seconds: float, tls: str, xclient: str) -> None:
+        """It is ready for MAIL. seconds: from connecting to its greeting. tls: version; xclient: outcome."""
+        name = self._host(str(server))
+        if name != OTHER:
+            self._hosts[name].note_reached(time())
+        self.took(seconds, CONNECT_SECONDS)
+        row = self._opened.get((name, tls, xclient))
+        if row is None:
+            row = self._opened[name, tls, xclient] = [0, 0.0]
+        row[0] += 1
+        row[1] += seconds
+
+    def not_opened(self, server: object, error: str) -> None:
+        """None of its addresses was of use."""
+        name = self._host(str(server))
+        self.add(CONNECTS, name, NOT_OPENED)
+        if name != OTHER:
+            self._hosts[name].note_failed(time(), error)
+
+    def refused(self, server: object) -> None:
+        """It answers, and does not want this client, or us."""
+        name = self._host(str(server))
+        self.add(CONNECTS, name, REFUSED_CLIENT)
+        if name != OTHER:
+            self._hosts[name].note_reached(time())
+
+    def lost(self, server: object, error: str) -> None:
+        """It was there, and failed inside a transaction."""
+        name = self._host(str(server))
+        self.add(LOST, name)
+        if name != OTHER:
+            self._hosts[name].note_failed(time(), error)
+
+    def _host(self, name: str) -> str:
         """The name under which a host is counted."""
-        name = str(server)
         if name not in self._hosts:
             if len(self._hosts) >= MAX_HOSTS:
                 return OTHER
             self._hosts[name] = HostState()
         return name
 
-    def greeted(self, server: object, seconds: float) -> None:
-        """It has said its greeting, so long after we began to connect."""
-        name = self.host(server)
-        self.took(seconds, CONNECT_SECONDS)
-        self.add(GREETINGS, name)
-        self.add(GREETING_SECONDS, name, number=seconds)
-
-    def tried(self, server: object, outcome: str, error: str = "") -> None:
-        """A host is ready for MAIL (OPENED), refused (REFUSED_CLIENT) or could not be reached (NOT_OPENED)."""
-        name = self.host(server)
-        self.add(CONNECTS, name, outcome)
-        self._note(name, outcome == NOT_OPENED, error)
-
-    def lost(self, server: object, error: str) -> None:
-        """It was there, and failed inside a transaction."""
-        name = self.host(server)
-        self.add(LOST, name)
-        self._note(name, True, error)
-
-    def _note(self, name: str, failed: bool, error: str) -> None:
-        if name == OTHER:
-            return
-        if failed:
-            self._hosts[name].note_failed(time(), error)
-        else:
-            self._hosts[name].note_reached(time())
-
     # -- taking
 
     def take(self) -> list[Row]:
         """All of it, and begin anew."""
-        rows = [
-            *number_rows(self._numbers),
-            *duration_rows(self._durations),
-            *([HOST, name, *vars(state).values()] for name, state in self._hosts.items() if any(vars(state).values())),
-            *self._events,
-        ]
-        self._numbers, self._durations, self._hosts = {}, {}, {}
+        self._expand()
+        hosts = [[HOST, name, *vars(state).values()] for name, state in self._hosts.items() if state != NOTHING]
+        events = [*self._old_events, *(_event_row(*event) for event in self._events)]
+        rows = [*number_rows(self._numbers), *duration_rows(self._durations), *hosts, *events[-MAX_EVENTS:]]
+        self._numbers, self._durations, self._hosts, self._old_events = {}, {}, {}, []
         self._events.clear()
         return [clipped(row) for row in rows]
 
+    def _expand(self) -> None:
+        """Make the numbers of what was counted together."""
+        for (verdict, mapping, host, whole), (lines, recipients, octets) in self._messages.items():
+            self.add(VERDICTS, verdict, number=lines)
+            self.add(RECIPIENTS, verdict, mapping, number=recipients)
+            if whole:
+                self.add(MESSAGES, verdict, mapping, number=lines)
+                self.add(OCTETS, mapping, number=octets)
+            if host:
+                self.add(HOST_MESSAGES, host, verdict, number=lines)
+                self.add(HOST_OCTETS, host, number=octets)
+        for (host, tls, xclient), (number, seconds) in self._opened.items():
+            self.add(CONNECTS, host, OPENED, number=number)
+            self.add(GREETINGS, host, number=number)
+            self.add(GREETING_SECONDS, host, number=seconds)
+            self.add(TLS, "upstream", tls, number=number)
+            self.add(XCLIENT, xclient, number=number)
+        self._messages, self._opened = {}, {}
+        durations, self._durations = self._durations, {}
+        for (name, *labels), row in durations.items():
+            number = sum(row[:-1])
+            if name == LOOKUP_SECONDS and len(labels) == 2:
+                self.add(LOOKUPS, *labels, number=number)
+                labels.pop()
+            elif name == SESSION_SECONDS and labels:
+                self.add(TLS, "client", *labels, number=number)
+                labels.pop()
+            add_duration(self._durations, (name, *labels), row)
+
     def put_back(self, rows: Iterable[Row]) -> None:
         """What was taken, and reached nobody."""
-        newer = list(self._events)
-        self._events.clear()
         for kind, *row in rows:
             if kind == NUMBER:
                 self.add(*row[1:], number=row[0])
@@ -186,8 +248,13 @@ class Counts:
             elif kind == HOST:
                 self._hosts.setdefault(row[0], HostState()).merge(HostState(*row[1:]))
             else:
-                self._events.append([kind, *row])
-        self._events.extend(newer)
+                self._old_events.append([kind, *row])
+
+
+def _event_row(at: float, kind: str, fields: Mapping[str, object]) -> Row:
+    """In the order of `Event` in overview.py."""
+    words = [str(fields.get(name) or "") for name in EVENT_FIELDS]
+    return [EVENT, at, kind, *words, fields.get("bytes", 0), fields.get("duration", 0.0)]
 
 
 def number_rows(numbers: dict[Key, float]) -> Iterable[Row]:

@@ -7,8 +7,8 @@ from time import monotonic
 from typing import Any
 
 from .config import Settings
-from .counts import CACHE_HITS, LOOKUP_SECONDS, LOOKUPS, Counts
-from .routing import Mapping, Route, Step, conclude, search
+from .counts import CACHE_HITS, Counts
+from .routing import Mapping, Route, Step, ask, conclude, keys_of, search
 from .smtp import reply as replies
 from .smtp.reply import Reject
 from .smtp.syntax import Path, parse_rcpt
@@ -19,18 +19,17 @@ Shown = tuple[list[list[Any]], str]  # for each key: mapping, key, answer, secon
 def route_of(mappings: Sequence[Mapping], settings: Settings, recipient: Path, counts: Counts) -> Route:
     """Raises NoRoute, LookupFailed. A bare postmaster is the postmaster of our own domain."""
     address = _whole(recipient, settings)
-    seconds: dict[str, float] = {}
-    began = monotonic()
+    keys = keys_of(address, settings.recipient_delimiter)
     step = None
-    for step in search(mappings, address, settings.recipient_delimiter):
-        now = monotonic()
-        seconds[step.mapping] = seconds.get(step.mapping, 0.0) + now - began
-        began = now
-        if step.origin == "cache":
-            counts.add(CACHE_HITS, step.mapping)
-    for mapping, took in seconds.items():
-        counts.took(took, LOOKUP_SECONDS, mapping)
-        counts.add(LOOKUPS, mapping, _outcome(step) if step and step.mapping == mapping else "miss")
+    for mapping in mappings:
+        began = monotonic()
+        for step in ask(mapping, keys):
+            if step.origin == "cache":
+                counts.add(CACHE_HITS, mapping.name)
+        assert step
+        counts.looked_up(monotonic() - began, mapping.name, _outcome(step))
+        if step.is_last:
+            break
     return conclude(step, address)
 
 

@@ -2,23 +2,10 @@
 
 from __future__ import annotations
 
-from time import monotonic, time
+from time import monotonic
 
 from . import log
-from .counts import (
-    ACCEPTED,
-    FAILED,
-    HOST_MESSAGES,
-    HOST_OCTETS,
-    MESSAGES,
-    OCTETS,
-    RECIPIENTS,
-    REJECTED_BY_UPSTREAM,
-    REJECTED_BY_WILLI,
-    VERDICT_SECONDS,
-    VERDICTS,
-    Counts,
-)
+from .counts import ACCEPTED, FAILED, REJECTED_BY_UPSTREAM, REJECTED_BY_WILLI, VERDICT_SECONDS, Counts
 from .dispatch import Transaction
 from .smtp import reply as replies
 from .smtp.reply import Reject, Reply
@@ -28,7 +15,6 @@ from .upstream import Client, Upstream
 # What Willi says when nobody has judged the message or the recipient.
 NO_VERDICT = frozenset((replies.UPSTREAM_FAILED, replies.UPSTREAM_LOST, replies.LOOKUP_FAILED, replies.OUR_FAULT))
 NO_MAPPING = "none"
-EVENT_FIELDS = ("sid", "client", "from", "to", "upstream", "reply", "error", "error_src")  # of `Event` in overview.py
 
 
 class SessionLog:
@@ -85,6 +71,7 @@ class SessionLog:
         route, relay = transaction.route, transaction.relay
         upstream = transaction.upstream
         source, error = (None, None) if accepted else self.blame
+        host, octets = str(upstream.server if upstream else route or ""), relay.octets if relay else 0
         fields: dict[str, log.Value] = {
             "sid": self._sid,
             "client": str(self._client),
@@ -92,17 +79,23 @@ class SessionLog:
             "client_tls": self._client.tls is not None,
             "from": transaction.mail.path.address,
             "to": ",".join([path.address for path in recipients]),
-            "upstream": str(upstream.server if upstream else route or ""),
+            "upstream": host,
             "upstream_tls": upstream is not None and upstream.wire.tls_version is not None,
             "error": error,
             "error_src": source,
             "reply": str(answer) if answer else None,
-            "bytes": relay.octets if relay else 0,
+            "bytes": octets,
             "duration": monotonic() - transaction.began,
             "mapping": route.mapping if route else None,
         }
         log.info("Message accepted" if accepted else "Message rejected", **fields)
-        self._count(transaction, fields, self._verdict(answer), None if recipient else len(recipients))
+        counts, mapping = self._counts, route.mapping if route else NO_MAPPING
+        if not transaction.is_for_one_host:
+            host = ""
+        counts.message(self._verdict(answer), mapping, host, len(recipients), octets, whole=recipient is None)
+        counts.event("accepted" if accepted else "rejected", fields)
+        if relay and relay.verdict_seconds is not None:
+            counts.took(relay.verdict_seconds, VERDICT_SECONDS)
 
     def _verdict(self, answer: Reply | None) -> str:
         if answer is not None and answer.positive:
@@ -111,25 +104,3 @@ class SessionLog:
         if source == "upstream":
             return REJECTED_BY_UPSTREAM
         return FAILED if source == "client" or answer is None or answer in NO_VERDICT else REJECTED_BY_WILLI
-
-    def _count(
-        self, transaction: Transaction, fields: dict[str, log.Value], verdict: str, recipients: int | None
-    ) -> None:
-        """recipients: of a message; None: it is one refused recipient."""
-        counts = self._counts
-        mapping = str(fields["mapping"] or NO_MAPPING)
-        octets = int(fields["bytes"] or 0)
-        counts.add(VERDICTS, verdict)
-        if recipients is not None:
-            counts.add(MESSAGES, verdict, mapping)
-            counts.add(OCTETS, mapping, number=octets)
-        counts.add(RECIPIENTS, verdict, mapping, number=1 if recipients is None else recipients)
-        if transaction.is_for_one_host:
-            host = counts.host(fields["upstream"])
-            counts.add(HOST_MESSAGES, host, verdict)
-            counts.add(HOST_OCTETS, host, number=octets)
-        if transaction.relay and transaction.relay.verdict_seconds is not None:
-            counts.took(transaction.relay.verdict_seconds, VERDICT_SECONDS)
-        shown = [str(fields[name] or "") for name in EVENT_FIELDS]
-        kind = "accepted" if verdict == ACCEPTED else "rejected"
-        counts.event(time(), kind, *shown, octets, float(fields["duration"] or 0))

@@ -20,7 +20,7 @@ from time import monotonic
 
 from . import log
 from .config import Settings
-from .counts import NOT_OPENED, OPENED, REFUSED_CLIENT, TLS, XCLIENT, Counts
+from .counts import XCLIENT, Counts
 from .dns import TEMPUNAVAIL, Address, DnsFailed, Resolver
 from .routing import Policy, Route, Server
 from .smtp import proxy_protocol
@@ -79,6 +79,8 @@ class Upstream:
         self.route = route
         self.features: Mapping[str, str] = {}
         self.knows_client = False  # by XCLIENT or a PROXY header
+        self.greeted_after = 0.0  # seconds
+        self.xclient = ""  # what became of it
         self.introduced = False  # and waits for MAIL, which may take time
         self.in_transaction = False  # it heard MAIL, and no end of that
         self._ahead: deque[bytes] = deque()  # sent in a group, answers still to come
@@ -262,7 +264,7 @@ class Connector:
             except UpstreamFailed as error:
                 failures.append(str(error))
             except (Refused, Reject):
-                self._counts.tried(server, REFUSED_CLIENT)
+                self._counts.refused(server)
                 raise
             self._mark_down(server, failures[-1] if failures else "")
             if clock.overdue():
@@ -289,11 +291,11 @@ class Connector:
 
     def _note_open(self, upstream: Upstream) -> None:
         self._down.pop((upstream.server.host, upstream.server.port), None)
-        self._counts.tried(upstream.server, OPENED)
-        self._counts.add(TLS, "upstream", upstream.wire.tls_version or "none")
+        tls = upstream.wire.tls_version or "none"
+        self._counts.opened(upstream.server, upstream.greeted_after, tls, upstream.xclient or "off")
 
     def _mark_down(self, server: Server, why: str) -> None:
-        self._counts.tried(server, NOT_OPENED, why)
+        self._counts.not_opened(server, why)
         now = monotonic()
         self._down = {key: until for key, until in self._down.items() if until > now}
         self._down[server.host, server.port] = now + DOWN_TIME
@@ -320,12 +322,14 @@ class Connector:
             except BaseException:
                 upstream.drop()
                 raise
-        self._counts.greeted(server, monotonic() - began)
+        upstream.greeted_after = monotonic() - began
         try:
             self._introduce(upstream, client, sid)
             upstream.introduced = True
         except BaseException:  # TimeLimit and the like too: nobody else knows this connection yet
             upstream.drop()
+            if upstream.xclient:
+                self._counts.add(XCLIENT, upstream.xclient)
             raise
         return upstream
 
@@ -354,8 +358,6 @@ class Connector:
             self._hello_for(upstream, client, client.helo)
         elif not client.esmtp:
             self._hello_for(upstream, client, name)
-        if policy.xclient == "no":
-            self._counts.add(XCLIENT, "off")
 
     def _hello(self, upstream: Upstream, name: str, sid: str) -> None:
         """EHLO in our own affair, HELO if that is refused: what comes back is about us."""
@@ -409,7 +411,7 @@ class Connector:
         """
         required = upstream.route.policy.xclient == "require"
         if "XCLIENT" not in upstream.features:
-            self._counts.add(XCLIENT, "not_offered")
+            upstream.xclient = "not_offered"
             if required:
                 log.error("XCLIENT is required and not offered", sid=sid, upstream=str(upstream.server))
                 raise Reject(replies.XCLIENT_NEEDED)
@@ -423,12 +425,12 @@ class Connector:
             attributes = [attribute for attribute in attributes if attribute[0] != "HELO"]
             answer = _ask_all(upstream, xclient_lines(attributes))
         if answer is None or answer.positive:
-            self._counts.add(XCLIENT, "accepted" if answer else "not_offered")
+            upstream.xclient = "accepted" if answer else "not_offered"
             return answer is not None
         if not _is_about_us(answer):
-            self._counts.add(XCLIENT, "client_refused")
+            upstream.xclient = "client_refused"
             raise Refused(answer)
-        self._counts.add(XCLIENT, "refused")
+        upstream.xclient = "refused"
         log.error("XCLIENT refused", sid=sid, upstream=str(upstream.server), error=str(answer))
         if required:
             raise Reject(replies.XCLIENT_NEEDED)

@@ -23,7 +23,7 @@ from _socket import socket as Socket
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from ipaddress import IPv4Network, IPv6Network, ip_address
-from time import monotonic, time
+from time import monotonic
 
 import gevent
 import gevent.socket
@@ -33,7 +33,7 @@ from gevent.server import StreamServer
 from . import log
 from .child import GO, LEAVING, READY
 from .config import Settings
-from .counts import REFUSED, SESSION_SECONDS, SESSIONS, TLS, Counts
+from .counts import REFUSED, SESSIONS, Counts
 from .dns import Resolver
 from .limits import OPEN, RATE, Limits
 from .mappings import MappingError, open_mappings
@@ -341,8 +341,7 @@ class Worker:
             session.run()
         finally:
             self._sessions.discard(session)
-            counts.add(TLS, "client", client.tls or "none")
-            counts.took(monotonic() - began, SESSION_SECONDS)
+            counts.session_ended(monotonic() - began, client.tls or "none")
 
     def _read_proxy_header(self, wire: Wire, client: Client) -> bool:
         """Whether the load balancer names a client (not for a health check). Raises BadHeader, WireError."""
@@ -365,10 +364,10 @@ class Worker:
         return endpoints is not None
 
     def _turn_away(self, wire: Wire, sid: str, address: str, refusal: Reply, linger: bool) -> None:
-        text = str(refusal)
-        log.info("Connection refused", sid=sid, client=address, reply=text)
+        fields: dict[str, log.Value] = {"sid": sid, "client": address, "reply": str(refusal)}
+        log.info("Connection refused", **fields)
         self._counts.add(REFUSED, REASONS[refusal])
-        self._counts.event(time(), "refused", sid, address, "", "", "", text, REASONS[refusal], "internal", 0, 0.0)
+        self._counts.event("refused", {**fields, "error": REASONS[refusal], "error_src": "internal"})
         if not is_in(address, self._settings.proxy_protocol_hosts):  # which hear nothing before their header
             wire.write(refusal.octets)
         wire.hang_up(linger)

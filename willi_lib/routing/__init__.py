@@ -113,21 +113,34 @@ class Step:
     failure: LookupFailed | None = None
     origin: Origin = ""
 
+    @property
+    def is_last(self) -> bool:
+        """Whether the search ends here: nobody else is asked."""
+        return self.route is not None or self.failure is not None
+
 
 def search(mappings: Sequence[Mapping], recipient: str, delimiter: str = "") -> Iterator[Step]:
     """Ask each mapping for all keys of the recipient, up to the first match or failure."""
     keys = keys_of(recipient, delimiter)
     for mapping in mappings:
-        answers = mapping.find(keys)
-        for key in keys:
-            try:
-                route, origin = next(answers)
-            except LookupFailed as failure:
-                yield Step(mapping.name, key, None, failure)
+        for step in ask(mapping, keys):
+            yield step
+            if step.is_last:
                 return
-            yield Step(mapping.name, key, route, None, origin)
-            if route is not None:
-                return
+
+
+def ask(mapping: Mapping, keys: Sequence[str]) -> Iterator[Step]:
+    """Ask one mapping for all keys of a recipient, up to the first match or failure."""
+    answers = mapping.find(keys)
+    for key in keys:
+        try:
+            route, origin = next(answers)
+        except LookupFailed as failure:
+            yield Step(mapping.name, key, None, failure)
+            return
+        yield Step(mapping.name, key, route, None, origin)
+        if route is not None:
+            return
 
 
 def find_route(mappings: Sequence[Mapping], recipient: str, delimiter: str = "") -> Route:
