@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from time import monotonic
@@ -23,8 +24,10 @@ from .tls import CertificateError, certificate_facts
 
 MAX_TABLES = 100  # that are told, and the same for certificates and the names in them
 LAST_REPORT_TIMEOUT = 2.0  # seconds for the last counts, at the end of a worker
-INTERVAL = 1.0  # seconds
-RETRY = 0.05  # seconds
+# Seconds between reports, and after one that could not be sent: at random, since the way has room for ten of them, and
+# all workers start at the same moment.
+INTERVAL, RETRY = (0.8, 1.2), (0.1, 0.4)
+LAST_RETRY = 0.05  # seconds
 ANSWER_TIMEOUT = 3.0  # seconds after which nobody waits any more for the answer to a question
 
 
@@ -44,23 +47,24 @@ class Reporter:
         self._certificates = _certificates(settings) if self._wanted else []
 
     def report(self, sessions: Callable[[], int]) -> None:
-        """Send how things are and what was counted, every second. Never waits for who reads it.
+        """Send how things are and what was counted, every second or so. Never waits for who reads it.
 
         sessions: that are open.
         """
         while self._wanted:
+            sent = True
             try:
-                send(self._links.to_reports, {"worker": self._state(sessions())})
-                send_counts(self._links.to_reports, self._counts)
+                sent = send(self._links.to_reports, {"worker": self._state(sessions())})
+                sent = send_counts(self._links.to_reports, self._counts) and sent
             except Exception:  # noqa: BLE001 -- mail does not depend on it
                 log.bug("Internal error")
-            gevent.sleep(INTERVAL)
+            gevent.sleep(random.uniform(*(INTERVAL if sent else RETRY)))
 
     def finish(self) -> None:
         """Send the last counts; wait a moment for who reads them."""
         deadline = monotonic() + LAST_REPORT_TIMEOUT
         while self._wanted and not send_counts(self._links.to_reports, self._counts) and monotonic() < deadline:
-            gevent.sleep(RETRY)
+            gevent.sleep(LAST_RETRY)
 
     def _state(self, sessions: int) -> dict[str, Any]:
         return {

@@ -163,6 +163,7 @@ def test_refused_connections_are_those_of_the_log(start_willi: StartWilli, upstr
     status.wait_for(2, "willi_sessions")
     assert len(willi.lines(msg="Connection refused")) == 3
     assert status.value("willi_sessions_refused_total") == 3
+    status.wait_for(len(kept), "willi_connections")
     overview = status.overview()
     assert [event["kind"] for event in overview["events"]] == ["refused"] * 3
     limits = {limit["name"]: limit for limit in overview["limits"]}

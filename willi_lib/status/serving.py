@@ -122,4 +122,4 @@ def serve_beside(
             gevent.sleep(INTERVAL)
 
     gevent.spawn(tell)
-    Serving(settings, sockets, links).start()
+    gevent.spawn(Serving(settings, sockets, links).start)
