@@ -4,6 +4,7 @@ PYTHON ?= python3
 ROUNDS ?= 15
 VENV := .venv
 BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --use-pep517 --requirement
 CHECKED := $(wildcard willi.py demo.py release.py) willi_lib bench tests
 
 .DEFAULT_GOAL := help
@@ -26,15 +27,21 @@ help:
 
 venv: $(VENV)/installed
 
-# Made anew when the requirements change. A half-made one has no `installed` and is thrown away.
-$(VENV)/installed: requirements.txt requirements-dev.txt
+# Made anew when the requirements change. A half-made one has no `demo` and is thrown away.
+$(VENV)/demo: requirements.txt requirements-demo.txt
 	@tests/ensure-venv.sh "$(PYTHON)"
 	@echo "Making $(VENV) ..."
 	@$(PYTHON) -m venv --clear $(VENV)
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --use-pep517 --requirement requirements-dev.txt
+	@$(PIP) requirements-demo.txt
 	@touch $@
 
-demo: venv
+# What only the tests and checks need is six times as much.
+$(VENV)/installed: $(VENV)/demo requirements-dev.txt
+	@echo "Adding what the tests need ..."
+	@$(PIP) requirements-dev.txt
+	@touch $@
+
+demo: $(VENV)/demo
 	@$(BIN)/python demo.py
 
 check: venv
@@ -48,7 +55,7 @@ test: venv
 	@$(BIN)/mypy --strict $(CHECKED)
 	@$(BIN)/python -m pytest --numprocesses 3 --dist loadfile
 
-bench: venv
+bench: $(VENV)/demo
 	@tests/install-packages.sh bench/packages.txt
 	@$(BIN)/python -m bench --rounds $(ROUNDS) $(BENCH)
 

@@ -175,6 +175,10 @@ install_libraries() {
     if offline=$(PIP_CONFIG_FILE=/dev/null pip_install --isolated --no-index --find-links "$source/wheels" 2>&1); then
         return
     fi
+    case $offline in
+        *"No matching distribution"*) ;;
+        *) fail "pip could not install the wheels of the release: $offline" ;;   # a full disk, a file that is broken
+    esac
     say "The release has no wheels for Python $version on $(uname -m). Getting the libraries from the network ..."
     pip_install || fail "pip could not install the libraries. From the wheels of the release: $offline"
 }

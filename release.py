@@ -109,6 +109,8 @@ def find_version(of_source: str) -> str:
 
 def stamp(files: dict[str, tuple[bytes, int]]) -> str:
     """Write the version into the source; return it."""
+    if VERSION_FILE not in files:
+        raise Failed(f"git archive leaves {VERSION_FILE} out: look for export-ignore in .git/info/attributes")
     content, mode = files[VERSION_FILE]
     module = content.decode()
     found = VERSION_LINE.findall(module)

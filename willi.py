@@ -5,12 +5,14 @@ Usage:
   willi.py [-c FILE] [--debug]
   willi.py check [-c FILE] [--quick]
   willi.py lookup [-c FILE] ADDRESS...
+  willi.py top [-c FILE]
   willi.py (-h | --help | -V | --version)
 
 Commands:
   (none)          Serve in the foreground until SIGTERM or Ctrl-C. SIGHUP reads the file again.
   check           Try the file, the mappings, the certificates and the upstreams.
   lookup          Show each key asked in each mapping for an address, and its route.
+  top             Show in the terminal what the status page shows (status_listen), until q or Ctrl-C.
 
 Options:
   -c FILE         The configuration. Default: ./willi.conf, then /opt/willi/etc/willi.conf.
@@ -46,11 +48,15 @@ def main() -> int:
     except DocoptExit as wrong:
         print(wrong, file=sys.stderr)
         return BAD_USAGE
-    if not arguments["check"] and not arguments["lookup"]:
+    if not any(arguments[command] for command in ("check", "lookup", "top")):
         hold_standard_descriptors()
         master.block_signals()
     try:
         settings = load(arguments["-c"] or default_file())
+        if arguments["top"]:
+            from willi_lib.top import top  # nobody else needs it
+
+            return top(settings)
         if arguments["check"] or arguments["lookup"]:
             from willi_lib import check  # not before: it brings gevent
 
@@ -80,6 +86,8 @@ def hold_standard_descriptors() -> None:
 
 def serve(settings: Settings, debug: bool) -> int:
     """Run the proxy; the exit status."""
+    # An upgrade turns /opt/willi/venv to another release: workers forked after it shall find the libraries of ours.
+    sys.path[:] = map(os.path.realpath, sys.path)
     if debug:
         settings = dataclasses.replace(settings, loglevel="debug", log="stdout", workers=1)
     log.set_up(settings.loglevel, settings.log)

@@ -130,6 +130,11 @@ listen smtp
     return [find("haproxy"), "-db", "-f", config]
 
 
+def floor(place: Place) -> list[str]:
+    """What Python and gevent cost at the least; see floor.py."""
+    return [sys.executable, "-m", "bench.floor", str(place.port), str(place.upstream)]
+
+
 @dataclass(frozen=True)
 class Kind:
     """A row of the table. command: None is the upstream itself, without a proxy."""
@@ -144,6 +149,7 @@ KINDS = {
     "Willi-2": Kind(two_willis, tls=True),
     "nginx": Kind(nginx, "nginx", tls=True),
     "HAProxy": Kind(haproxy, "haproxy"),
+    "floor": Kind(floor),
     "direct": Kind(None),
 }
 

@@ -113,7 +113,7 @@ def test_the_readme_names_make_targets_that_exist():
 
 def test_the_readme_names_commands_and_options_that_exist():
     usage = (ROOT / "willi.py").read_text(encoding="utf-8").split('"""')[1]
-    assert {"check", "lookup", "--debug"} <= typed("willi.py") <= set(re.findall(r"(?<!\S)-{0,2}\w+", usage))
+    assert {"check", "lookup", "top", "--debug"} <= typed("willi.py") <= set(re.findall(r"(?<!\S)-{0,2}\w+", usage))
 
 
 def test_the_readme_names_files_that_exist():

@@ -24,11 +24,14 @@ FLOORS = [
     {"service", "session_log"},
     {"session"},
     {"status", "reporter"},
-    {"check", "worker"},
+    {"check", "top", "worker"},
     {"master"},
 ]
 KNOW_ONLY_THEMSELVES = {"smtp", "routing"}
-PURE = {"smtp.body", "smtp.syntax", "smtp.reply", "smtp.proxy_protocol", "routing"}
+PURE = {
+    "smtp.body", "smtp.syntax", "smtp.reply", "smtp.proxy_protocol", "routing", "status.overview", "status.plain",
+    "status.markup", "status.charts", "status.parts", "status.tables", "status.page", "status.style", "status.lines",
+}  # fmt: skip
 WORLD = {
     "_socket", "asyncio", "datetime", "dns", "gevent", "logging", "os", "random", "select", "selectors", "socket",
     "ssl", "subprocess", "sys", "syslog", "threading", "time",

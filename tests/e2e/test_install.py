@@ -297,6 +297,16 @@ def test_without_wheels_it_asks_the_network_and_leaves_nothing_if_there_is_none(
     assert not machine.path(HOME).exists()
 
 
+def test_a_wheel_that_is_broken_is_named_and_nothing_is_left(start_machine, without_systemd):
+    machine = start_machine(*without_systemd)
+    machine.run("sh", "-c", f"cp -R {UNPACKED}/willi-{OLD} /root/willi; truncate -s 100 /root/willi/wheels/gevent-*")
+    done = machine.ask("/root/willi/install.sh", environment={"PIP_RETRIES": "0"})
+    assert done.returncode == 1
+    assert "pip could not install the wheels of the release" in done.stderr
+    assert "gevent-" in done.stderr and "is invalid" in done.stderr
+    assert not machine.path(HOME).exists()
+
+
 # The init script
 
 

@@ -296,6 +296,25 @@ def start_by_hand(
     return process, Path(f"/proc/{process.pid}/task/{process.pid}/children")
 
 
+def test_a_worker_that_is_replaced_after_an_upgrade_has_the_libraries_of_its_master(
+    start_willi: StartWilli, upstream: ScriptedUpstream, tmp_path: Path
+):
+    ours, other = tmp_path / "ours", tmp_path / "other"
+    ours.mkdir()
+    (other / "gevent").mkdir(parents=True)
+    (other / "gevent" / "__init__.py").write_text("raise ImportError('of another release')\n")
+    os.utime(other, (1, 1))  # Python trusts its memory of a directory that seems not to have changed
+    current = tmp_path / "current"
+    current.symlink_to(ours)
+    willi = start_willi(server=upstream.server, workers=1, environment={"PYTHONPATH": str(current)})
+    willi.tolerate(DIED)
+    current.unlink()
+    current.symlink_to(other)
+    os.kill(willi.workers[0], signal.SIGKILL)
+    willi.wait_for_log(msg="Worker replaced")
+    assert deliver(greeted(willi)) == QUEUED
+
+
 # Signals
 
 

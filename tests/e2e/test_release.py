@@ -189,6 +189,14 @@ def test_a_source_without_a_version_is_refused(clone: Path):
     assert "willi_lib/__init__.py has no line VERSION, or several\n" in done.stdout
 
 
+def test_a_source_that_git_archive_leaves_out_is_named(clone: Path):
+    attributes = clone / ".git" / "info" / "attributes"
+    attributes.write_text("willi_lib/__init__.py export-ignore\n", encoding="ascii")
+    done = make(clone, "release")
+    assert done.returncode != 0
+    assert "git archive leaves willi_lib/__init__.py out" in done.stdout
+
+
 # Only what is committed
 
 

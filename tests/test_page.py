@@ -1,0 +1,371 @@
+"""The status page: what it says, and that nothing which others have said becomes markup."""
+
+from __future__ import annotations
+
+import ast
+import re
+import xml.etree.ElementTree as ET
+from dataclasses import fields, replace
+from html import unescape
+from typing import Any
+
+import pytest
+
+from tests.support import overviews
+from tests.support.loopback import ROOT
+from tests.support.overviews import HOSTILE, NOW
+from willi_lib.status import charts, page, words
+from willi_lib.status.charts import Layer
+from willi_lib.status.markup import ATTRIBUTES, ELEMENTS, Markup, element
+from willi_lib.status.overview import Asked, AskedStep, CertificateState, Event, Host, Limit, Overview, Table
+
+OVERVIEWS = {
+    "healthy": overviews.healthy(), "troubled": overviews.troubled(), "hostile": overviews.hostile(),
+    "empty": overviews.empty(),
+}  # fmt: skip
+MALICE = Asked(HOSTILE[0], tuple(AskedStep(text, text, text, None) for text in HOSTILE), HOSTILE[1])
+ALIEN = "<b onclick=\"x('1')\">&\u202e\r\n</b>"  # one of everything
+ALIEN_SHOWN = r"&lt;b onclick=&quot;x(&#x27;1&#x27;)&quot;&gt;&amp;\u202e\r\n&lt;/b&gt;"
+
+
+def parsed(overview: Overview, asked: Asked | None = None) -> ET.Element:
+    """The document by a strict parser: whatever is not well-formed raises."""
+    return ET.fromstring(page.render(overview, asked))
+
+
+def text_of(root: ET.Element) -> str:
+    return " ".join("".join(root.itertext()).split())
+
+
+def section(root: ET.Element, name: str) -> str:
+    [found] = [node for node in root.iter("section") if node.get("aria-labelledby") == name]
+    return " ".join(" ".join(found.itertext()).split())
+
+
+# Whatever others say is text
+
+
+@pytest.mark.parametrize("asked", [None, MALICE, overviews.asked()], ids=["no question", "malice", "an answer"])
+@pytest.mark.parametrize("overview", OVERVIEWS.values(), ids=OVERVIEWS)
+def test_the_document_has_only_our_elements_and_attributes(overview: Overview, asked: Asked | None):
+    for node in parsed(overview, asked).iter():
+        assert node.tag in ELEMENTS
+        assert set(node.keys()) <= ATTRIBUTES
+    assert ELEMENTS & {"script", "style", "iframe", "object", "embed", "base", "img", "use", "foreignObject"} == set()
+    assert not any(name.startswith("on") or name in ("style", "src", "srcdoc") for name in ATTRIBUTES)
+
+
+@pytest.mark.parametrize("overview", OVERVIEWS.values(), ids=OVERVIEWS)
+def test_nothing_is_loaded_from_elsewhere_and_no_link_leaves_the_page(overview: Overview):
+    root = parsed(overview, MALICE)
+    links = {node.get(name, "") for node in root.iter() for name in ("href", "action")} - {""}
+    assert {link for link in links if not link.startswith("data:image/svg+xml,")} == {"/", "/style.css"}
+    assert re.search("url|@import|//", page.STYLE) is None
+
+
+def test_malice_makes_no_more_elements_than_harmless_text():
+    def harmless(overview: Overview) -> Overview:
+        calm: dict[str, Any] = {
+            field.name: "x" for field in fields(Event) if field.type == "str" and field.name != "kind"
+        }
+        return replace(
+            overview, domain="x", version="x", problems=("x",) * len(overview.problems), last_reload_error="x",
+            hosts=tuple(replace(host, name="x", last_error="x") for host in overview.hosts),
+            tables=tuple(replace(table, name="x", kind="x", last_error="x") for table in overview.tables),
+            certificates=tuple(replace(one, file="x", names=("x",), fault="") for one in overview.certificates),
+            events=tuple(replace(event, **calm) for event in overview.events),
+        )  # fmt: skip
+
+    # `error` is said once more where it is not the reply; with harmless text both are the same.
+    malice = replace(overviews.hostile(), events=tuple(replace(e, error=e.reply) for e in overviews.hostile().events))
+    tags = [node.tag for node in parsed(malice).iter()]
+    assert tags == [node.tag for node in parsed(harmless(malice)).iter()]
+
+
+TEXTS = [
+    (kind, field.name)
+    for kind in (Overview, Event, Host, Table, CertificateState, Limit)
+    for field in fields(kind)
+    if field.type == "str"
+]
+
+
+@pytest.mark.parametrize(("kind", "name"), TEXTS, ids=[f"{kind.__name__}.{name}" for kind, name in TEXTS])
+def test_each_text_is_shown_escaped_wherever_it_is_shown(kind: type, name: str):
+    overview = overviews.troubled()
+    where = {Event: "events", Host: "hosts", Table: "tables", CertificateState: "certificates", Limit: "limits"}
+    change: dict[str, Any] = {name: ALIEN}
+    if kind is not Overview:
+        change = {where[kind]: tuple(replace(value, **change) for value in getattr(overview, where[kind]))}
+    overview = replace(overview, **change)
+    html = page.render(overview, None)
+    assert "<b" not in html.replace("<bdi", "").replace("<body", "").replace("<button", "")
+    assert "\u202e" not in html and "\r" not in html
+    hidden = {(Table, "kind"), (Event, "error_src")}  # these are ours; they choose words and are not shown
+    assert ((kind, name) in hidden) or ALIEN_SHOWN in html
+
+
+def test_texts_in_lists_are_escaped_too():
+    alien = replace(
+        overviews.healthy(), problems=(ALIEN,), listen=(ALIEN,), certificates=(CertificateState("f", (ALIEN,), NOW),)
+    )
+    assert page.render(alien, None).count(ALIEN_SHOWN) == 3
+
+
+def test_a_question_and_its_answer_are_escaped_in_text_and_in_the_field():
+    html = page.render(overviews.healthy(), Asked(ALIEN, (AskedStep(ALIEN, ALIEN, ALIEN, 0.1),), ALIEN))
+    assert html.count(ALIEN_SHOWN) == 6
+    assert f'value="{ALIEN_SHOWN}"' in html
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_malice_reads_as_it_was_sent_but_for_what_cannot_be_seen(text: str):
+    html = element("p", text).html
+    inner = html.removeprefix("<p>").removesuffix("</p>")
+    assert unescape(inner) == words.visible(text)
+    assert not re.search("[<>\"'\x00-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\ud800-\udfff]", inner)
+    html.encode()
+
+
+def test_a_very_long_text_is_cut():
+    overview = replace(overviews.healthy(), problems=("\u202e" * 100_000,))
+    assert len(page.render(overview, None)) < len(page.render(overviews.healthy(), None)) + 2_000
+
+
+def test_letters_with_a_few_marks_stay_and_towers_of_marks_do_not():
+    assert words.visible("m\u0075\u0308ller") == "m\u0075\u0308ller"
+    assert words.visible("a\u0301\u0302\u0303") == "a\u0301\u0302\\u0303"
+
+
+@pytest.mark.parametrize(
+    ("tag", "attributes"),
+    [
+        ("script", {}), ("style", {}), ("iframe", {}), ("p onclick=x", {}), ("p", {"onclick": "x"}),
+        ("p", {"style": "color: red"}), ("a", {"href": "javascript:alert(1)"}), ("a", {"href": "//evil.example"}),
+        ("a", {"href": "/\\evil.example"}), ("a", {"href": "https://evil.example"}), ("form", {"action": "data:x"}),
+        ("a", {"href": " /"}), ("a", {"href": "/\n"}), ("a", {"href": "data:image/svg+xml,<svg>"}),
+    ],
+)  # fmt: skip
+def test_what_could_run_cannot_be_made(tag: str, attributes: dict[str, str]):
+    with pytest.raises(ValueError):
+        element(tag, **attributes)
+
+
+def test_nobody_but_the_markup_module_makes_markup():
+    makers = set()
+    for path in (ROOT / "willi_lib").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and getattr(node.func, "id", getattr(node.func, "attr", "")) == "Markup":
+                makers.add(path.name)
+    assert makers == {"markup.py"}
+    with pytest.raises(TypeError):
+        Markup("<b>") + "x"  # type: ignore[operator]
+
+
+# What it says
+
+
+def test_a_good_day_is_green_and_asks_nothing_of_anybody():
+    root = parsed(overviews.healthy())
+    [state] = [node for node in root.iter("section") if node.get("aria-labelledby") == "state"]
+    assert state.get("class") == "state good"
+    assert text_of(state) == "All is well"
+    assert root.findtext("head/title") == "All is well: mx1.example.org"
+    assert "badge bad" not in ET.tostring(root, encoding="unicode")
+
+
+def test_a_bad_night_names_each_problem_and_what_to_do():
+    overview = overviews.troubled()
+    root = parsed(overview)
+    state = section(root, "state")
+    assert "6 problems need you" in state
+    for problem in overview.problems:
+        assert problem in state
+    assert state.index("What to do") > state.index(overview.problems[-1])
+    hints = words.advice(overview)
+    assert len(hints) == 6
+    for hint in hints:
+        assert hint in state
+    assert root.findtext("head/title") == "6 problems need you: mx1.example.org"
+
+
+def test_advice_is_only_for_what_is_wrong():
+    problems = ("mail2.example.org:25 is down",)
+    lost = replace(overviews.healthy().hosts[1], up=False)
+    calm = replace(
+        overviews.healthy(), certificates=overviews.healthy().certificates[:1], problems=problems, hosts=(lost,)
+    )
+    [hint] = words.advice(calm)
+    assert "upstream is down" in hint
+    assert words.advice(overviews.healthy()) == []
+
+
+def test_the_page_refreshes_itself_unless_something_is_asked():
+    def refresh(asked: Asked | None) -> list[str | None]:
+        root = parsed(overviews.healthy(), asked)
+        return [node.get("content") for node in root.iter("meta") if node.get("http-equiv") == "refresh"]
+
+    assert refresh(None) == ["10; url=/"]
+    assert refresh(overviews.asked()) == []
+    assert refresh(Asked("", (), "")) == []
+
+
+def test_an_empty_question_pauses_and_puts_the_cursor_into_the_field():
+    paused, running = parsed(overviews.healthy(), Asked("", (), "")), parsed(overviews.healthy())
+    assert "Paused at 14:03:22 UTC" in text_of(paused)
+    assert "Where mail goes for" not in text_of(paused)
+    assert [node.get("autofocus") for node in paused.iter("input")] == ["autofocus"]
+    assert [node.get("autofocus") for node in running.iter("input")] == [None]
+    assert page.PAUSE in [node.get("href") for node in running.iter("a")]
+
+
+def test_an_answer_shows_each_key_and_the_route():
+    answer = section(parsed(overviews.healthy(), overviews.asked()), "answer")
+    assert "Where mail goes for Sales+Autumn@example.org" in answer
+    assert "route: mail2.example.org:25, tls_verify = true" in answer
+    for step in overviews.asked().steps:
+        assert step.key in answer
+    assert answer.count("no match") == 4
+    assert "0.8 ms" in answer
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("hour", ["Sessions", "4,960", "open now", "2,433", "565 by upstreams", "501 by Willi", "87", "30"]),
+        ("hosts", ["mail2.example.org:25", "down 12 min", "4.4 ms", "402,991", "22.0 GB", "318", "Connection refused"]),
+        ("hosts", ["[2001:db8:0:17::2]:2525", "7 hosts with less traffic not shown"]),
+        ("tables", ["csv:/opt/willi/etc/upstream_servers.csv", "in use", "10,412", "12:33:22", "1,120,400", "69 %"]),
+        ("tables", ["mysql:database", "down", "0.9 ms", "8,211", "83 %", "44", "Can't connect: timed out"]),
+        ("limits", ["max_connections", "4,960 of 5,000", "max_connections_per_ip", "50 of 50", "912"]),
+        ("certificates", ["mx1.pem", "mx1.example.org, mx.example.org", "5 days left", "expired 3 d 0 h ago"]),
+        ("certificates", ["cannot be read", "/etc/ssl/mail/third.pem: Permission denied"]),
+        ("facts", ["Nov 07", "up 19 d 3 h", "1,904,311", "71.2 GB", "3 of 4, 1 draining", "1 failed", "2.1.0"]),
+        ("events", ["14:03:20", "rejected", "by Willi", "1A3F9C2B7D", "203.0.113.7:40000", "eva@client.example"]),
+        ("events", ["451 4.4.1 No answer from the server", "<>", "by upstream", "18.0 kB", "queued as 630A"]),
+        ("events", ["refused", "421 4.7.0 Too many connections from your address"]),
+    ],
+)  # fmt: skip
+def test_a_section_says(name: str, said: list[str]):
+    text = section(parsed(overviews.troubled()), name)
+    for part in said:
+        assert part in text
+
+
+def test_all_events_are_shown_in_their_order():
+    overview = overviews.healthy()
+    text = section(parsed(overview), "events")
+    places = [text.index(event.sid) for event in overview.events]
+    assert len(places) == 50
+    assert places == sorted(places)
+
+
+def test_a_willi_that_has_just_started_is_told_as_such():
+    root = parsed(overviews.empty())
+    assert "No upstream has been talked to yet." in section(root, "hosts")
+    assert "Nothing has come yet." in section(root, "events")
+    assert "STARTTLS is not offered" in section(root, "certificates")
+    assert "up 500 ms" in section(root, "facts")
+
+
+def test_tables_are_made_for_whoever_cannot_see_them():
+    root = parsed(overviews.troubled(), overviews.asked())
+    tables = list(root.iter("table"))
+    assert len(tables) == 6
+    for table in tables:
+        assert table.findtext("caption")
+        assert {head.get("scope") for head in table.findall("thead/tr/th")} == {"col"}
+        for row in table.findall("tbody/tr"):
+            assert [cell.get("scope") for cell in row.findall("th")] == ["row"]
+            assert len(row) == len(table.findall("thead/tr/th"))
+    for time in root.iter("time"):
+        assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", time.get("datetime", ""))
+    for picture in root.iter("svg"):
+        assert picture.get("role") == "img" and picture.get("aria-label")
+    names = [node.get("id") for node in root.iter() if node.get("id")]
+    assert len(names) == len(set(names))
+    assert {node.get("aria-labelledby") for node in root.iter("section")} <= set(names)
+    assert [label.get("for") for label in root.iter("label")] == ["address"]
+
+
+# Charts and words
+
+
+def test_a_chart_stacks_what_happened_in_a_minute_and_stays_in_its_picture():
+    counts = ([0, 1000, 1], [0, 1, 0])
+    svg = ET.fromstring(charts.minutes("Rejected", [NOW, NOW + 60, NOW + 120], [
+        Layer("by upstreams", "upstream", counts[0]), Layer("by Willi", "own", counts[1]),
+    ]).html)  # fmt: skip
+    assert svg.get("aria-label") == "Rejected in each of the last 60 minutes: 1,002 in all, at most 1,001 in a minute"
+    assert [title.text for title in svg.iter("title")] == [
+        "14:04 1,000 by upstreams, 1 by Willi", "14:05 1 by upstreams",
+    ]  # fmt: skip
+    bars = [{k: float(bar.get(k, "")) for k in ("x", "y", "width", "height")} for bar in svg.iter("rect")]
+    assert [bar["x"] for bar in bars] == [58 * charts.STEP, 58 * charts.STEP, 59 * charts.STEP]
+    assert min(bar["height"] for bar in bars) >= charts.LEAST
+    assert bars[0]["y"] == pytest.approx(bars[1]["y"] + bars[1]["height"], abs=0.02)
+    assert all(bar["y"] >= 0 and bar["y"] + bar["height"] <= charts.HEIGHT + 0.02 for bar in bars)
+
+
+def test_a_chart_of_nothing_is_a_base_line():
+    svg = ET.fromstring(charts.minutes("Failed", [], [Layer("failed", "wrong", [])]).html)
+    assert [node.tag for node in svg] == ["line"]
+
+
+@pytest.mark.parametrize(
+    ("used", "most", "width", "mark"),
+    [(0, 50, 0, "good"), (39, 50, 78, "good"), (40, 50, 80, "warn"), (50, 50, 100, "bad"), (90, 50, 100, "bad"),
+     (1, 5000, 1, "good"), (3, 0, 0, "good")],
+)  # fmt: skip
+def test_a_bar_shows_how_near_a_limit_is(used: int, most: int, width: float, mark: str):
+    limit = Limit("max_connections", used, most, 0)
+    assert words.limit_mark(limit) == mark
+    _, filled = ET.fromstring(charts.bar(used, most, mark).html).iter("rect")
+    assert (float(filled.get("width", "")), filled.get("class")) == (width, mark)
+
+
+def test_a_client_at_its_own_limit_is_no_trouble():
+    assert words.limit_mark(Limit("max_connections_per_ip", 50, 50, 900)) == "warn"
+
+
+@pytest.mark.parametrize(
+    ("up", "error", "state"),
+    [(True, "", ("good", "up")), (False, "gone", ("bad", "down")), (None, "", ("good", "in use")),
+     (None, "map.csv:3: no server", ("warn", "old table"))],
+)  # fmt: skip
+def test_a_mapping_is_in_a_state(up: bool | None, error: str, state: tuple[str, str]):
+    assert words.table_state(replace(overviews.healthy().tables[0], database_up=up, last_error=error)) == state
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(-1, "0 µs"), (0.000004, "4 µs"), (0.0004, "0.4 ms"), (0.031, "31 ms"), (3.42, "3.4 s"), (59, "59 s"),
+     (60, "1 min"), (7_800, "2 h 10 min"), (273_600, "3 d 4 h"), (1e9, "11,574 d 1 h")],
+)  # fmt: skip
+def test_a_duration_reads(seconds: float, text: str):
+    assert words.duration(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("octets", "text"),
+    [(0, "0 B"), (999, "999 B"), (1_000, "1.0 kB"), (123_456, "123 kB"), (1_234_567, "1.2 MB"), (5e9, "5.0 GB"),
+     (7.1e15, "7,100.0 TB")],
+)  # fmt: skip
+def test_a_size_reads(octets: float, text: str):
+    assert words.size(int(octets)) == text
+
+
+@pytest.mark.parametrize(
+    ("left", "text", "mark"),
+    [(-60, "expired 1 min ago", "bad"), (3_600, "1 h 0 min left", "bad"), (86_400, "1 day left", "bad"),
+     (13 * 86_400, "13 days left", "bad"), (15 * 86_400, "15 days left", "warn"),
+     (31 * 86_400, "31 days left", "good")],
+)  # fmt: skip
+def test_a_certificate_warns_before_it_ends(left: float, text: str, mark: str):
+    certificate = CertificateState("f", ("n",), NOW + left)
+    assert (words.certificate_state(certificate, NOW), words.certificate_mark(certificate, NOW)) == (text, mark)
+
+
+@pytest.mark.parametrize("at", [-1e18, 0, 1e18])
+def test_a_time_out_of_all_bounds_is_no_fault(at: float):
+    assert words.clock(at, NOW)
