@@ -3,20 +3,21 @@
 
 Usage:
   willi.py [-c FILE] [--debug]
-  willi.py check [-c FILE] [--quick]
+  willi.py check [-c FILE] [--quick] [--json]
   willi.py lookup [-c FILE] ADDRESS...
   willi.py top [-c FILE]
   willi.py (-h | --help | -V | --version)
 
 Commands:
   (none)          Serve in the foreground until SIGTERM or Ctrl-C. SIGHUP reads the file again.
-  check           Try the file, the mappings, the certificates and the upstreams.
+  check           Try the file and all that it names, and say what is wrong and what to do: one line per finding.
   lookup          Show each key asked in each mapping for an address, and its route.
   top             Show in the terminal what the status page shows (status_listen), until q or Ctrl-C.
 
 Options:
   -c FILE         The configuration. Default: ./willi.conf, then /opt/willi/etc/willi.conf.
   --quick         Only whether Willi would start: the file, tables and certificates. Nothing is connected to.
+  --json          The findings as a list of {"level", "subject", "what", "advice"}.
   --debug         One process, and the whole dialogue in the log on the terminal.
   -h --help       Show this text.
   -V --version    Show the version.
@@ -29,7 +30,10 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import signal
 import sys
+from collections.abc import Mapping
+from typing import Any
 
 from docopt import DocoptExit, docopt
 
@@ -58,15 +62,30 @@ def main() -> int:
 
             return top(settings)
         if arguments["check"] or arguments["lookup"]:
-            from willi_lib import check  # not before: it brings gevent
-
-            if arguments["lookup"]:
-                return check.lookup(settings, arguments["ADDRESS"])
-            return check.check_quickly(settings) if arguments["--quick"] else check.check(settings)
+            return ask(settings, arguments)
         return serve(settings, arguments["--debug"])
     except ConfigError as error:
+        if arguments["--json"]:
+            from willi_lib.check.report import say_faults
+
+            return say_faults(error.faults)
         print(error, file=sys.stderr)
         return BAD_CONFIGURATION
+
+
+def ask(settings: Settings, arguments: Mapping[str, Any]) -> int:
+    """Answer the question of somebody at a terminal; the exit status."""
+    from willi_lib import check  # not before: it brings gevent
+
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C is no reason for a traceback
+    try:
+        if arguments["lookup"]:
+            return check.lookup(settings, arguments["ADDRESS"])
+        one = check.check_quickly if arguments["--quick"] else check.check
+        return one(settings, as_json=arguments["--json"])
+    except BrokenPipeError:  # `willi.py check | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python complains at its end
+        return FAILED
 
 
 def default_file() -> str:

@@ -84,6 +84,8 @@ class Upstream:
         self.introduced = False  # and waits for MAIL, which may take time
         self.in_transaction = False  # it heard MAIL, and no end of that
         self._ahead: deque[bytes] = deque()  # sent in a group, answers still to come
+        self.xclient_offer = ""  # the attributes that it lists; not all go on to list them afterwards (for `check`)
+        self.xclient_answer: Reply | None = None
 
     # -- commands
 
@@ -416,7 +418,8 @@ class Connector:
                 log.error("XCLIENT is required and not offered", sid=sid, upstream=str(upstream.server))
                 raise Reject(replies.XCLIENT_NEEDED)
             return False
-        attributes = _attributes(upstream.features["XCLIENT"], client)
+        upstream.xclient_offer = upstream.features["XCLIENT"]
+        attributes = _attributes(upstream.xclient_offer, client)
         if upstream.wire.pending():  # DNS may have taken seconds
             raise UpstreamFailed(f"{upstream.server}: spoke out of turn, or hung up, before XCLIENT")
         answer = _ask_all(upstream, xclient_lines(attributes))
@@ -438,12 +441,13 @@ class Connector:
 
 
 def _ask_all(upstream: Upstream, lines: Sequence[bytes]) -> Reply | None:
-    """Ask one after the other, up to the first that is refused; the last answer."""
+    """Ask one after the other, up to the first that is refused; the last answer, which is kept for `check`."""
     answer = None
     for line in lines:
         answer = upstream.ask(line)
         if not answer.positive:
             break
+    upstream.xclient_answer = answer
     return answer
 
 

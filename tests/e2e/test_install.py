@@ -19,6 +19,7 @@ import pytest
 
 from tests.conftest import show_on_failure
 from tests.support.certificates import Authority
+from tests.support.check import NOBODY
 from tests.support.client import Client
 from tests.support.daemon import Setting, write_config
 from tests.support.dns import DnsServer
@@ -26,7 +27,7 @@ from tests.support.loopback import HOST, ROOT, need, wait_until
 from tests.support.machine import Layers, Machine
 from tests.support.mariadb import Mariadb
 from tests.support.release import build_release
-from tests.support.talk import EHLO, QUEUED, deliver
+from tests.support.talk import EHLO, QUEUED, deliver, reply
 from tests.support.traffic import CONNECT, Traffic
 from tests.support.upstream import ScriptedUpstream
 
@@ -229,6 +230,7 @@ def test_the_commands_that_install_sh_proposes_lead_to_a_running_willi(machine, 
         edited = "domain = mx.example\n[mappings]\n[[file]]\ntype = csv\nfile = upstream_servers.csv\n"
         machine.path(CONF).write_text(edited)  # keeps owner and mode, as an editor does
         machine.path(f"{ETC}/upstream_servers.csv").write_text(f"pattern;server\nb.example;{upstream.server}\n")
+        upstream.answers[NOBODY] = reply("454 4.7.1 Relay access denied")
         assert f"ok     csv:{ETC}/upstream_servers.csv: 1 patterns" in machine.run("sh", "-c", check)
         machine.run("sh", "-c", start)
         send_message(machine, upstream)

@@ -465,7 +465,7 @@ def test_a_password_file_that_others_can_read_is_warned_of(
     file.chmod(mode)
     done = run_willi("check", "-c", config(password="", password_file=str(file)))
     assert f"ok     mysql:db: {mariadb.host}: " in done.stdout
-    warning = f"warn   mysql:db: others than its owner can read {file}: chmod 600\n"
+    warning = f"warn   mysql:db: others than its owner can read {file} -> chmod 600 {file}\n"
     assert (warning in done.stdout) == (mode != 0o600)
     willi = routed(password="", password_file=str(file))
     warned = willi.lines(msg="Others than its owner can read the password file", lvl="warn", error=str(file))

@@ -436,6 +436,11 @@ class Wire:
         """`TLSv1.3` and the like; None: the connection is in clear."""
         return self._tls.version() if self._tls else None
 
+    @property
+    def peer_certificate(self) -> dict[str, object]:
+        """Its fields, as the ssl module names them; empty without TLS, or if it was not verified."""
+        return dict(self._tls.getpeercert() or {}) if self._tls else {}
+
     def start_tls(self, context: ssl.SSLContext, server_side: bool, server_name: str | None = None) -> None:
         """Shake hands (RFC 3207). What was buffered in clear is thrown away, never executed.
 

@@ -1,0 +1,455 @@
+"""`willi.py check`: how it speaks, and what it finds on this machine. For upstreams see test_check_upstreams.py."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import StartUpstream, StartWilli
+from tests.support.certificates import Authority
+from tests.support.check import GOOD, NOBODY, WRONG, Finding, about, bad, configure, findings, lines
+from tests.support.daemon import PYTHON, run_willi
+from tests.support.dns import DnsServer, Fault
+from tests.support.loopback import HOST, PATIENCE, ROOT, free_port, need
+from tests.support.talk import reply
+from tests.support.upstream import GREETING, Hold, ScriptedUpstream
+
+GREEN, RED = "\x1b[32m", "\x1b[1;31m"
+# As the user willi, who may not look into the service that has the right to open port 25.
+WITHOUT_INSIGHT = ["setpriv", "--bounding-set", "-sys_ptrace,-setpcap"]
+WITHOUT_RIGHTS = ["unshare", "--net", "setpriv", "--bounding-set", "-net_bind_service"]
+
+
+def test_check_of_a_good_file(tmp_path: Path, certificates: Authority):
+    pair = certificates.issue("mx.willi.example", "*.willi.example")
+    path = configure(tmp_path, "# none yet\n", f"tls_cert = {pair.cert}\ntls_key = {pair.key}")
+    said = lines(path)
+    assert said[0] == f"ok     {path}: mappings: 1, domain mx.willi.example"
+    [certificate] = [line for line in said if str(pair.cert) in line]
+    assert ": for mx.willi.example, *.willi.example, until " in certificate
+    assert certificate.endswith(" -> renew it: a running Willi reads the new file by itself")  # made for a week
+    assert f"warn   csv:{tmp_path}/map.csv: 0 patterns -> add a line for each domain: pattern;server;tls_verify" in said
+    assert all(re.match("(ok    |warn  |wrong ) .+: .+", line) for line in said)
+
+
+# -- how it speaks
+
+
+def test_json_says_the_same_as_the_lines(tmp_path: Path):
+    path = configure(tmp_path, f"b.example;{HOST}:{free_port()}\n", "read_timeout = 1s")
+    done = run_willi("check", "-c", path, "--json")
+    assert (done.returncode, done.stderr) == (WRONG, "")
+    entries = json.loads(done.stdout)
+    assert {tuple(entry) for entry in entries} == {("level", "subject", "what", "advice")}
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert [key for key in entries[0] if f'"{key}"' not in readme] == []
+    said = [line for line in lines(path) if " DNS: " not in line]  # which says how long it took
+    assert len(said) > 3
+    assert said == [
+        f"{one['level']:6} {one['subject']}: {one['what']}" + (f" -> {one['advice']}" if one["advice"] else "")
+        for one in entries
+        if one["subject"] != "DNS"
+    ]
+
+
+def test_json_of_a_file_that_cannot_be_read(tmp_path: Path):
+    path = configure(tmp_path, "b.example;127.0.0.1\n", "raed_timeout = 5m\nmax_errors = many")
+    for quick in ([], ["--quick"]):
+        done = run_willi("check", *quick, "--json", "-c", path)
+        assert (done.returncode, done.stderr) == (WRONG, "")
+        assert json.loads(done.stdout) == [
+            {
+                "level": "wrong", "subject": f"{path}:4", "advice": "",
+                "what": "raed_timeout: unknown key; did you mean 'read_timeout'?",
+            },
+            {
+                "level": "wrong", "subject": f"{path}:5", "advice": "",
+                "what": "max_errors: 'many': must be a whole number from 1 to 1000000",
+            },
+        ]  # fmt: skip
+
+
+def on_a_terminal(path: Path, stream: str, **environment: str) -> str:
+    """What a terminal gets that is this stream of a check."""
+    ours, theirs = pty.openpty()
+    command = [PYTHON, str(ROOT / "willi.py"), "check", "-c", str(path)]
+    streams = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, stream: theirs}
+    inherited = {name: value for name, value in os.environ.items() if name != "NO_COLOR"}
+    process = subprocess.Popen(command, env=inherited | {"TERM": "xterm"} | environment, **streams)  # type: ignore[call-overload]
+    os.close(theirs)
+    octets = b""
+    try:
+        while chunk := os.read(ours, 65536):
+            octets += chunk
+    except OSError:  # EIO: the other side is closed
+        pass
+    os.close(ours)
+    process.wait(60)
+    return octets.decode()
+
+
+def test_levels_have_colours_on_a_terminal_only(tmp_path: Path):
+    path = configure(tmp_path, f"b.example;{HOST}:{free_port()}\n")
+    coloured = on_a_terminal(path, "stdout")
+    assert f"{GREEN}ok    \x1b[0m {path}: " in coloured
+    assert f"{RED}wrong \x1b[0m {HOST}:" in coloured
+    assert "\x1b" not in on_a_terminal(path, "stdout", NO_COLOR="1")
+    assert "\x1b" not in on_a_terminal(path, "stdout", TERM="dumb")
+    assert "\x1b" not in "".join(lines(path))
+
+
+def test_a_bar_shows_how_many_upstreams_are_done_and_goes_away(tmp_path: Path):
+    path = configure(tmp_path, "".join(f"d{n}.example;{HOST}:{n}\n" for n in range(1, 5)))
+    drawn = on_a_terminal(path, "stderr").split("\r\x1b[K")
+    assert drawn[1] == "." * 30 + " 0/4 upstreams"
+    assert "#" * 30 + " 4/4 upstreams" in drawn
+    assert drawn[-1] == ""  # cleared
+    assert run_willi("check", "-c", path).stderr == ""
+
+
+def test_who_has_seen_enough_gets_no_traceback(tmp_path: Path, upstream: ScriptedUpstream):
+    waiting = upstream.answers[GREETING] = Hold()
+    path = configure(tmp_path, f"b.example;{upstream.server}\n", "connect_timeout = 60s")
+    path.write_text(path.read_text().replace("connect_timeout = 5s", ""))
+    command = [PYTHON, "-u", str(ROOT / "willi.py"), "check", "-c", str(path)]
+    for leave, status in (("Ctrl-C", -signal.SIGINT), ("head", 4)):
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        assert process.stdout and process.stderr
+        with process, process.stdout as stdout, process.stderr as stderr:
+            assert waiting.reached.wait(PATIENCE)
+            waiting.reached.clear()
+            if leave == "Ctrl-C":
+                process.send_signal(signal.SIGINT)
+            else:
+                stdout.close()
+                waiting.release()
+            assert stderr.read() == b""
+            assert process.wait(PATIENCE) == status
+
+
+# -- --quick
+
+
+def test_a_quick_check_connects_to_nothing_and_says_whether_willi_would_start(
+    tmp_path: Path, start_upstream: StartUpstream, certificates: Authority
+):
+    upstream = start_upstream()
+    expired = certificates.expired("mx.example")  # Willi starts with it: that a certificate is too old is for `check`
+    more = f"tls_cert = {expired.cert}\ntls_key = {expired.key}"
+    path = configure(tmp_path, f"b.example;{upstream.server}\nc.example;{HOST}:1\n", more=more)
+    done = run_willi("check", "--quick", "-c", path)
+    assert (done.returncode, done.stdout) == (GOOD, f"ok     {path}: Willi would start\n")
+    assert upstream.connections == []
+
+
+def test_a_quick_check_names_what_would_keep_willi_from_starting(tmp_path: Path, certificates: Authority):
+    pair, other = certificates.issue("mx.example"), certificates.expired("mx.example")
+    path = configure(tmp_path, "b.example;127.0.0.1;perhaps\nc.example\n")
+    done = run_willi("check", "--quick", "-c", path)
+    assert done.returncode == WRONG
+    assert re.findall(r"^wrong  (\S+: )", done.stdout, re.MULTILINE) == [f"{tmp_path}/map.csv:{n}: " for n in (2, 3)]
+    path = configure(tmp_path, "b.example;127.0.0.1\n", more=f"tls_cert = {pair.cert}\ntls_key = {other.key}")
+    done = run_willi("check", "--quick", "-c", path)
+    assert (done.returncode, done.stdout) == (WRONG, f"wrong  {pair.cert}, {other.key}: KEY_VALUES_MISMATCH\n")
+
+
+# -- files
+
+
+@pytest.fixture
+def open_directory() -> Iterator[Path]:
+    """One that others may enter; pytest's own are closed."""
+    with tempfile.TemporaryDirectory() as name:
+        Path(name).chmod(0o755)
+        yield Path(name)
+
+
+def unreadable(path: Path) -> list[str]:
+    """The files of which check says that the workers may not read them."""
+    return [one.subject for one in findings(path) if one.what == "nobody (user) may not read it, and will have to"]
+
+
+@pytest.mark.parametrize(("mode", "good"), [(0o644, True), (0o640, False), (0o604, True), (0o600, False)])
+def test_check_by_root_finds_files_that_the_workers_may_not_read(
+    open_directory: Path, certificates: Authority, mode: int, good: bool
+):
+    need(root=True)
+    authority = open_directory / "ca.pem"
+    authority.write_bytes(certificates.ca.read_bytes())
+    path = configure(open_directory, "", f"user = nobody\nupstream_tls_ca = {authority}")
+    files = [authority, open_directory / "map.csv"]
+    for file in files:
+        file.chmod(mode)
+    assert unreadable(path) == ([] if good else [str(file) for file in files])
+
+
+def test_a_group_that_may_read_is_enough(open_directory: Path):
+    need(root=True)
+    path = configure(open_directory, "", "user = nobody\ngroup = daemon")
+    file = open_directory / "map.csv"
+    file.chmod(0o640)
+    assert unreadable(path) == [str(file)]
+    shutil.chown(file, group="daemon")
+    assert unreadable(path) == []
+
+
+def test_check_names_a_certificate_that_is_no_use(tmp_path: Path, certificates: Authority):
+    old, other = certificates.expired("mx.willi.example"), certificates.issue("mx.willi.example")
+    path = configure(tmp_path, "", f"tls_cert = {old.cert}\ntls_key = {old.key}")
+    [expired] = about(findings(path), str(old.cert))
+    assert expired.level == "wrong" and expired.what.startswith("for mx.willi.example, until ")
+    assert "renew it" in expired.advice
+    path = configure(tmp_path, "", f"tls_cert = {old.cert}\ntls_key = {other.key}")
+    [mismatched] = about(findings(path), f"{old.cert}, {other.key}")
+    assert (mismatched.level, mismatched.what) == ("wrong", "KEY_VALUES_MISMATCH")
+    started = run_willi("-c", path)
+    assert started.returncode == WRONG
+    assert "KEY_VALUES_MISMATCH" in started.stdout
+
+
+def test_a_certificate_for_other_names_is_warned_of(tmp_path: Path, certificates: Authority):
+    names = {"mx.willi.example": "", "*.willi.example": "", "willi.example": "warn", "*.mx.willi.example": "warn"}
+    for name, level in names.items():
+        pair = certificates.issue(name)
+        found = about(findings(configure(tmp_path, "", f"tls_cert = {pair.cert}\ntls_key = {pair.key}")), "tls_cert")
+        assert "".join(one.level for one in found) == level, name
+        assert all("no certificate is for mx.willi.example" in one.what for one in found)
+
+
+def test_root_is_told_that_it_is_not_the_service(open_directory: Path):
+    need(root=True)
+    [problem] = about(findings(configure(open_directory, "")), "user")
+    assert problem.level == "warn" and "runuser" in problem.advice
+    assert about(findings(configure(open_directory, "", "user = nobody")), "user") == []
+
+
+def test_secrets_that_others_can_read_and_files_that_others_can_change(tmp_path: Path, certificates: Authority):
+    issued = certificates.issue("mx.willi.example")
+    key = tmp_path / "mx.key"
+    shutil.copy(issued.key, key)
+    database = '[[db]]\ntype = mysql\nhost = 127.0.0.1\nport = 1\npassword = secret\nquery = "SELECT ?"\n'
+    path = configure(tmp_path, "", f"tls_cert = {issued.cert}\ntls_key = {key}", database)
+    table = tmp_path / "map.csv"
+    for file, mode in ((key, 0o640), (path, 0o640), (table, 0o644)):
+        file.chmod(mode)
+    assert [one for one in findings(path) if one.advice.startswith("chmod")] == []
+    for file, mode in ((key, 0o644), (path, 0o644), (table, 0o646)):
+        file.chmod(mode)
+    said = {(one.level, one.subject): one.advice for one in findings(path) if one.advice.startswith("chmod")}
+    assert said == {
+        ("warn", str(key)): f"chmod o= {key}",
+        ("warn", str(path)): f"chmod o= {path}, or use password_file",
+        ("wrong", str(table)): f"chmod o-w {table}",
+    }
+
+
+# -- ports
+
+
+def listening_on(path: Path, *addresses: str) -> Path:
+    """The same file, with other addresses in `listen`."""
+    path.write_text(re.sub(r"(?m)^listen = .*", f"listen = {', '.join(addresses)}", path.read_text()))
+    return path
+
+
+def test_a_port_is_free_or_belongs_to_somebody(tmp_path: Path, upstream: ScriptedUpstream):
+    free = f"{HOST}:{free_port()}"
+    path = listening_on(configure(tmp_path, ""), free, upstream.server, "192.0.2.77:25")
+    first, taken, foreign = about(findings(path), "listen")
+    assert first == Finding("ok", "listen", f"{free} is free", "")
+    assert taken.level == "wrong" and f"{upstream.server} belongs to process {os.getpid()}, " in taken.what
+    assert "stop it" in taken.advice
+    assert foreign.level == "wrong" and "192.0.2.77:25: Cannot assign requested address" in foreign.what
+
+
+def test_one_address_is_enough_to_keep_willi_from_all(tmp_path: Path, upstream: ScriptedUpstream):
+    path = listening_on(configure(tmp_path, ""), f"0.0.0.0:{upstream.port}")
+    [taken] = about(findings(path), "listen")
+    assert taken.level == "wrong" and f"belongs to process {os.getpid()}, " in taken.what
+
+
+def test_who_may_not_see_the_process_is_told_its_greeting(tmp_path: Path, upstream: ScriptedUpstream):
+    need("setpriv", root=True)
+    path = listening_on(configure(tmp_path, ""), upstream.server)
+    [taken] = about(findings(path, WITHOUT_INSIGHT), "listen")
+    assert taken.level == "wrong" and "a process of root that says '220 upstream.example ESMTP'" in taken.what
+
+
+def test_the_port_of_a_running_willi_is_as_it_should_be(upstream: ScriptedUpstream, start_willi: StartWilli):
+    need("setpriv", root=True)
+    willi = start_willi(server=upstream.server)
+    address = f"{HOST}:{willi.port}"
+    [seen] = about(findings(willi.config), "listen")
+    assert seen.level == "ok" and seen.what == f"Willi listens on {address} already (process {willi.process.pid})"
+    [heard] = about(findings(willi.config, WITHOUT_INSIGHT), "listen")
+    assert heard == Finding("ok", "listen", f"Willi listens on {address} already", "")
+
+
+def test_the_right_to_open_port_25_is_the_service_s(tmp_path: Path):
+    need("unshare", "setpriv", root=True)
+    path = listening_on(configure(tmp_path, ""), ":25")
+    found = about(findings(path, WITHOUT_RIGHTS), "listen")
+    assert [one.level for one in found] == ["ok", "ok"]  # IPv4 and IPv6
+    assert "0.0.0.0:25 is free (below port 1024: this user may not" in found[0].what
+
+
+def test_the_status_page_needs_a_port_of_its_own(tmp_path: Path):
+    port = free_port()
+    path = listening_on(configure(tmp_path, "", f"status_listen = {HOST}:{port}"), f":{port}")
+    [problem] = bad(about(findings(path), "status_listen"))
+    assert problem.level == "wrong" and "is in listen, too" in problem.what
+
+
+# -- DNS
+
+
+def test_the_resolver_and_the_domain(tmp_path: Path, dns: DnsServer):
+    path = configure(tmp_path, "")
+    [domain] = about(findings(path, dns.prefix), "domain")
+    assert domain.level == "warn" and domain.what == "mx.willi.example has no address in the DNS"
+    dns.zone["mx.willi.example"] = {"A": ["192.0.2.25"], "AAAA": ["2001:db8::25"]}
+    found = findings(path, dns.prefix)
+    [domain], [resolver] = about(found, "domain"), about(found, "DNS")
+    assert domain == Finding("ok", "domain", "mx.willi.example is 192.0.2.25, 2001:db8::25", "")
+    assert resolver.level == "ok" and re.fullmatch(r"the resolver answers \(\d+ ms\)", resolver.what)
+
+
+@pytest.mark.parametrize(("server", "level"), [(f"{HOST}:1", "warn"), ("mail.b.example", "wrong")])
+def test_a_resolver_that_is_silent(tmp_path: Path, dns: DnsServer, server: str, level: str):
+    dns.zone["mx.willi.example"] = dns.zone["mail.b.example"] = Fault.SILENCE
+    [resolver] = about(findings(configure(tmp_path, f"b.example;{server}\n"), dns.prefix), "DNS")
+    assert resolver.level == level and "/etc/resolv.conf" in resolver.advice
+
+
+# -- settings
+
+STRANGE = {
+    # lines: subjects that are warned of, with a word of the advice
+    """loglevel = error
+tls_min_version = 1.3
+read_timeout = 299s
+write_timeout = 179s
+upstream_timeout = 301s
+data_timeout = 599s
+drain_timeout = 9s
+max_message_bytes = 65535
+max_recipients = 99
+max_connections = 50
+status_listen = :8025
+proxy_protocol_hosts = 198.51.0.0/16""": {
+        "loglevel": "info", "tls_min_version": "1.2", "read_timeout": "5m", "write_timeout": "5m",
+        "upstream_timeout": "4m", "data_timeout": "10m", "drain_timeout": "60s", "max_message_bytes": "20MiB",
+        "max_recipients": "100", "max_connections_per_ip": "below", "status_listen": "127.0.0.1",
+        "proxy_protocol_hosts": "your own",
+    },
+    """loglevel = debug
+tls_min_version = 1.0
+upstream_timeout = 1s
+drain_timeout = 61s
+max_connections = 1000000
+xclient_hosts = 2001:db8::/48
+upstream_tls = never
+upstream_tls_ca = {ca}
+send_proxy = v2
+xclient = require""": {
+        "loglevel": "info", "tls_min_version": "1.2", "connect_timeout": "20s", "drain_timeout": "TimeoutStopSec",
+        "max_connections": "LimitNOFILE", "xclient_hosts": "your own", "[[people]]": "xclient = try",
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("settings", STRANGE)
+def test_settings_that_break_a_promise(tmp_path: Path, certificates: Authority, settings: str):
+    limited = ["sh", "-c", 'ulimit -n 4096; exec "$@"', "sh"]
+    found = findings(configure(tmp_path, "", settings.format(ca=certificates.ca)), limited)
+    warned = {one.subject: one.advice for one in found if one.level == "warn"}
+    assert [subject for subject, word in STRANGE[settings].items() if word not in warned.get(subject, "")] == []
+
+
+def test_the_defaults_and_the_limits_of_good_values_are_not_warned_of(tmp_path: Path):
+    good = (
+        "loglevel = info\nread_timeout = 5m\nwrite_timeout = 3m\nupstream_timeout = 5m\ndata_timeout = 10m\n"
+        "drain_timeout = 10s\nmax_recipients = 100\nmax_connections = 51\nstatus_listen = 127.0.0.1:0\n"
+        "xclient_hosts = 10.0.0.0/8, 198.51.100.0/24, 2001:db8::/64, 192.0.2.1\n"
+    )
+    for settings in ("max_connections = 100", good):
+        found = findings(configure(tmp_path, "", settings))
+        subjects = {one.subject for one in bad(found)}
+        here = {"domain", "DNS", "user"}  # may be so on the machine of the test
+        assert subjects - here == {"tls_cert", f"csv:{tmp_path}/map.csv"}  # no certificate, and empty
+
+
+def test_nobody_may_let_the_world_speak_for_others(tmp_path: Path):
+    networks = ["0.0.0.0/0", "128.0.0.0/1", "::/0", "2000::/3"]
+    settings = ("xclient_hosts", "proxy_protocol_hosts")
+    more = "".join(f"{setting} = 192.0.2.1, {', '.join(networks)}\n" for setting in settings)
+    found = findings(configure(tmp_path, "", more))
+    for setting in settings:
+        said = [(one.level, one.what.partition(" is the world")[0]) for one in about(found, setting)]
+        assert said == [("wrong", network) for network in networks]
+
+
+def test_a_catch_all_before_other_mappings(tmp_path: Path, upstream: ScriptedUpstream):
+    upstream.answers[NOBODY] = reply("550 5.1.1 no")
+    server = f"type = static\nserver = {upstream.server}\n"
+    found = findings(configure(tmp_path, "", mappings=f"[[all]]\n{server}[[rest]]\n{server}"))
+    [problem] = bad(about(found, "static:all"))
+    assert problem.level == "warn" and "[[rest]] is never asked" in problem.what
+    assert bad(about(found, "static:rest")) == []
+
+
+def test_routes_without_verification_are_counted_unless_they_stay_at_home(tmp_path: Path):
+    path = configure(
+        tmp_path, "a.example;192.0.2.1:1;no\nb.example;192.0.2.1:1\nc.example;10.0.0.1:1;no\nd.example;192.0.2.1:1;no\n"
+    )
+    path.write_text(path.read_text().replace("connect_timeout = 5s", "connect_timeout = 0.1s"))
+    [problem] = bad(about(findings(path), f"csv:{tmp_path}/map.csv"))
+    assert problem.level == "warn" and "1 of 3 routes have tls_verify = false" in problem.what
+
+
+class Metrics(BaseHTTPRequestHandler):
+    """What the status of a Willi says to Prometheus, and nothing about it in our output."""
+
+    def do_GET(self) -> None:
+        self.send_response(200 if self.path == "/metrics" else 404)
+        self.end_headers()
+        self.wfile.write(b'# TYPE willi_build_info gauge\nwilli_build_info{version="2.0.0"} 1.0\n')
+
+    def log_message(self, format: str, *arguments: object) -> None:
+        pass
+
+
+def test_the_status_of_a_running_willi_is_known_by_its_metrics(tmp_path: Path):
+    need("setpriv", root=True)
+    with HTTPServer((HOST, 0), Metrics) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            address = f"{HOST}:{server.server_port}"
+            path = configure(tmp_path, "", f"status_listen = {address}")
+            [heard] = about(findings(path, WITHOUT_INSIGHT), "status_listen")
+        finally:
+            server.shutdown()
+            thread.join()
+    assert heard == Finding("ok", "status_listen", f"Willi listens on {address} already", "")
+
+
+def test_a_port_that_only_waits_is_told(tmp_path: Path):
+    need("setpriv", root=True)
+    with socket.create_server((HOST, 0)) as silent:
+        path = listening_on(configure(tmp_path, ""), f"{HOST}:{silent.getsockname()[1]}")
+        [taken] = about(findings(path, WITHOUT_INSIGHT), "listen")
+    assert taken.level == "wrong" and "a process of root that says ''" in taken.what

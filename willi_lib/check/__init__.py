@@ -1,0 +1,58 @@
+"""`willi.py check` and `willi.py lookup`: the questions of somebody at a terminal."""
+
+# ruff: noqa: E402
+
+from __future__ import annotations
+
+from gevent import monkey
+
+monkey.patch_all(ssl=False)  # before the imports below, as in worker.py
+
+from willi_lib import log
+from willi_lib.config import Settings
+from willi_lib.dns import Resolver
+from willi_lib.mappings import MappingError, open_mappings
+from willi_lib.routing.csv_file import CsvError, CsvFile
+from willi_lib.tls import CertificateError, server_context
+
+from .files import look_at_certificates, look_at_files
+from .lookup import lookup
+from .ports import look_at_ports
+from .promises import look_at_promises
+from .report import Report
+from .resolver import look_at_dns
+from .routes import look_at_mappings
+from .upstreams import look_at_upstreams
+
+__all__ = ["check", "check_quickly", "lookup"]
+
+
+def check(settings: Settings, as_json: bool = False) -> int:
+    """Try all that the file names; the exit status. (The file itself has been read without fault.)"""
+    log.silence()
+    report = Report(as_json)
+    report.ok(settings.path, f"mappings: {len(settings.mappings)}, domain {settings.domain}")
+    look_at_promises(settings, report)
+    look_at_certificates(settings, report)
+    look_at_files(settings, report)
+    look_at_ports(settings, report)
+    destinations = look_at_mappings(settings, report)
+    resolver = Resolver(settings.dns_timeout)
+    look_at_dns(settings, destinations, resolver, report)
+    look_at_upstreams(settings, destinations, resolver, report)
+    return report.end()
+
+
+def check_quickly(settings: Settings, as_json: bool = False) -> int:
+    """Whether Willi would start: read what its workers read. Nothing is connected to; the exit status."""
+    log.silence()
+    report = Report(as_json)
+    try:
+        for mapping in open_mappings(settings):
+            if isinstance(mapping, CsvFile):
+                mapping.load()
+        server_context(settings.certificates, settings.tls_min_version)
+        report.ok(settings.path, "Willi would start")
+    except (MappingError, CsvError, CertificateError) as faults:
+        report.faults(str(faults))
+    return report.end()

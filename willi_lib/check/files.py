@@ -1,0 +1,112 @@
+"""Certificates and their days, and who may read and write the files that willi.conf names."""
+
+from __future__ import annotations
+
+import grp
+import os
+import pwd
+import subprocess
+from collections.abc import Iterator
+from datetime import datetime, timezone
+from pathlib import Path
+
+from willi_lib.config import CsvSettings, MysqlSettings, Settings
+from willi_lib.mappings import others_can_read
+from willi_lib.tls import CertificateError, certificate_facts
+
+from .report import Report
+
+WARN_DAYS = 14  # before a certificate ends
+OTHERS_READ = 0o004  # of a file's mode
+OTHERS_WRITE = 0o002
+
+
+def days_left(expires: datetime) -> int:
+    """Whole days until then; below 0 if it is over."""
+    return (expires - datetime.now(timezone.utc)).days
+
+
+def look_at_certificates(settings: Settings, report: Report) -> None:
+    """Those shown to clients."""
+    if not settings.certificates:
+        report.warn("tls_cert", "not set: STARTTLS is not offered, mail comes in clear", "set tls_cert and tls_key")
+    names: set[str] = set()
+    for pair in settings.certificates:
+        try:
+            facts = certificate_facts(pair)
+        except CertificateError as error:
+            report.faults(str(error), "issue the certificate anew, and name it and its own key in the same order")
+            continue
+        names.update(facts.names)
+        days = days_left(facts.expires)
+        text = f"for {', '.join(facts.names) or 'no name'}, until {facts.expires:%Y-%m-%d} ({days} days)"
+        if days >= WARN_DAYS:
+            report.ok(pair.cert, text)
+        else:
+            complain = report.wrong if days < 0 else report.warn
+            complain(pair.cert, text, "renew it: a running Willi reads the new file by itself")
+    domain = settings.domain.lower()
+    if names and not names & {domain, f"*.{domain.partition('.')[2]}"}:
+        what = f"no certificate is for {settings.domain}: senders that verify (MTA-STS, DANE) do not deliver"
+        report.warn("tls_cert", what, "have one issued for the names in your MX records")
+
+
+def look_at_files(settings: Settings, report: Report) -> None:
+    """Secrets that others can read, files that others can write, and those that the workers cannot read."""
+    for key in settings.tls_key:
+        if _mode(key) & OTHERS_READ:
+            report.warn(key, "every user of this machine can read this private key", f"chmod o= {key}")
+    databases = [mapping for mapping in settings.mappings if isinstance(mapping, MysqlSettings)]
+    for database in databases:
+        file = database.password_file
+        if others_can_read(file):
+            report.warn(f"mysql:{database.name}", f"others than its owner can read {file}", f"chmod 600 {file}")
+    if any(database.password for database in databases) and _mode(settings.path) & OTHERS_READ:
+        advice = f"chmod o= {settings.path}, or use password_file"
+        report.warn(settings.path, "every user of this machine can read the password in it", advice)
+    for file in sorted(set(_all_files(settings))):
+        if _mode(file) & OTHERS_WRITE:
+            what = "every user of this machine can change it, and with it where mail goes"
+            report.wrong(file, what, f"chmod o-w {file}")
+    _look_at_rights(settings, report)
+
+
+def _all_files(settings: Settings) -> Iterator[str]:
+    """Everything that is read, the file itself included."""
+    yield settings.path
+    yield from settings.tls_cert
+    yield from settings.tls_key
+    for mapping in settings.mappings:
+        yield mapping.policy.upstream_tls_ca
+        if isinstance(mapping, CsvSettings):
+            yield mapping.file
+        elif isinstance(mapping, MysqlSettings):
+            yield from (mapping.password_file, mapping.tls_ca)
+
+
+def _mode(file: str) -> int:
+    """Of a file that is not there: nobody may do anything with it."""
+    try:
+        return Path(file).stat().st_mode if file else 0
+    except OSError:
+        return 0
+
+
+def _look_at_rights(settings: Settings, report: Report) -> None:
+    """The files that the workers read again when they are no longer root."""
+    if os.geteuid() != 0:
+        return
+    if not settings.user:
+        what = "not set: a Willi that root starts stays root; and what root can read here, the service perhaps cannot"
+        report.warn("user", what, "set user, or check as the user of the service: runuser -u willi -- willi.py check")
+        return
+    account = pwd.getpwnam(settings.user)
+    group = grp.getgrnam(settings.group).gr_gid if settings.group else account.pw_gid
+    groups = os.getgrouplist(settings.user, group)
+    files = {mapping.policy.upstream_tls_ca for mapping in settings.mappings}
+    files |= {mapping.file for mapping in settings.mappings if isinstance(mapping, CsvSettings)}
+    for file in filter(os.path.exists, sorted(files)):
+        test = subprocess.run(["test", "-r", file], user=account.pw_uid, group=group, extra_groups=groups, check=False)
+        if test.returncode != 0:
+            advice = f"let that user read it, and enter its directory: namei -l {file}"
+            report.wrong(file, f"{settings.user} (user) may not read it, and will have to", advice)

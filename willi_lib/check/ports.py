@@ -1,0 +1,157 @@
+"""Whether `listen` and `status_listen` can be had, and who is there already."""
+
+from __future__ import annotations
+
+import errno
+import os
+import pwd
+import socket
+import sys
+from collections.abc import Iterator
+from contextlib import suppress
+from ipaddress import IPv4Address, IPv6Address, ip_address
+from pathlib import Path
+
+from willi_lib.config import Address, Settings
+from willi_lib.listeners import _families
+
+from .report import Report
+
+PATIENCE = 2.0  # seconds for whoever listens there to greet us
+LISTENING = "0A"  # in /proc/net/tcp
+ANYWHERE = (ip_address("0.0.0.0"), ip_address("::"))
+MAX_ANSWER = 200  # octets of what it says that are shown
+MAX_METRICS = 1 << 16  # octets in which Willi would have named one of its own
+MAX_COMMAND = 80  # characters of a command line
+
+
+def look_at_ports(settings: Settings, report: Report) -> None:
+    """Bind each address for a moment, without listening."""
+    for address in settings.listen:
+        for one, needed in _families(address):
+            _look_at("listen", one, needed, report)
+    if settings.status_listen:
+        for one, needed in _families(settings.status_listen):
+            _look_at("status_listen", one, needed, report)
+        for address in settings.listen:
+            if _overlap(address, settings.status_listen):
+                report.wrong("status_listen", f"{settings.status_listen} is in listen, too", "take another port")
+
+
+def _overlap(one: Address, other: Address) -> bool:
+    anywhere = not (one.host and other.host) or any(ip_address(each.host).is_unspecified for each in (one, other))
+    return (anywhere or one.host == other.host) and one.port == other.port != 0
+
+
+def _look_at(setting: str, address: Address, needed: bool, report: Report) -> None:
+    try:
+        with _socket_for(address) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if probe.family == socket.AF_INET6:
+                probe.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            probe.bind((address.host, address.port))
+        report.ok(setting, f"{address} is free")
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE or (error.errno == errno.EACCES and _is_taken(address)):
+            _look_at_owner(setting, address, report)
+        elif error.errno == errno.EACCES:
+            report.ok(setting, f"{address} is free (below port 1024: this user may not open it, the service may)")
+        elif needed:
+            advice = "name an address of this machine: ip address" if error.errno == errno.EADDRNOTAVAIL else ""
+            report.wrong(setting, f"cannot listen on {address}: {error.strerror}", advice)
+        else:
+            report.ok(setting, "no IPv6 on this host")
+
+
+def _look_at_owner(setting: str, address: Address, report: Report) -> None:
+    """Willi itself, or who else?"""
+    pid, command = next(_owners(address), (0, ""))
+    speaks = "" if command else _metrics(address) if setting == "status_listen" else _greeting(address)
+    if "willi.py" in command or "willi_" in speaks or speaks.endswith("ESMTP Willi"):
+        report.ok(setting, f"Willi listens on {address} already" + (f" (process {pid})" if pid else ""))
+    elif pid == 1:
+        report.ok(setting, f"systemd holds {address}")
+    else:
+        who = f"process {pid}, {command}" if pid else f"a process of {_user(address)} that says {speaks[:MAX_ANSWER]!r}"
+        advice = "stop it, and keep it from starting again, or take another address"
+        report.wrong(setting, f"{address} belongs to {who}", advice)
+
+
+def _socket_for(address: Address) -> socket.socket:
+    """Raises OSError."""
+    return socket.socket(socket.AF_INET6 if ":" in address.host else socket.AF_INET, socket.SOCK_STREAM)
+
+
+def _near(address: Address) -> tuple[str, int]:
+    """Where to connect to it from this machine."""
+    return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(address.host, address.host), address.port
+
+
+def _is_taken(address: Address) -> bool:
+    """Whether somebody listens there; who may not bind it can still connect."""
+    with suppress(OSError), socket.create_connection(_near(address), PATIENCE):
+        return True
+    return False
+
+
+def _greeting(address: Address) -> str:
+    """The first line of whoever listens there; empty if he says none."""
+    with suppress(OSError), socket.create_connection(_near(address), PATIENCE) as connection:
+        line = connection.recv(MAX_ANSWER).decode("utf-8", "replace").partition("\r\n")[0]
+        with suppress(OSError):
+            connection.sendall(b"QUIT\r\n")
+        return line
+    return ""
+
+
+def _metrics(address: Address) -> str:
+    """The beginning of what it answers to Prometheus."""
+    with suppress(OSError), socket.create_connection(_near(address), PATIENCE) as connection:
+        connection.sendall(b"GET /metrics HTTP/1.0\r\n\r\n")
+        with connection.makefile("rb") as answer:
+            return answer.read(MAX_METRICS).decode("utf-8", "replace")
+    return ""
+
+
+def _owners(address: Address) -> Iterator[tuple[int, str]]:
+    """Process numbers and commands of those who listen there, as far as we may see them (root: all)."""
+    sockets = {f"socket:[{inode}]" for _, inode in _listening(address)}
+    for directory in sorted(Path("/proc").glob("[0-9]*"), key=lambda path: int(path.name)):
+        with suppress(OSError):  # it has ended, or is another user's
+            if any(_link(file) in sockets for file in (directory / "fd").iterdir()):
+                command = (directory / "cmdline").read_bytes().replace(b"\0", b" ").decode("utf-8", "replace")
+                yield int(directory.name), command.strip()[:MAX_COMMAND]
+
+
+def _link(file: Path) -> str:
+    with suppress(OSError):
+        return os.readlink(file)  # noqa: PTH115 -- not a path
+    return ""
+
+
+def _user(address: Address) -> str:
+    """Whose socket it is, which everybody may know."""
+    with suppress(KeyError):
+        return next((pwd.getpwuid(uid).pw_name for uid, _ in _listening(address)), "somebody")
+    return "somebody"
+
+
+def _listening(address: Address) -> Iterator[tuple[int, str]]:
+    """User and inode of the sockets that keep us from listening on this address."""
+    wanted = ip_address(address.host)
+    for table in ("/proc/net/tcp", "/proc/net/tcp6"):
+        with suppress(OSError):
+            for line in Path(table).read_text().splitlines()[1:]:
+                fields = line.split()
+                host, _, port = fields[1].partition(":")
+                in_the_way = wanted.is_unspecified or _address(host) in (wanted, *ANYWHERE)
+                if fields[3] == LISTENING and int(port, 16) == address.port and in_the_way:
+                    yield int(fields[7]), fields[9]
+
+
+def _address(text: str) -> IPv4Address | IPv6Address:
+    """An address as the kernel prints it: words of four octets in the machine's order."""
+    octets = bytes.fromhex(text)
+    if sys.byteorder == "little":
+        octets = b"".join(octets[at : at + 4][::-1] for at in range(0, len(octets), 4))
+    return ip_address(octets)

@@ -1,0 +1,71 @@
+"""What the DNS says: does it answer, who are we, and where are the MX hosts."""
+
+from __future__ import annotations
+
+from ipaddress import ip_address
+from time import monotonic
+
+import dns.exception
+import dns.resolver
+
+from willi_lib.config import Settings
+from willi_lib.dns import DnsFailed, Resolver
+
+from .report import Report
+from .routes import Destinations
+
+NO_ANSWER = "see /etc/resolv.conf: is a name server there, is it up, and may we reach it?"
+
+
+def look_at_dns(settings: Settings, destinations: Destinations, resolver: Resolver, report: Report) -> None:
+    """Without an answer to the first question no other is asked."""
+    began = monotonic()
+    try:
+        addresses = _addresses_of(settings.domain, settings.dns_timeout)
+    except dns.exception.DNSException as error:
+        _complain(settings, destinations, str(error), report)
+        return
+    report.ok("DNS", f"the resolver answers ({(monotonic() - began) * 1000:.0f} ms)")
+    if addresses:
+        report.ok("domain", f"{settings.domain} is {', '.join(addresses)}")
+    else:
+        what = f"{settings.domain} has no address in the DNS"
+        report.warn("domain", what, "add an A or AAAA record for it, or set domain to the name of this host")
+    _look_at_mx(destinations, resolver, report)
+
+
+def _complain(settings: Settings, destinations: Destinations, why: str, report: Report) -> None:
+    """It is needed for the clients' names, and mostly for the upstreams."""
+    if any(_is_name(server.host) for route in destinations.routes for server in route.servers):
+        report.wrong("DNS", f"no answer, so that upstreams cannot be found: {why}", NO_ANSWER)
+    else:
+        what = f"no answer, and each client waits up to {settings.dns_timeout:g} s (dns_timeout) for its name: {why}"
+        report.warn("DNS", what, NO_ANSWER)
+
+
+def _addresses_of(name: str, seconds: float) -> list[str]:
+    """From the DNS, not from /etc/hosts: what others find. Raises DNSException if nobody answers."""
+    found: list[str] = []
+    for kind in ("A", "AAAA"):
+        try:
+            found += map(str, dns.resolver.resolve(name, kind, lifetime=seconds, search=False))
+        except (dns.resolver.NXDOMAIN, dns.resolver.NoAnswer):
+            continue
+    return found
+
+
+def _is_name(host: str) -> bool:
+    try:
+        ip_address(host)
+    except ValueError:
+        return True
+    return False
+
+
+def _look_at_mx(destinations: Destinations, resolver: Resolver, report: Report) -> None:
+    servers = [server for route in destinations.routes for server in route.servers if server.mx]
+    for server in dict.fromkeys(servers):
+        try:
+            report.ok(str(server), ", ".join(resolver.mx_hosts_of(server.host)))
+        except DnsFailed as error:
+            report.wrong(str(server), str(error), "correct that domain's MX, or name its server in the route")

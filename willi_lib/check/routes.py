@@ -1,0 +1,108 @@
+"""The mappings: tables, databases, and what they have as routes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+from willi_lib.config import CsvSettings, MysqlSettings, Settings, StaticSettings
+from willi_lib.mappings import MappingError, open_database, open_mappings
+from willi_lib.routing import LookupFailed, Mapping, Route
+from willi_lib.routing.csv_file import CsvError, CsvFile
+from willi_lib.routing.database import Database, Down, Host
+
+from .promises import is_own
+from .report import Report
+
+
+@dataclass
+class Destinations:
+    """The routes that are known beforehand: those in a database are not, and may be millions."""
+
+    routes: dict[Route, bool] = field(default_factory=dict)  # and whether it takes every recipient
+    hidden: bool = False  # there are more of them, in a database
+
+    def add(self, route: Route, takes_all: bool) -> None:
+        self.routes[route] = takes_all or self.routes.get(route, False)
+
+    @property
+    def several(self) -> bool:
+        """Whether two recipients may belong to different servers."""
+        return self.hidden or len({route.servers for route in self.routes}) > 1
+
+
+def look_at_mappings(settings: Settings, report: Report) -> Destinations:
+    """All mappings; the routes of those that know theirs beforehand."""
+    destinations = Destinations()
+    for one in settings.mappings:
+        if isinstance(one, MysqlSettings):
+            destinations.hidden = True
+            _look_at_database(one, report)
+            continue
+        try:
+            mapping = _open_one(settings, one)
+        except (MappingError, CsvError) as error:
+            report.faults(str(error), "mend that line; until then a running Willi keeps its old table")
+            continue
+        if isinstance(mapping, CsvFile):
+            _look_at_table(mapping, report)
+            for route in mapping.routes():
+                destinations.add(route, takes_all=False)
+        elif isinstance(one, StaticSettings):
+            route = Route(one.server, one.tls_verify, one.policy, f"static:{one.name}")
+            report.ok(f"static:{one.name}", f"takes every recipient, so {route} must refuse foreign ones itself")
+            destinations.add(route, takes_all=True)
+    return destinations
+
+
+def _open_one(settings: Settings, one: StaticSettings | CsvSettings) -> Mapping:
+    """Raises MappingError, CsvError."""
+    mapping = open_mappings(replace(settings, mappings=(one,)))[0]
+    if isinstance(mapping, CsvFile):
+        mapping.load()
+    return mapping
+
+
+def _look_at_table(mapping: CsvFile, report: Report) -> None:
+    if not len(mapping):
+        report.warn(mapping.name, "0 patterns", "add a line for each domain: pattern;server;tls_verify")
+        return
+    report.ok(mapping.name, f"{len(mapping)} patterns")
+    unverified = sum(_is_unverified(route) for route in mapping.routes())
+    if unverified:
+        routes = len(mapping.routes())
+        what = f"{unverified} of {routes} routes have tls_verify = false: whoever sits in between can read such mail"
+        report.warn(mapping.name, what, "leave the third field empty where the server's certificate is valid")
+
+
+def _is_unverified(route: Route) -> bool:
+    """Whether it matters that the certificate is not looked at."""
+    return not route.tls_verify and not all(is_own(server.host) for server in route.servers)
+
+
+def _look_at_database(mapping: MysqlSettings, report: Report) -> None:
+    """Connect to each host and have it prepare the query. The routes in it stay unknown: they may be millions."""
+    name = f"mysql:{mapping.name}"
+    try:
+        database = open_database(mapping)
+    except ValueError as fault:
+        report.wrong(name, str(fault), "mend that setting")
+        return
+    for host in database.hosts:
+        _look_at_database_host(name, database, host, report)
+
+
+def _look_at_database_host(name: str, database: Database, host: Host, report: Report) -> None:
+    subject = f"{name}: {database.name_of(host)}"
+    try:
+        facts = database.inspect(host)
+    except Down as error:
+        report.wrong(subject, str(error), "is it up, may we reach it, and are user, password and tls_ca right?")
+    except LookupFailed as error:
+        report.wrong(subject, str(error), "mend query, or the rights of user (GRANT SELECT)")
+    else:
+        tls = f"{facts.tls}, certificate verified" if facts.tls else "no TLS"
+        text = f"{facts.version}, {tls}, columns {', '.join(facts.columns)}"
+        if facts.tls or not host.name or host.name == "localhost" or is_own(host.name):
+            report.ok(subject, text)
+        else:
+            report.warn(subject, text, "set tls_ca, so that nobody in between can read, or change where mail goes")
