@@ -396,6 +396,13 @@ def test_our_names_and_addresses_are_answered_and_no_others(willi: Willi, status
             assert "willi.example" not in answer.body
 
 
+def test_another_site_may_lead_here_and_not_have_a_browser_ask(willi: Willi, status: Status):
+    asked = {"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "no-cors"}
+    assert status.get("/?address=bob@b.example", **asked).status == 403
+    assert status.get("/", **{**asked, "Sec-Fetch-Mode": "navigate"}).status == 200
+    assert status.get("/", **{**asked, "Sec-Fetch-Site": "same-origin"}).status == 200
+
+
 def test_only_get_and_head(willi: Willi, status: Status):
     for method in ("POST", "PUT", "DELETE", "OPTIONS"):
         answer = status.get("/", method)

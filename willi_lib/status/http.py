@@ -93,6 +93,8 @@ class Application:
         if not self._is_ours(environ.get("HTTP_HOST")):
             why = "This name is not one of ours. Use an address, localhost, or `domain` of willi.conf.\n"
             return Answer(why, status=HTTPStatus.MISDIRECTED_REQUEST)
+        if _is_drawn_in(environ):
+            return Answer("Not from another site.\n", status=HTTPStatus.FORBIDDEN)
         route = self._routes.get(environ["PATH_INFO"])
         return route(environ) if route else Answer("not found\n", status=HTTPStatus.NOT_FOUND)
 
@@ -138,6 +140,12 @@ class Application:
         elif not self._totals.fresh_workers(now) or master.at < now - FRESH:
             reasons.append("the last reports of the workers are too old")
         return _verdict(reasons)
+
+
+def _is_drawn_in(environ: Environ) -> bool:
+    """Whether a page of another site has a browser ask, not a person who follows a link (Fetch Metadata)."""
+    site, mode = environ.get("HTTP_SEC_FETCH_SITE"), environ.get("HTTP_SEC_FETCH_MODE")
+    return site == "cross-site" and mode != "navigate"
 
 
 def _verdict(reasons: Sequence[str]) -> Answer:
