@@ -7,10 +7,11 @@ up by whoever gets them.
 
 from __future__ import annotations
 
-from bisect import bisect_left
-from collections import deque
+from bisect import bisect_right
+from collections import defaultdict, deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from time import time
 from typing import Any
 
@@ -103,49 +104,42 @@ NOTHING = HostState()
 
 
 class Counts:
-    """What was counted since it was last taken.
+    """What was counted since it was last taken, which should be every second.
 
-    Each session pays for this, so that it does little: what happens together is one entry, and only `take` makes of it
-    all the numbers that it stands for.
+    Each session pays for this, so that it does little: what happens together is one entry, durations stay as they are,
+    and only `take` makes of them all the numbers that they stand for.
     """
 
     def __init__(self) -> None:
-        self._numbers: dict[Key, float] = {}
+        self.sessions = 0  # that began
+        self._numbers: defaultdict[Key, float] = defaultdict(int)
+        self._samples: defaultdict[Key, list[float]] = defaultdict(list)
         self._durations: dict[Key, list[float]] = {}  # for each bucket, then for what is longer, and the sum
-        self._messages: dict[tuple[str, str, str, bool], list[int]] = {}
-        self._opened: dict[Key, list[float]] = {}
+        self._messages: defaultdict[tuple[str, str, str, bool], list[int]] = defaultdict(lambda: [0, 0, 0])
+        self._opened: defaultdict[tuple[object, str, str], list[float]] = defaultdict(list)
         self._hosts: dict[str, HostState] = {}
         self._events: deque[tuple[float, str, Mapping[str, object]]] = deque(maxlen=MAX_EVENTS)
         self._old_events: list[Row] = []  # that were put back
 
     def add(self, *key: str, number: float = 1) -> None:
         """Count something."""
-        self._numbers[key] = self._numbers.get(key, 0) + number
+        self._numbers[key] += number
 
     def took(self, seconds: float, *key: str) -> None:
         """Count a duration."""
-        row = self._durations.get(key)
-        if row is None:
-            row = self._durations[key] = [0] * (len(BOUNDS[key[0]]) + 2)
-        row[bisect_left(BOUNDS[key[0]], seconds)] += 1
-        row[-1] += seconds
+        self._samples[key].append(seconds)
 
     def session_ended(self, seconds: float, tls: str) -> None:
         """After so long."""
-        self.took(seconds, SESSION_SECONDS, tls)
+        self._samples[SESSION_SECONDS, tls].append(seconds)
 
     def looked_up(self, seconds: float, mapping: str, outcome: str) -> None:
         """A recipient in one mapping."""
-        self.took(seconds, LOOKUP_SECONDS, mapping, outcome)
+        self._samples[LOOKUP_SECONDS, mapping, outcome].append(seconds)
 
     def message(self, verdict: str, mapping: str, host: str, recipients: int, octets: int, whole: bool = True) -> None:
         """What became of a message; if not `whole`, of a refused recipient. host: empty if it is not known."""
-        if host and host not in self._hosts:
-            host = self._host(host)
-        key = (verdict, mapping, host, whole)
-        row = self._messages.get(key)
-        if row is None:
-            row = self._messages[key] = [0, 0, 0]
+        row = self._messages[verdict, mapping, host, whole]
         row[0] += 1
         row[1] += recipients
         row[2] += octets
@@ -158,59 +152,68 @@ class Counts:
 
     def opened(self, server: object, seconds: float, tls: str, xclient: str) -> None:
         """It is ready for MAIL. seconds: from connecting to its greeting. tls: version; xclient: outcome."""
-        name = self._host(str(server))
-        if name != OTHER:
-            self._hosts[name].note_reached(time())
-        self.took(seconds, CONNECT_SECONDS)
-        row = self._opened.get((name, tls, xclient))
-        if row is None:
-            row = self._opened[name, tls, xclient] = [0, 0.0]
-        row[0] += 1
-        row[1] += seconds
+        self._opened[server, tls, xclient].append(seconds)
 
     def not_opened(self, server: object, error: str) -> None:
         """None of its addresses was of use."""
-        name = self._host(str(server))
-        self.add(CONNECTS, name, NOT_OPENED)
-        if name != OTHER:
-            self._hosts[name].note_failed(time(), error)
+        self._note_failed(server, error, CONNECTS, NOT_OPENED)
+
+    def lost(self, server: object, error: str) -> None:
+        """It was there, and failed inside a transaction."""
+        self._note_failed(server, error, LOST)
 
     def refused(self, server: object) -> None:
         """It answers, and does not want this client, or us."""
         name = self._host(str(server))
         self.add(CONNECTS, name, REFUSED_CLIENT)
-        if name != OTHER:
-            self._hosts[name].note_reached(time())
+        self._hosts[name].note_reached(time())
 
-    def lost(self, server: object, error: str) -> None:
-        """It was there, and failed inside a transaction."""
+    def _note_failed(self, server: object, error: str, kind: str, *outcome: str) -> None:
+        self._settle_opened()  # they came before
         name = self._host(str(server))
-        self.add(LOST, name)
-        if name != OTHER:
-            self._hosts[name].note_failed(time(), error)
+        self.add(kind, name, *outcome)
+        self._hosts[name].note_failed(time(), error)
 
     def _host(self, name: str) -> str:
         """The name under which a host is counted."""
         if name not in self._hosts:
             if len(self._hosts) >= MAX_HOSTS:
-                return OTHER
-            self._hosts[name] = HostState()
+                name = OTHER
+            self._hosts.setdefault(name, HostState())
         return name
 
     # -- taking
 
     def take(self) -> list[Row]:
         """All of it, and begin anew."""
-        self._expand()
-        hosts = [[HOST, name, *vars(state).values()] for name, state in self._hosts.items() if state != NOTHING]
+        self._settle()
+        states = ((name, state) for name, state in self._hosts.items() if name != OTHER and state != NOTHING)
+        hosts = [[HOST, name, *vars(state).values()] for name, state in states]
         events = [*self._old_events, *(_event_row(*event) for event in self._events)]
         rows = [*number_rows(self._numbers), *duration_rows(self._durations), *hosts, *events[-MAX_EVENTS:]]
-        self._numbers, self._durations, self._hosts, self._old_events = {}, {}, {}, []
+        self._durations, self._hosts, self._old_events = {}, {}, []
+        self._numbers.clear()
         self._events.clear()
         return [clipped(row) for row in rows]
 
-    def _expand(self) -> None:
+    def _settle(self) -> None:
         """Make the numbers of what was counted together."""
+        if self.sessions:
+            self.add(SESSIONS, number=self.sessions)
+            self.sessions = 0
+        self._settle_messages()
+        self._settle_opened()
+        for (name, *labels), samples in self._samples.items():
+            if name == LOOKUP_SECONDS and len(labels) == 2:
+                self.add(LOOKUPS, *labels, number=len(samples))
+                labels.pop()
+            elif name == SESSION_SECONDS and labels:
+                self.add(TLS, "client", *labels, number=len(samples))
+                labels.pop()
+            add_duration(self._durations, (name, *labels), in_buckets(name, samples))
+        self._samples.clear()
+
+    def _settle_messages(self) -> None:
         for (verdict, mapping, host, whole), (lines, recipients, octets) in self._messages.items():
             self.add(VERDICTS, verdict, number=lines)
             self.add(RECIPIENTS, verdict, mapping, number=recipients)
@@ -218,25 +221,22 @@ class Counts:
                 self.add(MESSAGES, verdict, mapping, number=lines)
                 self.add(OCTETS, mapping, number=octets)
             if host:
-                self.add(HOST_MESSAGES, host, verdict, number=lines)
-                self.add(HOST_OCTETS, host, number=octets)
-        for (host, tls, xclient), (number, seconds) in self._opened.items():
-            self.add(CONNECTS, host, OPENED, number=number)
-            self.add(GREETINGS, host, number=number)
-            self.add(GREETING_SECONDS, host, number=seconds)
+                name = self._host(host)
+                self.add(HOST_MESSAGES, name, verdict, number=lines)
+                self.add(HOST_OCTETS, name, number=octets)
+        self._messages.clear()
+
+    def _settle_opened(self) -> None:
+        for (server, tls, xclient), samples in self._opened.items():
+            name, number = self._host(str(server)), len(samples)
+            self._hosts[name].note_reached(time())
+            self.add(CONNECTS, name, OPENED, number=number)
+            self.add(GREETINGS, name, number=number)
+            self.add(GREETING_SECONDS, name, number=sum(samples))
             self.add(TLS, "upstream", tls, number=number)
             self.add(XCLIENT, xclient, number=number)
-        self._messages, self._opened = {}, {}
-        durations, self._durations = self._durations, {}
-        for (name, *labels), row in durations.items():
-            number = sum(row[:-1])
-            if name == LOOKUP_SECONDS and len(labels) == 2:
-                self.add(LOOKUPS, *labels, number=number)
-                labels.pop()
-            elif name == SESSION_SECONDS and labels:
-                self.add(TLS, "client", *labels, number=number)
-                labels.pop()
-            add_duration(self._durations, (name, *labels), row)
+            add_duration(self._durations, (CONNECT_SECONDS,), in_buckets(CONNECT_SECONDS, samples))
+        self._opened.clear()
 
     def put_back(self, rows: Iterable[Row]) -> None:
         """What was taken, and reached nobody."""
@@ -265,6 +265,13 @@ def number_rows(numbers: dict[Key, float]) -> Iterable[Row]:
 def duration_rows(durations: dict[Key, list[float]]) -> Iterable[Row]:
     """Durations as rows."""
     return ([DURATION, row, *key] for key, row in durations.items())
+
+
+def in_buckets(name: str, samples: list[float]) -> list[float]:
+    """How many of them are in each bucket, how many are longer, and their sum."""
+    samples.sort()
+    upto = [bisect_right(samples, bound) for bound in BOUNDS[name]] + [len(samples)]
+    return [upto[0], *(after - before for before, after in pairwise(upto)), sum(samples)]
 
 
 def add_duration(durations: dict[Key, list[float]], key: Key, row: Sequence[float]) -> None:

@@ -32,7 +32,7 @@ ANSWER_TIMEOUT = 3.0  # seconds after which nobody waits any more for the answer
 
 
 class Reporter:
-    """Does nothing if there is no `status_listen`."""
+    """Sends nothing if there is no `status_listen`."""
 
     def __init__(
         self, settings: Settings, mappings: Sequence[Mapping], limits: Limits, counts: Counts, links: Links
@@ -51,14 +51,21 @@ class Reporter:
 
         sessions: that are open.
         """
-        while self._wanted:
+        while True:
             sent = True
             try:
-                sent = send(self._links.to_reports, {"worker": self._state(sessions())})
-                sent = send_counts(self._links.to_reports, self._counts) and sent
+                sent = self._report(sessions())
             except Exception:  # noqa: BLE001 -- mail does not depend on it
                 log.bug("Internal error")
             gevent.sleep(random.uniform(*(INTERVAL if sent else RETRY)))
+
+    def _report(self, sessions: int) -> bool:
+        """Whether it could be sent."""
+        if not self._wanted:
+            self._counts.take()  # and nobody needs it
+            return True
+        sent = send(self._links.to_reports, {"worker": self._state(sessions)})
+        return send_counts(self._links.to_reports, self._counts) and sent
 
     def finish(self) -> None:
         """Send the last counts; wait a moment for who reads them."""

@@ -33,7 +33,7 @@ from gevent.server import StreamServer
 from . import log
 from .child import GO, LEAVING, READY
 from .config import Settings
-from .counts import REFUSED, SESSIONS, Counts
+from .counts import REFUSED, Counts
 from .dns import Resolver
 from .limits import OPEN, RATE, Limits
 from .mappings import MappingError, open_mappings
@@ -342,7 +342,7 @@ class Worker:
         session = Session(sid, self._service, wire, client, may_xclient)
         self._sessions.add(session)
         counts, began = self._counts, monotonic()
-        counts.add(SESSIONS)
+        counts.sessions += 1
         if self._asked_to_end.is_set():
             counts.add(REFUSED, "draining")
             session.drain()
