@@ -93,7 +93,8 @@ def start_willi(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Star
     server: a catch-all route; csv: the text of a CSV mapping, header included (willi.csv is its path);
     mappings: sections for [mappings], asked after the CSV and before `server`; dns: its only resolver;
     probe: whether to wait for its first 220 (not possible where everyone must send a PROXY header);
-    environment: variables for it, besides ours; prefix: put before the command.
+    environment: variables for it, besides ours; prefix: put before the command;
+    options: of the command line.
     All else: settings of willi.conf.
     """
     numbers = itertools.count(1)
@@ -102,7 +103,7 @@ def start_willi(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Star
     def start(
         server: str = "", csv: str = "", mappings: Mapping[str, Setting] | None = None,
         dns: DnsServer | None = None, probe: bool = True, environment: Mapping[str, str] | None = None,
-        prefix: Sequence[str] = (), **settings: Setting,
+        prefix: Sequence[str] = (), options: Sequence[str] = (), **settings: Setting,
     ) -> Willi:  # fmt: skip
         directory = tmp_path / f"willi{next(numbers)}"
         directory.mkdir()
@@ -114,7 +115,8 @@ def start_willi(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Star
         if server:
             sections["all"] = {"type": "static", "server": server, "tls_verify": False}
         show_on_failure(request, directory.name, directory / "willi.log")
-        willi = Willi(directory, {**settings, "mappings": sections}, dns.prefix if dns else prefix, environment)
+        settings["mappings"] = sections
+        willi = Willi(directory, settings, dns.prefix if dns else prefix, environment, options)
         ends.callback(willi.end)
         if probe:
             willi.probe()

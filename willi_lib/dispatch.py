@@ -8,8 +8,10 @@ from time import monotonic
 
 from . import log
 from .config import Settings
+from .counts import Counts
+from .lookup import route_of
 from .relay import Relay
-from .routing import LookupFailed, Mapping, NoRoute, Route, find_route
+from .routing import LookupFailed, Mapping, NoRoute, Route
 from .smtp import reply as replies
 from .smtp.reply import Reject, Reply
 from .smtp.syntax import MAX_COMMAND_LINE, Mail, Path, parse_rcpt, split_command
@@ -37,6 +39,12 @@ class Transaction:
         self.refused += 1
         self.deferred += not answer.permanent
 
+    @property
+    def is_for_one_host(self) -> bool:
+        """Whether it is clear which upstream host it was for: the one that took MAIL, or the only one of the route."""
+        route = self.route
+        return self.upstream is not None or (route is not None and len(route.servers) == 1 and not route.servers[0].mx)
+
     def no_recipients(self) -> Reply:
         """Why there can be no message; a client that looks at nothing else must not take a 4yz for final."""
         if not self.refused:
@@ -55,6 +63,7 @@ class Dispatch:
         connector: Connector,
         client_wire: Wire,
         client: Client,
+        counts: Counts,
     ) -> None:
         self.upstream: Upstream | None = None
         self._sid = sid
@@ -63,6 +72,7 @@ class Dispatch:
         self._connector = connector
         self._client_wire = client_wire
         self._client = client
+        self._counts = counts
 
     def ask_rcpt(self, transaction: Transaction, recipient: Path) -> Reply:
         """The upstream's answer to RCPT; find and open the upstream first if need be.
@@ -162,9 +172,8 @@ class Dispatch:
         return lines
 
     def _route_of(self, recipient: Path) -> Route:
-        """Raises NoRoute, LookupFailed. A bare postmaster is the postmaster of our own domain."""
-        address = recipient.address if recipient.domain else f"{recipient.address}@{self._settings.domain}"
-        return find_route(self._mappings, address, self._settings.recipient_delimiter)
+        """Raises NoRoute, LookupFailed."""
+        return route_of(self._mappings, self._settings, recipient, self._counts)
 
     def _may_share(self, transaction: Transaction, route: Route, recipient: Path) -> bool:
         """Whether a later recipient may go to the upstream of the first one. Raises NoRoute, LookupFailed.

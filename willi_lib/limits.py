@@ -13,6 +13,7 @@ from .scoreboard import Row, cells_of
 from .smtp import reply as replies
 from .smtp.reply import Reply
 
+OPEN, RATE = "max_connections_per_ip", "max_connection_rate"
 IPV6_PREFIX = 64  # bits: whoever has one address of a /64 has them all
 
 
@@ -26,6 +27,7 @@ class Limits:
         self._most = connections
         self._most_per_address = per_address
         self._rate = rate
+        self._peaks = {OPEN: 0, RATE: 0}
 
     @property
     def has_room(self) -> bool:
@@ -49,7 +51,7 @@ class Limits:
         client = cells_of(client_of(address))
         self._row.add_open(client, 1)
         refusal = None
-        if self._board.open_of(client) > self._most_per_address:
+        if self._at_most(OPEN, self._board.open_of(client)) > self._most_per_address:
             refusal = replies.TOO_MANY_CONNECTIONS_FROM_YOU
         elif self._rate and not self._under_rate(client):
             refusal = replies.TOO_FAST
@@ -64,10 +66,21 @@ class Limits:
     def _under_rate(self, client: tuple[int, ...]) -> bool:
         """Note one more connection of this client, unless it had its share in the last minute."""
         self._row.add_recent(client)
-        if self._board.recent_of(client) <= self._rate:
+        if self._at_most(RATE, self._board.recent_of(client)) <= self._rate:
             return True
         self._row.take_back_recent(client)
         return False
+
+
+    def take_peaks(self) -> dict[str, int]:
+        """The most that one client had since the last time, by the name of the limit."""
+        taken, self._peaks = self._peaks, {OPEN: 0, RATE: 0}
+        return taken
+
+    def _at_most(self, limit: str, number: int) -> int:
+        if number > self._peaks[limit]:
+            self._peaks[limit] = number
+        return number
 
 
 def client_of(address: str) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import errno
 import re
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from time import monotonic, sleep
 
 from . import log, systemd
@@ -51,24 +51,14 @@ class Listeners:
         if self._given:
             log.info("The sockets of systemd are used, not `listen`", listen=str(self))
             return
-        fresh: dict[Address, socket.socket] = {}
-        try:
-            for address in addresses:
-                for one, needed in _families(address):
-                    if one not in self._bound and one not in fresh:
-                        _bind(one, needed, fresh)
-        except CannotBind:
-            for listener in fresh.values():
-                listener.close()
-            raise
+        fresh = bind(addresses, self._bound)
         self._bound |= fresh
         for one, listener in fresh.items():
             systemd.notify("FDSTORE=1", f"FDNAME={_name(one)}", descriptor=listener.fileno())
 
     def close_others(self, addresses: Sequence[Address]) -> None:
         """Close what is for none of these addresses."""
-        wanted = {one for address in addresses for one, _ in _families(address)}
-        for one in () if self._given else self._bound.keys() - wanted:
+        for one in () if self._given else self._bound.keys() - needed_for(addresses):
             self._bound.pop(one).close()
             systemd.notify("FDSTOREREMOVE=1", f"FDNAME={_name(one)}")
 
@@ -76,6 +66,27 @@ class Listeners:
         """Close all, in this process. What systemd keeps stays open."""
         for listener in self.sockets:
             listener.close()
+        self._bound.clear()
+
+
+def bind(addresses: Sequence[Address], present: Container[Address]) -> dict[Address, socket.socket]:
+    """Listen on these addresses, but for those that are present: on all of them or on none. Raises CannotBind."""
+    fresh: dict[Address, socket.socket] = {}
+    try:
+        for address in addresses:
+            for one, needed in _families(address):
+                if one not in present and one not in fresh:
+                    _bind(one, needed, fresh)
+    except CannotBind:
+        for listener in fresh.values():
+            listener.close()
+        raise
+    return fresh
+
+
+def needed_for(addresses: Sequence[Address]) -> set[Address]:
+    """What `bind` would listen on."""
+    return {one for address in addresses for one, _ in _families(address)}
 
 
 def _families(address: Address) -> Iterator[tuple[Address, bool]]:

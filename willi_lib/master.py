@@ -12,15 +12,19 @@ import resource
 import signal
 import socket
 from collections.abc import Callable
-from time import monotonic
+from contextlib import suppress
+from pathlib import Path
+from time import monotonic, time
 from typing import NoReturn
 
 from . import log, systemd
 from .certificate_files import CertificateFiles
 from .child import Child, Generation, State
 from .config import ConfigError, Settings
-from .listeners import CannotBind, Listeners
+from .listeners import CannotBind, Listeners, bind
+from .reports import Links, Report
 from .scoreboard import Row, Scoreboard
+from .status.keeper import Keeper, status_addresses
 
 SIGNALS = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGCHLD)
 TICK = 1.0  # seconds
@@ -64,17 +68,29 @@ def run_alone(settings: Settings) -> None:
     listeners = Listeners()
     listeners.close_others(settings.listen)
     listeners.open(settings.listen)
+    links, status_sockets = Links(), bind(status_addresses(settings), ())
     look_at_surroundings(settings)
     board = _board_for(settings)
     board.give(0)
     from . import worker  # not before: it brings gevent
+    from .status import serving as status
 
     try:
-        serving = worker.Worker(settings, listeners.sockets, Row(board, 0))
+        serving = worker.Worker(settings, listeners.sockets, Row(board, 0), links)
     except worker.STARTUP_FAULTS as faults:
         raise Unusable(str(faults)) from None
     log.info("Ready", listen=str(listeners), pid=os.getpid())
-    serving.run_alone()
+    facts = Facts()
+
+    def tell(is_ending: bool) -> Report:
+        states = {str(os.getpid()): "draining" if is_ending else "serving"}
+        return facts.report(settings, str(listeners), states, board.total, is_ending)
+
+    def show_status(is_ending: Callable[[], bool]) -> None:
+        if status_sockets:
+            status.serve_beside(settings, [*status_sockets.values()], links, lambda: tell(is_ending()))
+
+    serving.run_alone(show_status)
     log.info("Stopped")
 
 
@@ -99,6 +115,47 @@ def _board_for(settings: Settings, present: Scoreboard | None = None) -> Scorebo
     return Scoreboard(rows, rates)
 
 
+class Facts:
+    """What the status shows of the master itself; the names are those of `Master` in status/totals.py."""
+
+    def __init__(self) -> None:
+        self._started = time()
+        self._reloads = self._failed = 0
+        self._last_reload: float | None = None
+        self._error = ""
+
+    def reloaded(self) -> None:
+        """The new workers have taken over."""
+        self._reloads += 1
+        self._last_reload, self._error = time(), ""
+
+    def reload_failed(self, why: str) -> None:
+        """Nothing has changed."""
+        self._failed += 1
+        self._error = why
+
+    def report(
+        self, settings: Settings, listen: str, states: dict[str, str], connections: int, stopping: bool
+    ) -> Report:
+        """states: of the workers, by pid."""
+        limits = ("max_connections", "max_connections_per_ip", "max_connection_rate")
+        return {
+            "pid": os.getpid(),
+            "started": self._started,
+            "domain": settings.domain,
+            "listen": listen.split(",") if listen else [],
+            "wanted": settings.workers,
+            "workers": states,
+            "reloads": self._reloads,
+            "reloads_failed": self._failed,
+            "last_reload": self._last_reload,
+            "last_reload_error": self._error,
+            "stopping": stopping,
+            "connections": connections,
+            "limits": {name: getattr(settings, name) for name in limits},
+        }
+
+
 class Master:
     """The workers and what they share."""
 
@@ -109,6 +166,8 @@ class Master:
         self._read_again = read_again
         self._pid = os.getpid()
         self._listeners = Listeners()
+        self._status = Keeper(self._become_status)
+        self._facts = Facts()
         self._children: list[Child] = []
         self._certificates = CertificateFiles()
         self._reload_asked = False
@@ -121,7 +180,7 @@ class Master:
         """Raises CannotBind, Unusable, CannotStart."""
         self._listeners.close_others(self._current.settings.listen)  # a kept one may be in the way of a new one
         self._begin(self._current)
-        while self._children or not self._stopping:
+        while self._children or self._status.has_children or not self._stopping:
             arrived = signal.sigtimedwait(SIGNALS, BUSY_TICK if self._candidate else TICK)
             try:
                 if arrived:
@@ -149,10 +208,24 @@ class Master:
             self._replace()
             self._reload_if_asked()
         self._pet_watchdog()
+        self._look_after_status()
+
+    def _look_after_status(self) -> None:
+        """It ends last: until then it shows how the workers drain."""
+        if self._stopping and not self._children:
+            self._status.end()
+        self._status.look_after(self._awake_since)
+        states = {str(child.pid): child.state.name.lower() for child in self._children}
+        connections = sum(board.total for board in {child.generation.board for child in self._children})
+        settings = self._current.settings
+        self._status.tell(
+            self._facts.report(settings, str(self._listeners), states, connections, stopping=self._stopping)
+        )
 
     def _stop(self) -> None:
         if self._stopping:
             log.warn("Ended at once", workers=len(self._children))
+            self._status.end(at_once=True)
         else:
             log.info("Stopping", workers=len(self._children), drain_timeout=self._current.settings.drain_timeout)
             systemd.notify("STOPPING=1")
@@ -171,6 +244,7 @@ class Master:
         """Start the workers of a file; `_listen` goes on when they are ready. Raises CannotBind, CannotStart."""
         self._certificates.will_be_read(generation.settings)
         self._listeners.open(generation.settings.listen)
+        self._status.open(generation.settings)
         look_at_surroundings(generation.settings)
         self._candidate = generation
         for _ in range(generation.settings.workers):
@@ -206,6 +280,9 @@ class Master:
         self._delay = 0.0
         self._certificates.are_served()
         self._listeners.close_others(settings.listen)
+        self._status.follow(settings)
+        if not first:
+            self._facts.reloaded()
         log.set_up(settings.loglevel, settings.log)
         log.info("Ready" if first else "Reloaded", listen=str(self._listeners), workers=len(new), pid=os.getpid())
         systemd.notify("READY=1", f"STATUS={len(new)} workers listen on {self._listeners}")
@@ -246,6 +323,8 @@ class Master:
                 os.waitpid(child.pid, 0)
             raise kind(faults)
         self._listeners.close_others(self._current.settings.listen)
+        self._status.close_others(self._current.settings)
+        self._facts.reload_failed(faults.splitlines()[0])
         for fault in faults.splitlines():
             log.error(RELOAD_FAILED, error=fault)
         systemd.notify("READY=1", f"STATUS={RELOAD_FAILED}: {faults.splitlines()[0]}")
@@ -264,33 +343,60 @@ class Master:
     def _free_rows(self, board: Scoreboard) -> set[int]:
         return set(range(board.rows)) - {child.row for child in self._children if child.generation.board is board}
 
-    def _become_worker(self, generation: Generation, row: int, channel: socket.socket) -> NoReturn:
+    def _become_worker(self, generation: Generation, number: int, channel: socket.socket) -> NoReturn:
         """In the child: what only the master may have is let go of, and then the worker is on its own."""
         status = 1
         try:
-            os.environ.pop("NOTIFY_SOCKET", None)
-            for number in (signal.SIGHUP, signal.SIGINT):  # meant for the master, even if a terminal sends it to all
-                signal.signal(number, signal.SIG_IGN)
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
-            for child in self._children:
-                child.channel.close()
+            self._leave(generation.settings, "willi-worker")
             self._listeners.close_others(generation.settings.listen)
-            log.set_up(generation.settings.loglevel, generation.settings.log)
-            _end_with_the_master_while_starting(self._pid)
+            self._status.close_in_child(sockets=self._status.sockets)
+            links = self._status.links
+            links.close_readers()
             from . import worker  # not before: it brings gevent
 
-            status = worker.run(generation.settings, self._listeners.sockets, Row(generation.board, row), channel)
+            row = Row(generation.board, number)
+            status = worker.run(generation.settings, self._listeners.sockets, row, links, channel)
         except BaseException:  # noqa: BLE001 -- the stack below is the master's
             log.bug("Internal error")
         finally:
             os._exit(status)
 
+    def _become_status(self, settings: Settings, channel: socket.socket, has_predecessor: bool) -> NoReturn:
+        """The same for the status process."""
+        try:
+            self._leave(settings, "willi-status")
+            self._listeners.close()
+            mine = self._status.sockets_for(settings)
+            self._status.close_in_child(sockets=set(self._status.sockets) - set(mine))
+            from .status import process  # not before: it brings gevent
+
+            process.run(settings, mine, self._status.links, channel, has_predecessor)
+        except BaseException:  # noqa: BLE001 -- the stack below is the master's
+            log.bug("Internal error")
+            os._exit(1)
+        finally:
+            os._exit(0)
+
+    def _leave(self, settings: Settings, name: str) -> None:
+        """In a child: let go of what every child must let go of. name: for ps and top."""
+        with suppress(OSError):  # no /proc
+            Path("/proc/self/comm").write_text(name)
+        os.environ.pop("NOTIFY_SOCKET", None)
+        for number in (signal.SIGHUP, signal.SIGINT):  # meant for the master, even if a terminal sends it to all
+            signal.signal(number, signal.SIG_IGN)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+        for child in self._children:
+            child.channel.close()
+        log.set_up(settings.loglevel, settings.log)
+        _end_with_the_master_while_starting(self._pid)
+
     def _bury(self) -> None:
         """Take note of those that have ended."""
-        while self._children:
+        while self._children or self._status.has_children:
             pid, status = os.waitpid(-1, os.WNOHANG)
             if not pid:
                 return
+            self._status.bury(pid, status)
             child = next((child for child in self._children if child.pid == pid), None)
             if child:
                 child.listen()

@@ -59,6 +59,7 @@ class Relay:
     refusal: what the client gets in place of a verdict, since the upstream was dropped.
     blame: who refused, and why, for the log.
     failed: the upstream failed, so that the client may try again.
+    verdict_seconds: what the upstream took for its last answer to content, if it gave one.
     """
 
     def __init__(self, settings: Settings, client: Wire, upstream: Upstream) -> None:
@@ -66,10 +67,11 @@ class Relay:
         self.refusal: Reply | None = None
         self.blame: tuple[str, str] | None = None
         self.failed = False
+        self.verdict_seconds: float | None = None
+        self.upstream = upstream
         self._settings = settings
         self._client = client
         self._content = Content(settings, client)
-        self._upstream = upstream
         self._stuffer: Stuffer | None = None  # BDAT is being turned into DATA
 
     def data(self) -> Reply:
@@ -83,7 +85,7 @@ class Relay:
             self.octets = reader.octets
             self._check(reader.malformed)
         self._client.unread(reader.rest)
-        return self._conclude(lambda: self._upstream.finish(octets, self._settings.data_timeout))
+        return self._conclude(lambda: self.upstream.finish(octets, self._settings.data_timeout))
 
     def chunk(self, size: int, last: bool) -> Reply:
         """One BDAT command's octets (RFC 3030 §2). Raises WireError if the client does not finish it."""
@@ -106,7 +108,7 @@ class Relay:
             if size:
                 self._pass_on(octets)
                 octets = b""
-        return self._conclude(lambda: self._upstream.finish_chunk(octets, self._settings.data_timeout))
+        return self._conclude(lambda: self.upstream.finish_chunk(octets, self._settings.data_timeout))
 
     def _convert_chunk(self, size: int, last: bool) -> Reply:
         """For an upstream without CHUNKING: DATA, with dots stuffed and a last line end (RFC 5321 §4.5.2)."""
@@ -123,15 +125,15 @@ class Relay:
             return self.refusal or taken
         octets = self._stuffer.finish()
         self._check(self._stuffer.malformed)
-        return self._conclude(lambda: self._upstream.finish(octets, self._settings.data_timeout))
+        return self._conclude(lambda: self.upstream.finish(octets, self._settings.data_timeout))
 
     def _begin_data(self) -> Reply:
         with self._client.clock.limit(self._settings.upstream_timeout, "asking the upstream (upstream_timeout)"):
-            return self._upstream.begin_data()
+            return self.upstream.begin_data()
 
     def _pass_on(self, octets: bytes) -> None:
         if self.refusal is None and octets:
-            self._attempt(lambda: self._upstream.send(octets))
+            self._attempt(lambda: self.upstream.send(octets))
 
     def _check(self, malformed: bool) -> None:
         """Refuse a message that is too big, or has what `bare_newline = reject` forbids."""
@@ -146,7 +148,9 @@ class Relay:
         """The upstream's answer, or what stands in its place."""
         answers: list[Reply] = []
         if self.refusal is None:
+            began = monotonic()
             self._attempt(lambda: answers.append(work()))
+            self.verdict_seconds = monotonic() - began if answers else None
         return self.refusal or answers[0]
 
     def _attempt(self, work: Callable[[], None]) -> None:
@@ -161,12 +165,13 @@ class Relay:
     def _refuse(self, answer: Reply, source: str, why: str = "") -> None:
         """From here on octets are read and thrown away; the upstream sees no end of them."""
         self.refusal = answer
+        self.verdict_seconds = None
         self.blame = (source, why or str(answer))
-        self._upstream.drop()
+        self.upstream.drop()
         self._content.read_to_drop()
 
     def _takes_chunks(self) -> bool:
-        return "CHUNKING" in self._upstream.features
+        return "CHUNKING" in self.upstream.features
 
     def _rejects_bare_newlines(self) -> bool:
         return self._settings.bare_newline == "reject"

@@ -8,6 +8,7 @@ from functools import cached_property
 from ssl import SSLContext
 
 from .config import Settings
+from .counts import Counts
 from .dns import Resolver
 from .routing import Mapping
 from .smtp.reply import Reply
@@ -25,6 +26,7 @@ class Service:
     connector: Connector
     resolver: Resolver
     server_tls: SSLContext | None
+    counts: Counts
     _ehlo_replies: dict[tuple[bool, bool], Reply] = field(default_factory=dict, init=False, compare=False)
 
     @cached_property

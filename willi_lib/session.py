@@ -11,6 +11,7 @@ import random
 from collections.abc import Callable
 from enum import Enum, auto
 
+from .counts import REFUSED
 from .dispatch import Dispatch, Transaction
 from .relay import Content, Relay
 from .routing import LookupFailed, NoRoute
@@ -65,7 +66,7 @@ class Session:
 
     def __init__(self, sid: str, service: Service, wire: Wire, client: Client, may_xclient: bool = False) -> None:
         """sid: `new_session_id`'s, for the log. may_xclient: the client may say who it really is."""
-        self.log = SessionLog(sid, client)
+        self.log = SessionLog(sid, client, service.counts)
         self.service = service
         self.settings = service.settings
         self.wire = wire
@@ -74,7 +75,9 @@ class Session:
         self.may_xclient = may_xclient
         self.stage = Stage.START
         self.transaction: Transaction | None = None
-        self.dispatch = Dispatch(sid, self.settings, service.mappings, service.connector, wire, client)
+        self.dispatch = Dispatch(
+            sid, self.settings, service.mappings, service.connector, wire, client, service.counts
+        )
         self.errors = 0  # of the client's own, since its last message
         self.closing = False  # after the reply that is about to be written
         self.has_quit = False
@@ -181,6 +184,7 @@ class Session:
             self.errors += 1
             if self.errors >= self.settings.max_errors:
                 self.log.info("Too many errors", reply=str(answer))
+                self.service.counts.add(REFUSED, "max_errors")
                 return replies.TOO_MANY_ERRORS
         return answer
 
@@ -424,7 +428,7 @@ class Session:
             self.log.blame = relay.blame or ("upstream", str(answer))
             self.log.message(transaction, answer)
         if relay.failed:
-            self.log.error("Upstream failed", error=self.log.blame[1])
+            self.log.upstream_failed(relay.upstream, self.log.blame[1])
         if relay.refusal is not None:  # and the upstream was dropped
             self.dispatch.upstream = transaction.upstream = None
             transaction.verdict = relay.refusal
@@ -473,7 +477,7 @@ class Session:
     def fail(self, failure: UpstreamFailed) -> Reply:
         """The upstream is of no more use: the transaction has failed, and is not forgotten."""
         transaction = self.transaction
-        self.log.error("Upstream failed", error=str(failure))
+        self.log.upstream_failed(self.dispatch.upstream, str(failure))
         answer = self.refuse(replies.UPSTREAM_FAILED, str(failure))
         if transaction:
             self.stage = Stage.FAILED

@@ -5,10 +5,18 @@ from __future__ import annotations
 from time import monotonic
 
 from . import log
+from .counts import ACCEPTED, FAILED, REJECTED_BY_UPSTREAM, REJECTED_BY_WILLI, VERDICT_SECONDS, Counts
 from .dispatch import Transaction
+from .smtp import reply as replies
 from .smtp.reply import Reject, Reply
 from .smtp.syntax import Path
-from .upstream import Client
+from .upstream import Client, Upstream
+
+# What Willi says when nobody has judged the message or the recipient.
+NO_VERDICT = frozenset((
+    replies.UPSTREAM_FAILED, replies.UPSTREAM_LOST, replies.LOOKUP_FAILED, replies.OUR_FAULT, replies.OUT_OF_MEMORY,
+))  # fmt: skip
+NO_MAPPING = "none"
 
 
 class SessionLog:
@@ -17,10 +25,11 @@ class SessionLog:
     blame: who refused last ("client", "internal" or "upstream"), and why.
     """
 
-    def __init__(self, sid: str, client: Client) -> None:
+    def __init__(self, sid: str, client: Client, counts: Counts) -> None:
         self.blame = ("", "")
         self._sid = sid
         self._client = client
+        self._counts = counts
 
     def debug(self, message: str, **fields: log.Value) -> None:
         """For whoever looks for a fault."""
@@ -47,30 +56,53 @@ class SessionLog:
         text = argument.decode("utf-8", "backslashreplace")
         self.info(message, argument=text, reply=str(refusal.reply))
 
+    def upstream_failed(self, upstream: Upstream | None, error: str) -> None:
+        """It could not be reached (None), or was lost."""
+        self.error("Upstream failed", error=error)
+        if upstream:
+            self._counts.lost(upstream.server, error)
+
     def message(self, transaction: Transaction, answer: Reply | None, recipient: Path | None = None) -> None:
         """The one line for a message or a refused recipient; the fields of the Go program, and four more.
 
-        answer: what the client was told; None: nothing, it has gone.
+        answer: what the client was told; None: nothing, it has gone. Counted here and nowhere else, so that the
+        numbers are those of the log.
         """
         accepted = answer is not None and answer.positive
         recipients = [recipient] if recipient else transaction.recipients
         route, relay = transaction.route, transaction.relay
         upstream = transaction.upstream
         source, error = (None, None) if accepted else self.blame
-        log.info(
-            "Message accepted" if accepted else "Message rejected",
-            sid=self._sid,
-            client=str(self._client),
-            client_helo=self._client.helo,
-            client_tls=self._client.tls is not None,
-            **{"from": transaction.mail.path.address},
-            to=",".join([path.address for path in recipients]),
-            upstream=str(upstream.server if upstream else route or ""),
-            upstream_tls=upstream is not None and upstream.wire.tls_version is not None,
-            error=error,
-            error_src=source,
-            reply=str(answer) if answer else None,
-            bytes=relay.octets if relay else 0,
-            duration=monotonic() - transaction.began,
-            mapping=route.mapping if route else None,
-        )
+        host, octets = str(upstream.server if upstream else route or ""), relay.octets if relay else 0
+        fields: dict[str, log.Value] = {
+            "sid": self._sid,
+            "client": str(self._client),
+            "client_helo": self._client.helo,
+            "client_tls": self._client.tls is not None,
+            "from": transaction.mail.path.address,
+            "to": ",".join([path.address for path in recipients]),
+            "upstream": host,
+            "upstream_tls": upstream is not None and upstream.wire.tls_version is not None,
+            "error": error,
+            "error_src": source,
+            "reply": str(answer) if answer else None,
+            "bytes": octets,
+            "duration": monotonic() - transaction.began,
+            "mapping": route.mapping if route else None,
+        }
+        log.info("Message accepted" if accepted else "Message rejected", **fields)
+        counts, mapping = self._counts, route.mapping if route else NO_MAPPING
+        if not transaction.is_for_one_host:
+            host = ""
+        counts.message(self._verdict(answer), mapping, host, len(recipients), octets, whole=recipient is None)
+        counts.event("accepted" if accepted else "rejected", fields)
+        if relay and relay.verdict_seconds is not None:
+            counts.took(relay.verdict_seconds, VERDICT_SECONDS)
+
+    def _verdict(self, answer: Reply | None) -> str:
+        if answer is not None and answer.positive:
+            return ACCEPTED
+        source = self.blame[0]
+        if source == "upstream":
+            return REJECTED_BY_UPSTREAM
+        return FAILED if source == "client" or answer is None or answer in NO_VERDICT else REJECTED_BY_WILLI

@@ -20,6 +20,7 @@ from time import monotonic
 
 from . import log
 from .config import Settings
+from .counts import XCLIENT, Counts
 from .dns import TEMPUNAVAIL, Address, DnsFailed, Resolver
 from .routing import Policy, Route, Server
 from .smtp import proxy_protocol
@@ -78,6 +79,8 @@ class Upstream:
         self.route = route
         self.features: Mapping[str, str] = {}
         self.knows_client = False  # by XCLIENT or a PROXY header
+        self.greeted_after = 0.0  # seconds
+        self.xclient = ""  # what became of it
         self.introduced = False  # and waits for MAIL, which may take time
         self.in_transaction = False  # it heard MAIL, and no end of that
         self._ahead: deque[bytes] = deque()  # sent in a group, answers still to come
@@ -235,8 +238,9 @@ class Upstream:
 class Connector:
     """Opens upstream connections; remembers for a while which hosts failed."""
 
-    def __init__(self, settings: Settings, resolver: Resolver) -> None:
+    def __init__(self, settings: Settings, resolver: Resolver, counts: Counts | None = None) -> None:
         self._settings = settings
+        self._counts = counts or Counts()
         self._resolver = resolver
         self._down: dict[tuple[str, int], float] = {}  # host and port: down until (monotonic)
 
@@ -254,14 +258,17 @@ class Connector:
                         break
                     try:
                         upstream = self._open(route, server, address, client, clock, sid)
-                        self._down.pop((server.host, server.port), None)
+                        self._note_open(upstream)
                         return upstream
                     except (UpstreamFailed, WireError, BadReply) as error:
                         where = "" if address[1] == server.host else f" [{address[1]}]"
                         failures.append(f"{server}{where}: {str(error).removeprefix(f'{server}: ')}")
             except UpstreamFailed as error:
                 failures.append(str(error))
-            self._mark_down(server)
+            except (Refused, Reject):
+                self._counts.refused(server)
+                raise
+            self._mark_down(server, failures[-1] if failures else "")
             if clock.overdue():
                 break
         raise UpstreamFailed("; ".join(failures))
@@ -284,7 +291,13 @@ class Connector:
         now = monotonic()
         return sorted(servers, key=lambda server: self._down.get((server.host, server.port), 0.0) > now)
 
-    def _mark_down(self, server: Server) -> None:
+    def _note_open(self, upstream: Upstream) -> None:
+        self._down.pop((upstream.server.host, upstream.server.port), None)
+        tls = upstream.wire.tls_version or "none"
+        self._counts.opened(upstream.server, upstream.greeted_after, tls, upstream.xclient or "off")
+
+    def _mark_down(self, server: Server, why: str) -> None:
+        self._counts.not_opened(server, why)
         now = monotonic()
         self._down = {key: until for key, until in self._down.items() if until > now}
         self._down[server.host, server.port] = now + DOWN_TIME
@@ -298,6 +311,7 @@ class Connector:
 
     def _open(self, route: Route, server: Server, address: Address, client: Client, clock: Clock, sid: str) -> Upstream:
         """One attempt at one address. Raises UpstreamFailed, WireError, BadReply, Refused, Reject."""
+        began = monotonic()
         with clock.limit(self._settings.connect_timeout, "connecting (connect_timeout)"):
             connection = _connect(address, server.port)
             wire = Wire(connection, clock, log.tracer(sid, "upstream"), self._settings.write_timeout)
@@ -310,11 +324,14 @@ class Connector:
             except BaseException:
                 upstream.drop()
                 raise
+        upstream.greeted_after = monotonic() - began
         try:
             self._introduce(upstream, client, sid)
             upstream.introduced = True
         except BaseException:  # TimeLimit and the like too: nobody else knows this connection yet
             upstream.drop()
+            if upstream.xclient:
+                self._counts.add(XCLIENT, upstream.xclient)
             raise
         return upstream
 
@@ -403,6 +420,7 @@ class Connector:
         """
         required = upstream.route.policy.xclient == "require"
         if "XCLIENT" not in upstream.features:
+            upstream.xclient = "not_offered"
             if required:
                 log.error("XCLIENT is required and not offered", sid=sid, upstream=str(upstream.server))
                 raise Reject(replies.XCLIENT_NEEDED)
@@ -417,9 +435,12 @@ class Connector:
             attributes = [attribute for attribute in attributes if attribute[0] != "HELO"]
             answer = _ask_all(upstream, xclient_lines(attributes))
         if answer is None or answer.positive:
+            upstream.xclient = "accepted" if answer else "not_offered"
             return answer is not None
         if not _is_about_us(answer):
+            upstream.xclient = "client_refused"
             raise Refused(answer)
+        upstream.xclient = "refused"
         log.error("XCLIENT refused", sid=sid, upstream=str(upstream.server), error=str(answer))
         if required:
             raise Reject(replies.XCLIENT_NEEDED)

@@ -16,16 +16,14 @@ monkey.patch_all(ssl=False)
 import errno
 import gc
 import os
-import pwd
 import signal
 import socket as stdlib_socket
 import sys
 from _socket import socket as Socket
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from grp import getgrnam
 from ipaddress import IPv4Network, IPv6Network, ip_address
-from pathlib import Path
+from time import monotonic
 
 import gevent
 import gevent.socket
@@ -35,10 +33,14 @@ from gevent.server import StreamServer
 from . import log
 from .child import GO, LEAVING, READY
 from .config import Settings
+from .counts import REFUSED, Counts
 from .dns import Resolver
-from .limits import Limits
+from .limits import OPEN, RATE, Limits
 from .mappings import MappingError, open_mappings
 from .memory import Memory
+from .privileges import drop_privileges
+from .reporter import Reporter
+from .reports import Links
 from .routing.csv_file import CsvError, CsvFile
 from .routing.mysql import Mysql, Notice
 from .scoreboard import Row
@@ -57,6 +59,12 @@ CSV_INTERVAL = 2.0  # seconds between looks at the CSV files
 MANY_PATTERNS = 100  # of a CSV file: if it loses more than half of so many, the administrator should look
 PULSE = 1.0  # seconds between two signs of life
 LAST_WORDS_TIMEOUT = 5.0  # seconds for sessions that are ended at drain_timeout to say so
+REASONS = {  # why a connection is refused: the limits that do it
+    replies.TOO_MANY_CONNECTIONS: "max_connections",
+    replies.TOO_MANY_CONNECTIONS_FROM_YOU: OPEN,
+    replies.TOO_FAST: RATE,
+    replies.OUT_OF_MEMORY: "no_memory",
+}
 STARTUP_FAULTS = (MappingError, CsvError, CertificateError)
 GARBAGE_THRESHOLD = 50_000  # allocations between collections: -3 to -8 % CPU a session, measured
 
@@ -64,8 +72,9 @@ GARBAGE_THRESHOLD = 50_000  # allocations between collections: -3 to -8 % CPU a 
 class Listener(StreamServer):
     """gevent's server, handing out the raw non-blocking socket: one object and two watchers less a connection."""
 
-    def __init__(self, listener: stdlib_socket.socket, serve: Callable[..., None]) -> None:
+    def __init__(self, listener: stdlib_socket.socket, serve: Callable[..., None], counts: Counts) -> None:
         super().__init__(listener, serve)
+        self._counts = counts
         self._serve = serve
         self._spare = open(os.devnull, "rb")  # noqa: PTH123, SIM115 -- a descriptor to let go of when none is left
 
@@ -95,6 +104,7 @@ class Listener(StreamServer):
             connection.send(replies.TOO_MANY_CONNECTIONS.octets)
             connection.close()
             log.warn("Connection refused, no file descriptors left", client=address[0])
+            self._counts.add(REFUSED, "no_descriptors")
         except BlockingIOError:
             pass  # another worker had one, and was quicker
         except OSError as error:
@@ -124,13 +134,13 @@ class Listener(StreamServer):
         connection.close()
 
 
-def run(settings: Settings, sockets: Sequence[stdlib_socket.socket], row: Row, channel: stdlib_socket.socket) -> int:
+def run(
+    settings: Settings, sockets: Sequence[stdlib_socket.socket], row: Row, links: Links, channel: stdlib_socket.socket
+) -> int:
     """A worker of the master's, from READY and GO to its end; the exit status."""
     master = gevent.socket.socket(fileno=channel.detach())
-    with suppress(OSError):  # no /proc; the name is for ps and top only
-        Path("/proc/self/comm").write_text("willi-worker")
     try:
-        worker = Worker(settings, sockets, row)
+        worker = Worker(settings, sockets, row, links)
         gevent.signal_handler(signal.SIGTERM, worker.end)  # a second one changes nothing: systemd sends it to all
         signal.setitimer(signal.ITIMER_REAL, 0)
         master.sendall(READY)
@@ -157,7 +167,9 @@ def _say_leaving(master: gevent.socket.socket) -> None:
 class Worker:
     """Everything that one process holds."""
 
-    def __init__(self, settings: Settings, sockets: Sequence[stdlib_socket.socket], row: Row) -> None:
+    def __init__(
+        self, settings: Settings, sockets: Sequence[stdlib_socket.socket], row: Row, links: Links
+    ) -> None:
         """Loads all tables and certificates, and becomes `user`: whatever is wrong is wrong before the first client.
 
         Raises MappingError, CsvError, CertificateError.
@@ -167,19 +179,22 @@ class Worker:
         for csv_file in self._csv_files():
             csv_file.load()
         resolver = Resolver(settings.dns_timeout)
+        counts = self._counts = Counts()
         self._service = Service(
             settings,
             self._mappings,
-            Connector(settings, resolver),
+            Connector(settings, resolver, counts),
             resolver,
             server_context(settings.certificates, settings.tls_min_version),
+            counts,
         )
         self._row = row
         self._limits = Limits(
             row, settings.max_connections, settings.max_connections_per_ip, settings.max_connection_rate
         )
         self._memory = Memory()
-        self._servers = [Listener(listener, self._serve) for listener in sockets]
+        self._reporter = Reporter(settings, self._mappings, self._limits, counts, links)
+        self._servers = [Listener(listener, self._serve, counts) for listener in sockets]
         if settings.workers > 1:
             for server in self._servers:
                 server.max_accept = 1  # at a time: leave some to the others
@@ -194,8 +209,12 @@ class Worker:
         gc.freeze()
         gc.set_threshold(GARBAGE_THRESHOLD, 20, 20)
 
-    def run_alone(self) -> None:
-        """Serve until SIGTERM or SIGINT, then let running transactions finish; a second signal ends at once."""
+    def run_alone(self, show_status: Callable[[Callable[[], bool]], None]) -> None:
+        """Serve until SIGTERM or SIGINT, then let running transactions finish; a second signal ends at once.
+
+        show_status: is called first, with what tells whether it is to end.
+        """
+        show_status(self._asked_to_end.is_set)
         for number in (signal.SIGTERM, signal.SIGINT):
             gevent.signal_handler(number, self._on_signal)
         gevent.signal_handler(signal.SIGHUP, log.warn, "There is no reload with --debug: start Willi again")
@@ -226,10 +245,14 @@ class Worker:
         for server in self._servers:
             server.start()
         helpers = [gevent.spawn(self._watch_csv_files), gevent.spawn(self._show_life)]
+        helpers.append(gevent.spawn(self._report))
+        answering = gevent.spawn(self._reporter.answer_questions)
         self._asked_to_end.wait()
         about_to_end()
+        answering.kill()
         self._drain()
         gevent.killall(helpers)
+        self._reporter.finish()
         for mapping in self._mappings:
             if isinstance(mapping, Mysql):
                 mapping.close()
@@ -251,6 +274,10 @@ class Worker:
         while True:
             self._row.beat()
             gevent.sleep(PULSE)
+
+    def _report(self) -> None:
+        """Apart from `_show_life`: whatever happens to the reports, the worker is alive."""
+        self._reporter.report(lambda: len(self._sessions))
 
     def _csv_files(self) -> list[CsvFile]:
         return [mapping for mapping in self._mappings if isinstance(mapping, CsvFile)]
@@ -300,6 +327,8 @@ class Worker:
             log.debug("Client gone", sid=sid, client=address[0], error=str(error))
         except (WireError, proxy_protocol.BadHeader, OSError) as error:
             log.warn("Connection dropped", sid=sid, client=address[0], error=str(error))
+            if isinstance(error, proxy_protocol.BadHeader):
+                self._counts.add(REFUSED, "proxy_header")
         finally:
             self._limits.leave()
             wire.close()
@@ -329,12 +358,16 @@ class Worker:
             client.name = self._service.resolver.start_name_of(client.address)
         session = Session(sid, self._service, wire, client, may_xclient)
         self._sessions.add(session)
+        counts, began = self._counts, monotonic()
+        counts.sessions += 1
         if self._asked_to_end.is_set():
+            counts.add(REFUSED, "draining")
             session.drain()
         try:
             session.run()
         finally:
             self._sessions.discard(session)
+            counts.session_ended(monotonic() - began, client.tls or "none")
 
     def _read_proxy_header(self, wire: Wire, client: Client) -> bool:
         """Whether the load balancer names a client (not for a health check). Raises BadHeader, WireError."""
@@ -357,7 +390,10 @@ class Worker:
         return endpoints is not None
 
     def _turn_away(self, wire: Wire, sid: str, address: str, refusal: Reply, linger: bool) -> None:
-        log.info("Connection refused", sid=sid, client=address, reply=str(refusal))
+        fields: dict[str, log.Value] = {"sid": sid, "client": address, "reply": str(refusal)}
+        log.info("Connection refused", **fields)
+        self._counts.add(REFUSED, REASONS[refusal])
+        self._counts.event("refused", {**fields, "error": REASONS[refusal], "error_src": "internal"})
         if not is_in(address, self._settings.proxy_protocol_hosts):  # which hear nothing before their header
             wire.write(refusal.octets)
         wire.hang_up(linger)
@@ -387,15 +423,3 @@ def _log_notice(notice: Notice) -> None:
     """What a mapping, which does not log, has to say."""
     levels = {"info": log.info, "warn": log.warn, "error": log.error}
     levels[notice.level](notice.text, mapping=notice.mapping, error=notice.error)
-
-
-def drop_privileges(settings: Settings) -> None:
-    """Become `user` and `group`, for good. Does nothing if Willi was not started as root, or shall stay it."""
-    if os.geteuid() != 0 or not settings.user:
-        return
-    account = pwd.getpwnam(settings.user)
-    group = getgrnam(settings.group).gr_gid if settings.group else account.pw_gid
-    os.initgroups(settings.user, group)
-    os.setgid(group)
-    os.setuid(account.pw_uid)
-

@@ -15,6 +15,7 @@ from tests.conftest import StartUpstream, StartWilli
 from tests.support.client import Client
 from tests.support.daemon import Willi
 from tests.support.loopback import HOST, ROOT, free_port, need
+from tests.support.status import Status
 from tests.support.talk import BOB, EHLO, deliver, greeted, reply, say
 from tests.support.upstream import VERDICT, Delay
 
@@ -129,6 +130,30 @@ def test_an_expression_names_only_metrics_and_labels_that_are_documented(express
         assert labels <= METRICS[name] | PROMETHEUS_OWN
         known |= METRICS[name]
     assert grouped(expression) <= known
+
+
+def test_willi_has_exactly_what_is_documented_and_promtool_likes_it(
+    start_willi: StartWilli, start_upstream: StartUpstream
+):
+    need("promtool")
+    status = Status(free_port())
+    upstream = start_upstream()
+    csv = f"pattern;server;tls_verify\nb.example;{upstream.server}\ndown.example;{HOST}:{free_port()}\n"
+    willi = start_willi(csv=csv, status_listen=status.setting, max_connections_per_ip=2)
+    willi.tolerate("Upstream failed")
+    with greeted(willi) as client:
+        deliver(client, BOB)
+        assert say(client, b"MAIL FROM:<>", b"RCPT TO:<joe@down.example>")[1].startswith("451")
+    status.wait_for(2, "willi_session_duration_seconds_count")  # with the probe
+    exposed = status.get("/metrics").body
+    assert set(re.findall(r"^# HELP (\S+)", exposed, re.MULTILINE)) == METRICS.keys()
+    samples = status.samples()
+    labelled = {metric_of(name): set(dict(labels)) for name, series in samples.items() for labels in series}
+    assert {name: labels - PROMETHEUS_OWN for name, labels in labelled.items()} == {
+        name: METRICS[name] for name in labelled
+    }
+    done = subprocess.run(["promtool", "check", "metrics"], input=exposed, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
 # -- the recipes

@@ -27,6 +27,7 @@ from tests.support.daemon import Setting, parse_logfmt, write_config
 from willi_lib import config, log
 from willi_lib import upstream as upstream_module
 from willi_lib.config import Settings
+from willi_lib.counts import Counts
 from willi_lib.dns import Resolver
 from willi_lib.routing import Answer, LookupFailed, Policy, Route, parse_servers
 from willi_lib.service import Service
@@ -170,8 +171,9 @@ class Player:
     def _run(self) -> None:
         settings = settings_of(self._script.variant, self._script.is_patient)
         service = Service(
-            settings, [Table(settings.mappings[0].policy)], Connector(settings, resolver()), resolver(), tls_context()
-        )
+            settings, [Table(settings.mappings[0].policy)], Connector(settings, resolver()), resolver(), tls_context(),
+            Counts(),
+        )  # fmt: skip
         wire = Wire(self._raw, Clock(), log.tracer("SID", "client"), settings.write_timeout)
         client = Client(*CLIENT, own=lambda: ("192.0.2.2", 25))
         self._session = Session("SID", service, wire, client, may_xclient=bool(settings.xclient_hosts))

@@ -88,11 +88,11 @@ class Willi:
 
     def __init__(
         self, directory: Path, settings: Mapping[str, Setting], prefix: Sequence[str] = (),
-        environment: Mapping[str, str] | None = None,
+        environment: Mapping[str, str] | None = None, options: Sequence[str] = (),
     ) -> None:  # fmt: skip
         """settings: as in willi.conf; `listen` is a free loopback port unless given.
 
-        prefix: put before the command. environment: besides ours.
+        prefix: put before the command. environment: besides ours. options: of the command line.
         """
         directory.mkdir(parents=True, exist_ok=True)
         self.directory = directory
@@ -105,7 +105,7 @@ class Willi:
         self.log_file = directory / "willi.log"
         self.tolerated: list[str] = []
         self._environment = {**_environment(), **(environment or {})}
-        self._command = [*prefix, PYTHON, str(ROOT / "willi.py"), "-c", str(self.config)]
+        self._command = [*prefix, PYTHON, str(ROOT / "willi.py"), "-c", str(self.config), *options]
         self.start()
 
     def start(self, seconds: float = PATIENCE) -> None:
@@ -150,7 +150,20 @@ class Willi:
 
     @property
     def workers(self) -> list[int]:
-        """The pids of the master's children, those that drain included."""
+        """The pids of the workers, those that drain included."""
+        return [pid for pid in self.children if self.name_of(pid) != "willi-status"]
+
+    @staticmethod
+    def name_of(pid: int) -> str:
+        """As ps and top show it; empty if it has gone."""
+        try:
+            return Path(f"/proc/{pid}/comm").read_text().strip()
+        except (FileNotFoundError, ProcessLookupError):
+            return ""
+
+    @property
+    def children(self) -> list[int]:
+        """The pids of the master's children."""
         pid = self.process.pid
         try:
             return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
@@ -246,10 +259,10 @@ class Willi:
                 assert any(text in str(line) for text in self.tolerated), f"an error in Willi's log: {line}"
 
     def kill(self) -> None:
-        """SIGKILL to the master and all workers, for tests and for clearing away."""
-        workers = self.workers
+        """SIGKILL to the master and its children, for tests and for clearing away."""
+        children = self.children
         self.process.kill()
         self.process.wait()
-        for pid in workers:
+        for pid in children:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)

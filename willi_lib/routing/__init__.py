@@ -113,21 +113,34 @@ class Step:
     failure: LookupFailed | None = None
     origin: Origin = ""
 
+    @property
+    def is_last(self) -> bool:
+        """Whether the search ends here: nobody else is asked."""
+        return self.route is not None or self.failure is not None
+
 
 def search(mappings: Sequence[Mapping], recipient: str, delimiter: str = "") -> Iterator[Step]:
     """Ask each mapping for all keys of the recipient, up to the first match or failure."""
     keys = keys_of(recipient, delimiter)
     for mapping in mappings:
-        answers = mapping.find(keys)
-        for key in keys:
-            try:
-                route, origin = next(answers)
-            except LookupFailed as failure:
-                yield Step(mapping.name, key, None, failure)
+        for step in ask(mapping, keys):
+            yield step
+            if step.is_last:
                 return
-            yield Step(mapping.name, key, route, None, origin)
-            if route is not None:
-                return
+
+
+def ask(mapping: Mapping, keys: Sequence[str]) -> Iterator[Step]:
+    """Ask one mapping for all keys of a recipient, up to the first match or failure."""
+    answers = mapping.find(keys)
+    for key in keys:
+        try:
+            route, origin = next(answers)
+        except LookupFailed as failure:
+            yield Step(mapping.name, key, None, failure)
+            return
+        yield Step(mapping.name, key, route, None, origin)
+        if route is not None:
+            return
 
 
 def find_route(mappings: Sequence[Mapping], recipient: str, delimiter: str = "") -> Route:
@@ -136,12 +149,19 @@ def find_route(mappings: Sequence[Mapping], recipient: str, delimiter: str = "")
     Raises NoRoute, or LookupFailed from the first mapping that fails: the search
     ends there, since a later, more general mapping might send the mail elsewhere.
     """
-    for step in search(mappings, recipient, delimiter):
-        if step.failure is not None:
-            raise LookupFailed(f"{step.mapping}: {step.failure}", step.failure.told)
-        if step.route is not None:
-            return step.route
-    raise NoRoute(recipient)
+    last = None
+    for last in search(mappings, recipient, delimiter):  # noqa: B007 -- `search` knows where to end
+        pass
+    return conclude(last, recipient)
+
+
+def conclude(last: Step | None, recipient: str) -> Route:
+    """The route that a search has come to with its last step. Raises NoRoute, LookupFailed."""
+    if last is not None and last.failure is not None:
+        raise LookupFailed(f"{last.mapping}: {last.failure}", last.failure.told)
+    if last is None or last.route is None:
+        raise NoRoute(recipient)
+    return last.route
 
 
 # Keys

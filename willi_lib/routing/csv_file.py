@@ -18,7 +18,7 @@ import os
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from time import monotonic
+from time import monotonic, time
 
 from willi_lib.routing import Answer, LookupFailed, Policy, Route, fold_pattern, parse_servers, parse_tls_verify
 
@@ -48,6 +48,8 @@ class CsvFile:
         """
         self.name = name
         self.file = file
+        self.loaded_at: float | None = None  # seconds since 1970
+        self.fault = ""  # of the last `load`, if the old table had to stay
         self._policy = policy
         self._pause = pause
         self._table: dict[str, Route] | None = None
@@ -87,10 +89,14 @@ class CsvFile:
 
     def load(self) -> None:
         """Read the file; all of it replaces the old table, or, after CsvError, nothing does."""
-        table = self._parse(self._read())
-        if self._table and not table:
-            raise CsvError(f"{self.file}: no patterns any more; write a new file beside it and rename that")
-        self._table = table
+        try:
+            table = self._parse(self._read())
+            if self._table and not table:
+                raise CsvError(f"{self.file}: no patterns any more; write a new file beside it and rename that")
+        except CsvError as error:
+            self.fault = error.faults[0]
+            raise
+        self._table, self.loaded_at, self.fault = table, time(), ""
 
     def _stamp(self) -> Stamp | None:
         try:

@@ -38,6 +38,16 @@ class Notice:
     error: str | None = None
 
 
+@dataclass(frozen=True)
+class Condition:
+    """How the database is, as far as this process knows."""
+
+    up: bool
+    seen: float  # when it last answered or not (monotonic); 0: nobody has asked it yet
+    error: str
+    remembered: int  # answers
+
+
 @dataclass
 class _Outage:
     """The database is down."""
@@ -45,6 +55,7 @@ class _Outage:
     why: str
     since: float
     next_try: float
+    failed: float  # when it last gave no answer
     stale_used: bool = False
 
 
@@ -108,6 +119,13 @@ class Mysql:
     def close(self) -> None:
         """At the end of the process: the server's log then has no word about lost connections."""
         self._database.close()
+
+    @property
+    def condition(self) -> Condition:
+        """For who looks after it."""
+        if self._outage:
+            return Condition(False, self._outage.failed, self._outage.why, len(self._entries))
+        return Condition(True, self._answered, "", len(self._entries))
 
     def _answer(self, key: str, deadline: float) -> Answer:
         now = monotonic()
@@ -189,9 +207,9 @@ class Mysql:
         """An outage begins or goes on. Nobody waits any longer."""
         now = monotonic()
         if self._outage is None:
-            self._outage = _Outage(why, now, now)
+            self._outage = _Outage(why, now, now, now)
             self._tell(Notice("error", "Database is down", self.name, why))
-        self._outage.why = why
+        self._outage.why, self._outage.failed = why, now
         self._outage.next_try = began + (QUICK_RETRY if now - began < QUICK else RETRY_INTERVAL)
         given_up, self._asking = self._asking, {}
         for asking in given_up.values():

@@ -1,0 +1,495 @@
+"""The status of a running Willi: its numbers are those of the log, and no mail depends on it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+from collections import Counter
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import StartUpstream, StartWilli
+from tests.e2e.test_processes import is_there, served_by, status_of
+from tests.support.certificates import Authority
+from tests.support.client import Client
+from tests.support.daemon import Willi, run_willi, write_config
+from tests.support.loopback import HOST, free_port, wait_until
+from tests.support.promise import greeted, in_data
+from tests.support.status import Status, status_process
+from tests.support.talk import BEN, BOB, CARL, MAIL, QUEUED, chunk, content, deliver, reply, say
+from tests.support.upstream import ScriptedUpstream
+
+DIED = "Worker ended by itself"
+STATUS_DIED = "Status process ended by itself"
+DEAD = b"RCPT TO:<dora@dead.example>"  # whose upstream is not there
+NO_VERDICT = ("451 4.4.1", "451 4.4.2", "451 4.3.0")
+
+
+@pytest.fixture
+def status() -> Status:
+    return Status(free_port())
+
+
+@pytest.fixture
+def willi(start_willi: StartWilli, upstream: ScriptedUpstream, status: Status) -> Willi:
+    """Of two workers; b.example is the upstream's, c.example too, dead.example nobody's, and that is all."""
+    table = ["pattern;server;tls_verify", *(f"{name}.example;{upstream.server};no" for name in "bc")]
+    willi = start_willi(
+        csv="\n".join([*table, f"dead.example;{HOST}:{free_port()}", ""]), workers=2, status_listen=status.setting,
+        max_connections_per_ip=1000, max_message_bytes="64KiB",
+    )  # fmt: skip
+    wait_until(status.answers, "an answer of the status")
+    return willi
+
+
+# The numbers
+
+
+def verdict_of(line: dict[str, str]) -> str:
+    """What a line of the log says became of a message or a recipient."""
+    if line["msg"] == "Message accepted":
+        return "accepted"
+    if line["error_src"] == "upstream":
+        return "rejected_by_upstream"
+    if line["error_src"] == "client" or line.get("reply", "451 4.4.2").startswith(NO_VERDICT):
+        return "failed"
+    return "rejected_by_willi"
+
+
+def run_of_everything(willi: Willi, upstream: ScriptedUpstream, pid: int) -> None:
+    """One session each for all that can become of a message, in this worker."""
+    with ExitStack() as ends:
+
+        def client() -> Client:
+            return ends.enter_context(served_by(willi, pid))
+
+        several = client()
+        assert deliver(several) == QUEUED
+        assert deliver(several, BOB, BEN, CARL) == QUEUED
+        assert say(several, MAIL, b"RCPT TO:<eve@elsewhere.example>")[1] == "554 5.7.1 Relay access denied"
+        assert deliver(client(), BOB) == QUEUED
+        upstream.answers[BEN] = reply("550 5.1.1 no ben here")
+        partly = client()
+        assert say(partly, MAIL, BOB, BEN)[2] == "550 5.1.1 no ben here"
+        del upstream.answers[BEN]
+        assert say(partly, b"DATA")[0].startswith("354")
+        assert content(partly) == QUEUED
+        big = client()
+        assert say(big, MAIL, BOB)[1].startswith("250")
+        assert chunk(big, b"Subject: x\r\n\r\n" + b"x" * 70_000, last=True) == "552 5.3.4 Message is too big"
+        assert say(client(), MAIL, DEAD)[1].startswith("451 4.4.1")
+        given_up = len(willi.lines(error_src="client"))
+        hasty = client()
+        assert say(hasty, MAIL, BOB, b"DATA")[2].startswith("354")
+        hasty.send(b"half a message")
+    wait_until(lambda: len(willi.lines(error_src="client")) > given_up, "the end of the message that was not finished")
+
+
+def lines_of_messages(willi: Willi) -> list[dict[str, str]]:
+    return [line for line in willi.log if line["msg"] in ("Message accepted", "Message rejected")]
+
+
+def assert_equal_to_the_log(willi: Willi, status: Status, refused_recipients: int) -> None:
+    """Line by line, by verdict and by mapping."""
+    lines = lines_of_messages(willi)
+    recipients: Counter[tuple[str, str]] = Counter()
+    octets: Counter[str] = Counter()
+    for line in lines:
+        mapping = line.get("mapping", "none")
+        recipients[verdict_of(line), mapping] += len(line["to"].split(","))
+        octets[mapping] += int(line["bytes"])
+    samples = status.samples()
+    assert samples["willi_recipients_total"] == {
+        (("mapping", mapping), ("verdict", verdict)): number for (verdict, mapping), number in recipients.items()
+    }
+    messages = samples["willi_messages_total"]
+    assert sum(messages.values()) == len(lines) - refused_recipients
+    accepted = [line for line in lines if verdict_of(line) == "accepted"]
+    assert sum(value for labels, value in messages.items() if ("verdict", "accepted") in labels) == len(accepted)
+    assert {dict(labels)["mapping"]: value for labels, value in samples["willi_octets_total"].items()} == {
+        mapping: number for mapping, number in octets.items() if number or mapping != "none"
+    }
+    overview = status.overview()
+    assert overview["accepted_total"] == len(accepted)
+    assert overview["failed_total"] == sum(verdict_of(line) == "failed" for line in lines)
+    assert overview["rejected_total"] == sum(verdict_of(line).startswith("rejected") for line in lines)
+    assert [event["sid"] for event in overview["events"]] == [line["sid"] for line in reversed(lines)][:50]
+
+
+def test_the_numbers_are_those_of_the_log_over_two_workers_and_a_reload(
+    willi: Willi, upstream: ScriptedUpstream, status: Status
+):
+    willi.tolerate("Upstream failed")
+    for round_number in range(2):
+        for pid in willi.workers:
+            run_of_everything(willi, upstream, pid)
+        lines = lines_of_messages(willi)
+        recipients = sum(len(line["to"].split(",")) for line in lines)
+        status.wait_for(recipients, "willi_recipients_total")
+        assert_equal_to_the_log(willi, status, refused_recipients=6 * (round_number + 1))
+        if round_number == 0:
+            old = willi.workers
+            willi.reload()
+            wait_until(lambda: len(willi.workers) == 2 and not set(willi.workers) & set(old), "new workers only")  # noqa: B023
+    sessions = 1 + 4 * 6  # and the probe
+    status.wait_for(sessions, "willi_session_duration_seconds_count")
+    assert status.value("willi_sessions_total") == sessions
+    assert status.value("willi_tls_total", side="client", version="none") == sessions
+    assert status.value("willi_sessions") == 0
+    assert status.value("willi_reloads_total", outcome="ok") == 1
+    assert status.value("willi_upstream_connects_total", host=upstream.server, outcome="opened") == len(
+        upstream.connections
+    )
+    [dead] = [host for host in status.overview()["hosts"] if host["name"] != upstream.server]
+    assert (dead["up"], dead["failures"]) == (False, 4)
+    assert "Connection refused" in dead["last_error"]
+    mapping = f"csv:{willi.csv}"
+    assert status.value("willi_lookups_total", mapping=mapping, outcome="miss") == 4
+    assert status.value("willi_lookup_duration_seconds_count") == status.value("willi_lookups_total")
+    assert status.value("willi_mapping_patterns", mapping=mapping) == 3
+
+
+def test_refused_connections_are_those_of_the_log(start_willi: StartWilli, upstream: ScriptedUpstream, status: Status):
+    willi = start_willi(server=upstream.server, status_listen=status.setting, max_connections_per_ip=2)
+    wait_until(status.answers, "an answer of the status")
+    kept = [willi.connect() for _ in range(2)]
+    for _ in range(3):
+        with willi.connect(greeting=False) as client:
+            assert client.read_reply().code == 421
+    status.wait_for(3, "willi_sessions_refused_total", reason="max_connections_per_ip")
+    status.wait_for(2, "willi_sessions")
+    assert len(willi.lines(msg="Connection refused")) == 3
+    assert status.value("willi_sessions_refused_total") == 3
+    status.wait_for(len(kept), "willi_connections")
+    overview = status.overview()
+    assert [event["kind"] for event in overview["events"]] == ["refused"] * 3
+    limits = {limit["name"]: limit for limit in overview["limits"]}
+    assert limits["max_connections_per_ip"] == {"name": "max_connections_per_ip", "used": 2, "most": 2, "refused": 3}
+    assert limits["max_connections"]["used"] == len(kept)
+    assert sum(minute["refused"] for minute in overview["minutes"]) == 3
+
+
+def test_tls_and_xclient_are_counted_for_each_side(
+    start_willi: StartWilli, start_upstream: StartUpstream, certificates: Authority, status: Status
+):
+    pair = certificates.issue("willi.example")
+    upstream = start_upstream(tls=certificates.issue("localhost").server_context())
+    upstream.extensions = (*upstream.extensions, b"XCLIENT NAME ADDR")
+    willi = start_willi(
+        server=upstream.server, status_listen=status.setting, tls_cert=str(pair.cert), tls_key=str(pair.key)
+    )
+    wait_until(status.answers, "an answer of the status")
+    client = greeted(willi, tls=True)
+    assert deliver(client) == QUEUED
+    client.command(b"QUIT")
+    status.wait_for(1, "willi_tls_total", side="client", version="TLSv1.3")
+    status.wait_for(1, "willi_tls_total", side="upstream", version="TLSv1.3")
+    status.wait_for(1, "willi_xclient_total", outcome="accepted")
+    [certificate] = status.overview()["certificates"]
+    assert (certificate["file"], certificate["names"]) == (str(pair.cert), ["willi.example"])
+    assert status.value("willi_certificate_expiry_timestamp_seconds") == certificate["expires"]
+
+
+def test_no_label_is_of_a_clients_choice(willi: Willi, upstream: ScriptedUpstream, status: Status):
+    assert deliver(greeted(willi)) == QUEUED
+    assert say(greeted(willi), MAIL, b"RCPT TO:<eve@elsewhere.example>")[1].startswith("554")
+    status.wait_for(2, "willi_recipients_total")
+    before = {name: set(series) for name, series in status.samples().items()}
+    for number in range(20):
+        client = willi.connect()
+        assert client.command(b"EHLO evil%d.invalid" % number).code == 250
+        sender = b'MAIL FROM:<"evil\\"} %d"@evil%d.invalid>' % (number, number)
+        assert deliver(client, b"RCPT TO:<evil%d+x@b.example>" % number, mail=sender) == QUEUED
+        assert say(client, sender, b"RCPT TO:<x@evil%d.invalid>" % number)[1].startswith("554")
+    status.wait_for(42, "willi_recipients_total")
+    assert {name: set(series) for name, series in status.samples().items()} == before
+    assert "evil" not in status.get("/metrics").body
+
+
+# What happens to workers and to the status process
+
+
+def test_a_killed_worker_takes_nothing_with_it_but_its_last_second(willi: Willi, status: Status):
+    willi.tolerate(DIED)
+    victim = willi.workers[0]
+    client = served_by(willi, victim)
+    assert deliver(client) == QUEUED
+    status.wait_for(1, "willi_messages_total", verdict="accepted")
+    status.wait_for(1, "willi_sessions")
+    os.kill(victim, signal.SIGKILL)
+    status.wait_for(0, "willi_sessions")
+    status.wait_for(2, "willi_workers", state="serving")
+    newcomer = next(pid for pid in willi.workers if pid != victim)
+    assert deliver(served_by(willi, newcomer)) == QUEUED
+    status.wait_for(2, "willi_messages_total", verdict="accepted")
+
+
+def test_mail_goes_on_without_the_status_process_which_comes_back(willi: Willi, status: Status):
+    willi.tolerate(STATUS_DIED)
+    victim = status_process(willi)
+    assert victim
+    assert deliver(greeted(willi)) == QUEUED
+    status.wait_for(1, "willi_messages_total")
+    os.kill(victim, signal.SIGKILL)
+    for _ in range(3):
+        assert deliver(greeted(willi)) == QUEUED
+    wait_until(lambda: status_process(willi) not in (None, victim), "another status process")
+    wait_until(status.answers, "an answer of the status")
+    status.wait_for(3, "willi_messages_total")  # what had been told has gone with the old one, and nothing else
+    wait_until(lambda: status.overview()["problems"] == [], "no problems")
+    assert len(willi.lines(msg=STATUS_DIED)) == 1
+
+
+def test_workers_lose_nothing_while_the_status_process_stands_still(willi: Willi, status: Status):
+    stopped = status_process(willi)
+    assert stopped
+    os.kill(stopped, signal.SIGSTOP)
+    old = willi.workers
+    for number in range(200):  # each with hosts of its own in the log, so that the reports grow
+        assert deliver(greeted(willi), b"RCPT TO:<bob%d@b.example>" % number) == QUEUED
+    willi.reload()
+    wait_until(lambda: len(willi.workers) == 2 and not set(willi.workers) & set(old), "new workers only", seconds=20)
+    assert deliver(greeted(willi)) == QUEUED
+    os.kill(stopped, signal.SIGCONT)
+    status.wait_for(201, "willi_messages_total")
+    assert status_process(willi) == stopped
+
+
+def test_the_status_follows_a_reload_with_its_counters(willi: Willi, status: Status):
+    assert deliver(greeted(willi)) == QUEUED
+    status.wait_for(1, "willi_messages_total")
+    other = Status(free_port())
+    before = status_process(willi)
+    willi.reload({"status_listen": other.setting, "domain": "other.example"})
+    wait_until(other.answers, "an answer at the new address")
+    assert other.value("willi_messages_total") == 1
+    assert sum(minute["accepted"] for minute in other.overview()["minutes"]) == 1
+    assert [event["kind"] for event in other.overview()["events"]] == ["accepted"]
+    assert other.get("/healthz", Host="other.example").status == 200
+    assert not status.answers()
+    assert before is not None
+    wait_until(lambda: not is_there(before), "the end of the old one")
+    assert deliver(greeted(willi)) == QUEUED
+    other.wait_for(2, "willi_messages_total")
+
+
+def test_a_reload_may_end_the_status_and_begin_it(willi: Willi, status: Status):
+    willi.reload({"status_listen": ""})
+    wait_until(lambda: status_process(willi) is None, "the end of the status process")
+    assert not status.answers()
+    willi.reload({"status_listen": status.setting})
+    wait_until(status.answers, "an answer of the status")
+    wait_until(lambda: status.overview()["problems"] == [], "no problems")
+
+
+def test_a_reload_that_cannot_have_the_address_changes_nothing(willi: Willi, status: Status):
+    willi.tolerate("Reload failed")
+    with socket.create_server((HOST, 0)) as taken:
+        willi.change({"status_listen": f"{HOST}:{taken.getsockname()[1]}"})
+        willi.signal(signal.SIGHUP)
+        line = willi.wait_for_log(msg="Reload failed, nothing has changed")
+    assert "cannot listen on" in line["error"]
+    status.wait_for(1, "willi_reloads_total", outcome="failed")
+    assert any(problem.endswith(line["error"]) for problem in status.overview()["problems"])
+    assert deliver(greeted(willi)) == QUEUED
+
+
+def test_willi_does_not_start_without_its_status_address(tmp_path: Path):
+    with socket.create_server((HOST, 0)) as taken:
+        mappings = {"all": {"type": "static", "server": HOST}}
+        config = write_config(
+            tmp_path / "willi.conf",
+            {"listen": f"{HOST}:{free_port()}", "domain": "willi.example", "mappings": mappings,
+             "status_listen": f"{HOST}:{taken.getsockname()[1]}"},
+        )  # fmt: skip
+        done = run_willi("-c", config)
+    assert done.returncode == 3
+    assert "cannot listen on" in done.stdout
+
+
+def test_the_status_process_ends_with_the_master(willi: Willi):
+    willi.tolerate("The master is dead")
+    children = willi.children
+    assert len(children) == 3
+    willi.process.kill()
+    willi.process.wait()
+    wait_until(lambda: not any(map(is_there, children)), "the end of all processes")
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
+def test_the_status_process_is_user_and_the_only_one_with_its_socket(
+    start_willi: StartWilli, upstream: ScriptedUpstream, status: Status
+):
+    willi = start_willi(server=upstream.server, status_listen=status.setting, user="nobody")
+    wait_until(status.answers, "an answer of the status")
+    pid = status_process(willi)
+    assert pid
+    assert status_of(pid, "Uid").split() == ["65534"] * 4
+    assert status_of(pid, "CapEff") == "0000000000000000"
+    assert [listens(one, status.port) for one in (pid, *willi.workers)] == [True, False]
+    assert [listens(one, willi.port) for one in (pid, *willi.workers)] == [False, True]
+
+
+def listens(pid: int, port: int) -> bool:
+    """Whether a process has the listening socket of this port."""
+    own = {str(descriptor.readlink()) for descriptor in Path(f"/proc/{pid}/fd").iterdir()}
+    rows = [line.split() for line in Path(f"/proc/{pid}/net/tcp").read_text().split("\n")[1:-1]]
+    found = [f"socket:[{row[9]}]" for row in rows if row[1].endswith(f":{port:04X}") and row[3] == "0A"]
+    return bool(own.intersection(found))
+
+
+def test_with_debug_one_process_does_both(
+    start_willi: StartWilli, upstream: ScriptedUpstream, status: Status
+):
+    willi = start_willi(server=upstream.server, status_listen=status.setting, options=["--debug"])
+    assert deliver(greeted(willi)) == QUEUED
+    status.wait_for(1, "willi_messages_total", verdict="accepted")
+    assert willi.children == []
+    assert status.get("/readyz").status == 200
+    assert upstream.server in status.lookup("bob@b.example")
+    assert status.overview()["workers"] == 1
+
+
+# Health
+
+
+def test_ready_until_it_drains(willi: Willi, status: Status):
+    wait_until(lambda: status.get("/readyz").status == 200, "ready")
+    assert status.get("/healthz").body == "ok\n"
+    client = in_data(willi)
+    willi.signal(signal.SIGTERM)
+    wait_until(lambda: status.get("/readyz").status == 503, "not ready")
+    assert "Willi is being stopped" in status.get("/readyz").body
+    assert status.value("willi_workers", state="draining") >= 1
+    assert content(client) == QUEUED
+    assert willi.wait() == 0
+    assert not status.answers()
+
+
+def test_not_ready_while_workers_say_nothing(start_willi: StartWilli, upstream: ScriptedUpstream, status: Status):
+    willi = start_willi(server=upstream.server, status_listen=status.setting)
+    wait_until(lambda: status.answers() and status.get("/readyz").status == 200, "ready")
+    [worker] = willi.workers
+    os.kill(worker, signal.SIGSTOP)
+    try:
+        wait_until(lambda: status.get("/readyz").status == 503, "not ready", seconds=20)
+        assert status.get("/healthz").status == 200
+        assert any("not reported" in problem for problem in status.overview()["problems"])
+    finally:
+        os.kill(worker, signal.SIGCONT)
+    wait_until(lambda: status.get("/readyz").status == 200, "ready again")
+
+
+# What it says to whom
+
+
+def test_our_names_and_addresses_are_answered_and_no_others(willi: Willi, status: Status):
+    for host in ("localhost", "127.0.0.1:8025", "[::1]:8025", "willi.example", "WILLI.example.:80"):
+        assert status.get("/status.json", Host=host).status == 200, host
+    for host in ("evil.example", "127.0.0.1.evil.example", "willi.example.evil.example", "", "[evil]", "127.1"):
+        for path in ("/", "/status.json", "/metrics", "/readyz"):
+            answer = status.get(path, Host=host)
+            assert answer.status == 421, host
+            assert "willi.example" not in answer.body
+
+
+def test_another_site_may_lead_here_and_not_have_a_browser_ask(willi: Willi, status: Status):
+    asked = {"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "no-cors"}
+    assert status.get("/?address=bob@b.example", **asked).status == 403
+    assert status.get("/", **{**asked, "Sec-Fetch-Mode": "navigate"}).status == 200
+    assert status.get("/", **{**asked, "Sec-Fetch-Site": "same-origin"}).status == 200
+
+
+def test_only_get_and_head(willi: Willi, status: Status):
+    for method in ("POST", "PUT", "DELETE", "OPTIONS"):
+        answer = status.get("/", method)
+        assert (answer.status, answer.headers["allow"]) == (405, "GET, HEAD")
+    head = status.get("/", "HEAD")
+    assert (head.status, head.body) == (200, "")
+    assert int(head.headers["content-length"]) > 0
+    assert status.get("/willi.conf").status == 404
+
+
+def test_a_browser_is_told_to_be_strict(willi: Willi, status: Status):
+    for path in ("/", "/status.json", "/nowhere"):
+        headers = status.get(path).headers
+        assert "default-src 'none'" in headers["content-security-policy"]
+        assert "frame-ancestors 'none'" in headers["content-security-policy"]
+        assert headers["x-content-type-options"] == "nosniff"
+        assert headers["referrer-policy"] == "no-referrer"
+        assert headers["cache-control"] == "no-store"
+
+
+def test_what_is_no_request_ends_the_connection_and_nothing_else(willi: Willi, status: Status):
+    for request in (b"\0\xff\r\n\r\n", b"GET /" + b"x" * 9000, b"GET / HTTP/1.1\r\n" + b"X: y\r\n" * 5000, b"HELO\r\n"):
+        with Client(status.port) as client:
+            client.send(request)
+            client.socket.shutdown(socket.SHUT_WR)
+            try:
+                while client.socket.recv(65536):
+                    pass
+            except ConnectionResetError:  # it has not read all of that
+                continue
+    assert status.get("/readyz").status == 200
+    assert "Traceback" not in willi.text
+
+
+def test_those_who_only_connect_keep_nobody_else_out(willi: Willi, status: Status):
+    idle = [Client(status.port) for _ in range(10)]
+    assert status.get("/readyz").status == 200
+    for client in idle:
+        client.close()
+
+
+# Lookup
+
+
+def test_lookup_shows_a_hit_key_by_key(willi: Willi, upstream: ScriptedUpstream, status: Status):
+    text = status.lookup("Bob@B.example")
+    for word in ("bob@b.example", f"csv:{willi.csv}", f"route: {upstream.server}"):
+        assert word in text
+    assert status.value("willi_lookups_total") == 0  # it is no client's
+
+
+def test_lookup_shows_a_miss(willi: Willi, status: Status):
+    assert "554 5.7.1 Relay access denied" in status.lookup("eve@elsewhere.example")
+
+
+def test_lookup_of_what_is_no_address_is_escaped(willi: Willi, status: Status):
+    body = status.get("/?address=%3Cscript%3Ealert(1)%3C/script%3E%40b.example").body
+    assert "<script" not in body
+
+
+def test_lookup_shows_that_a_database_fails(start_willi: StartWilli, upstream: ScriptedUpstream, status: Status):
+    database = {"type": "mysql", "host": f"{HOST}:{free_port()}", "query": "SELECT server FROM t WHERE pattern = ?"}
+    willi = start_willi(
+        csv=f"pattern;server\nb.example;{upstream.server}\n", mappings={"db": database}, status_listen=status.setting
+    )
+    willi.tolerate("Database is down")
+    willi.tolerate("Lookup failed")
+    wait_until(status.answers, "an answer of the status")
+    text = status.lookup("carl@c.example")
+    assert "mysql:db" in text
+    assert "451 4.3.0 Cannot look up this address now" in text
+    status.wait_for(0, "willi_database_up", mapping="mysql:db")
+    assert say(greeted(willi), MAIL, CARL)[1].startswith("451 4.3.0")
+    status.wait_for(1, "willi_lookups_total", mapping="mysql:db", outcome="error")
+    [problem] = [text for text in status.overview()["problems"] if "mysql:db" in text]
+    assert "database is down" in problem
+
+
+def test_lookup_says_so_if_no_worker_answers(start_willi: StartWilli, upstream: ScriptedUpstream, status: Status):
+    willi = start_willi(server=upstream.server, status_listen=status.setting)
+    wait_until(status.answers, "an answer of the status")
+    [worker] = willi.workers
+    os.kill(worker, signal.SIGSTOP)
+    try:
+        assert "no worker has answered within 3 s" in status.lookup("bob@b.example")
+    finally:
+        os.kill(worker, signal.SIGCONT)
+    assert upstream.server in status.lookup("bob@b.example")
+
+

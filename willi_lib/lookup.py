@@ -1,0 +1,75 @@
+"""Asking the mappings: for a session, counted and timed, and for somebody who wants to see each key."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from time import monotonic
+from typing import Any
+
+from .config import Settings
+from .counts import CACHE_HITS, Counts
+from .routing import Mapping, Route, Step, ask, conclude, keys_of, search
+from .smtp import reply as replies
+from .smtp.reply import Reject
+from .smtp.syntax import Path, parse_rcpt
+
+Shown = tuple[list[list[Any]], str]  # for each key: mapping, key, answer, seconds; and the result
+
+
+def route_of(mappings: Sequence[Mapping], settings: Settings, recipient: Path, counts: Counts) -> Route:
+    """Raises NoRoute, LookupFailed. A bare postmaster is the postmaster of our own domain."""
+    address = _whole(recipient, settings)
+    keys = keys_of(address, settings.recipient_delimiter)
+    step = None
+    for mapping in mappings:
+        began = monotonic()
+        for step in ask(mapping, keys):
+            if step.origin == "cache":
+                counts.add(CACHE_HITS, mapping.name)
+        assert step
+        counts.looked_up(monotonic() - began, mapping.name, _outcome(step))
+        if step.is_last:
+            break
+    return conclude(step, address)
+
+
+def _whole(recipient: Path, settings: Settings) -> str:
+    return recipient.address if recipient.domain else f"{recipient.address}@{settings.domain}"
+
+
+def _outcome(step: Step) -> str:
+    if step.failure is not None:
+        return "error"
+    if step.route is None:
+        return "miss"
+    return "stale" if step.origin == "stale" else "hit"
+
+
+def show(mappings: Sequence[Mapping], settings: Settings, address: str) -> Shown:
+    """What a session would find for an address, key by key. Nothing is counted."""
+    try:
+        recipient = parse_rcpt(b"TO:<" + address.encode("utf-8", "replace") + b">", smtputf8=True)
+    except Reject as refusal:
+        return [], f"refused: {refusal.reply}"
+    steps: list[list[Any]] = []
+    began = monotonic()
+    step = None
+    for step in search(mappings, _whole(recipient, settings), settings.recipient_delimiter):
+        steps.append([step.mapping, step.key, _answer(step), monotonic() - began if step.origin else None])
+        began = monotonic()
+    return steps, _result(step)
+
+
+def _answer(step: Step) -> str:
+    if step.failure is not None:
+        return f"failed: {step.failure}"
+    origin = f" ({step.origin})" if step.origin in ("cache", "stale") else ""
+    return f"{step.route or '-'}{origin}"
+
+
+def _result(step: Step | None) -> str:
+    if step and step.failure is not None:
+        return f"the search ends here, the client gets {replies.LOOKUP_FAILED}"
+    if step and step.route:
+        return f"route: {step.route}, tls_verify = {'true' if step.route.tls_verify else 'false'}"
+    return f"no mapping matches, the client gets {replies.NO_ROUTE}"
