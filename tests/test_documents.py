@@ -8,6 +8,7 @@ import re
 import pytest
 
 from tests.support.daemon import parse_logfmt
+from tests.support.differences import DIFFERENCES, LACKING
 from tests.support.loopback import ROOT
 from willi_lib import config
 from willi_lib.config.reader import NO_MAPPING
@@ -196,3 +197,26 @@ def test_security_quotes_settings_replies_and_files_that_exist():
     assert [name for name in re.findall(r"\]\((?!http)([^)]+)\)", SECURITY) if not (ROOT / name).exists()] == []
     targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
     assert set(re.findall(r"`make (\w+)`", SECURITY)) <= targets
+
+
+# docs/interoperation.md
+
+INTEROPERATION = (ROOT / "docs" / "interoperation.md").read_text(encoding="utf-8")
+
+
+def cells(header: str) -> list[list[str]]:
+    """The table of this page with these titles."""
+    table = INTEROPERATION.partition(f"\n{header}\n|---")[2].partition("\n\n")[0]
+    return [line.strip("| ").split(" | ") for line in table.splitlines()[1:]]
+
+
+def test_the_page_has_the_differences_that_the_tests_allow():
+    documented = [[d.name, d.why, d.where, ", ".join(d.servers)] for d in DIFFERENCES]
+    assert cells("| What | Why | See | With |") == documented
+    assert cells("| Extension | What Willi does |") == [[name, what] for name, what in LACKING.items()]
+
+
+def test_a_difference_names_a_section_of_the_readme_that_exists():
+    for difference in DIFFERENCES:
+        for title in re.findall(r'README, "(.*)"', difference.where):
+            assert section(title), title

@@ -377,7 +377,7 @@ class Session:
             refusal = self.bdat_refusal(transaction) if offered else replies.NOT_IMPLEMENTED
             Content(self.settings, self.wire).skip(size)
             if last and self.stage is Stage.CHUNKS:
-                self.finish_transaction()
+                self.finish_transaction(accepted=False)
             return refusal
         relay = transaction.relay = transaction.relay or Relay(self.settings, self.wire, transaction.upstream)
         self.stage = Stage.CHUNKS
@@ -421,7 +421,7 @@ class Session:
             self.dispatch.upstream = transaction.upstream = None
             transaction.verdict = relay.refusal
         if last:
-            self.finish_transaction()
+            self.finish_transaction(answer.positive)
         elif relay.failed:
             self.stage = Stage.FAILED
         if last and answer.positive:
@@ -490,12 +490,13 @@ class Session:
         assert self.transaction
         return self.transaction
 
-    def finish_transaction(self) -> None:
+    def finish_transaction(self, accepted: bool) -> None:
         """It has come to its end; the upstream waits for the next MAIL."""
         self.transaction = None
         self.stage = Stage.GREETED
         if self.dispatch.upstream:
-            self.dispatch.upstream.in_transaction = False
+            # Postfix remembers a message that smtpd_end_of_data_restrictions have refused: RSET before the next one.
+            self.dispatch.upstream.in_transaction = not accepted
 
     def forget_transaction(self) -> None:
         """It comes to no end. Where content has begun, only dropping the connection keeps it from being delivered."""

@@ -331,27 +331,29 @@ class Connector:
         policy = upstream.route.policy
         told = policy.send_proxy != "no"  # it knows the client already, so the client's name belongs into EHLO
         name = client.helo if told else self._settings.domain
+        upstream.knows_client = told
         self._hello(upstream, name, sid)
         if self._wants_tls(upstream, client):
             self._start_tls(upstream)
             self._hello(upstream, name, sid)
         elif policy.upstream_tls == "require":
             raise UpstreamFailed("STARTTLS is required and not offered")
-        upstream.knows_client = told
         if policy.xclient != "no" and self._send_xclient(upstream, client, sid):
             upstream.knows_client = True
             self._hello_for(upstream, client, client.helo)
         elif not client.esmtp:
-            self._hello_for(upstream, client, name)
+            self._hello_for(upstream, client, name, again=True)
 
     def _hello(self, upstream: Upstream, name: str, sid: str) -> None:
-        """EHLO in our own affair, HELO if that is refused: what comes back is about us."""
+        """EHLO, HELO if that is refused: what comes back is about us, unless the upstream knows the client already."""
         answer = upstream.ask(b"EHLO " + name.encode())
         if answer.permanent:
             answer = upstream.ask(b"HELO " + name.encode())
             upstream.features = {}
         else:
             upstream.features = parse_features(answer)
+        if answer.permanent and upstream.knows_client:
+            raise Refused(answer)  # by the PROXY header it knew whose name that is
         if not answer.positive:
             raise UpstreamFailed(f"EHLO: {answer}")
         who = answer.lines[0].partition(b" ")[0].decode("ascii", "replace")
@@ -359,9 +361,14 @@ class Connector:
             log.error("Mail loop: the upstream has our domain", sid=sid, upstream=str(upstream.server), domain=who)
             raise Reject(replies.MAIL_LOOP)
 
-    def _hello_for(self, upstream: Upstream, client: Client, name: str) -> None:
-        """EHLO or HELO as the client said it: what comes back is the verdict on the client, if it is known."""
+    def _hello_for(self, upstream: Upstream, client: Client, name: str, again: bool = False) -> None:
+        """EHLO or HELO as the client said it: what comes back is the verdict on the client, if it is known.
+
+        again: it has heard EHLO, and nothing since.
+        """
         answer = upstream.ask((b"EHLO " if client.esmtp else b"HELO ") + name.encode())
+        if answer.code == 503 and again:  # OpenSMTPD takes but one greeting, against RFC 5321 §4.1.4: it was our EHLO
+            return
         if not answer.positive and not upstream.knows_client:
             raise UpstreamFailed(f"HELO: {answer}")
         if not answer.positive:

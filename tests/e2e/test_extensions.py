@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.conftest import StartWilli
+from tests.conftest import StartUpstream, StartWilli
 from tests.support.client import Client
 from tests.support.daemon import Willi
 from tests.support.talk import (
@@ -270,3 +270,16 @@ def test_a_client_that_says_helo_gets_helo_upstream(willi: Willi, upstream: Scri
 def test_the_reply_to_helo_is_one_line(willi: Willi):
     with willi.connect() as client:
         assert str(client.command(b"HELO c.example")) == "250 willi.example"
+
+
+@pytest.mark.parametrize("send_proxy", ["no", "v2"])
+def test_an_upstream_that_takes_one_greeting_only_serves_helo_clients_too(
+    send_proxy: str, start_willi: StartWilli, start_upstream: StartUpstream
+):
+    """OpenSMTPD: 503 to HELO after EHLO, and MAIL is possible all the same."""
+    upstream = start_upstream(proxy=send_proxy != "no")
+    upstream.answers[b"HELO"] = reply("503 5.5.1 Invalid command: Already identified")
+    willi = start_willi(server=upstream.server, send_proxy=send_proxy)
+    with greeted(willi, b"HELO c.example") as client:
+        assert deliver(client) == QUEUED
+    assert [line.split()[0] for line in upstream.commands[:3]] == [b"EHLO", b"HELO", b"MAIL"]

@@ -78,6 +78,19 @@ def test_what_an_abandoned_transaction_left_upstream_is_reset(willi: Willi, upst
     assert upstream.wait_for_ends() == [Ended.QUIT]
 
 
+@pytest.mark.parametrize("refusal", ["550 5.7.1 not this one", "451 4.7.1 not now"])
+def test_a_refused_message_is_reset_before_the_next_one(refusal: str, willi: Willi, upstream: ScriptedUpstream):
+    """Postfix forgets nothing of a message that smtpd_end_of_data_restrictions has refused."""
+    upstream.answers[VERDICT] = reply(refusal)
+    with greeted(willi) as client:
+        assert deliver(client) == refusal
+        del upstream.answers[VERDICT]
+        assert deliver(client) == deliver(client) == QUEUED
+    once = [b"MAIL", b"RCPT", b"DATA"]
+    upstream.wait_for_ends()
+    assert verbs(upstream.commands) == [b"EHLO", *once, b"RSET", *once, *once, b"QUIT"]
+
+
 @pytest.mark.parametrize("end", [Close(), Reset()], ids=["closed", "reset"])
 def test_a_kept_connection_that_was_closed_meanwhile_is_replaced_silently(
     end: Close | Reset, willi: Willi, upstream: ScriptedUpstream

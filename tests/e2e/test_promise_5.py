@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Callable
 
 import pytest
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import HealthCheck, Phase, assume, given, settings
 from hypothesis import strategies as st
 
 from tests.conftest import StartPostfix, StartWilli
@@ -20,7 +21,7 @@ from tests.support.upstream import ScriptedUpstream
 HEADER = b"Subject: x\r\n\r\n"
 EVERY_OCTET = bytes(octet for octet in range(256) if octet not in b"\r\n")
 BODIES = {
-    "dots": b".\r\n..\r\n...\r\n.x\r\n..x\r\n. \r\n .\r\n.\0\r\n\0.\r\n.\t\r\n. .\r\n\r\n.\r\n",
+    "dots": b".\r\n..\r\n...\r\n.x\r\n..x\r\n. \r\n .\r\n.\0\r\n.\0x\r\n\0x.\r\n.\t\r\n. .\r\n\r\n.\r\n",
     "almost ends": b"\r\n.\r\n.\r\n\r\n..\r\n.\r\n",
     "commands": b"QUIT\r\nRSET\r\n.\r\nMAIL FROM:<eve@a.example>\r\nDATA\r\n.\r\n",
     "NUL": b"\0\r\na\0b\r\n\0\0\0\r\n" * 10,
@@ -217,6 +218,8 @@ def test_five_megabytes_of_anything_arrive_identical(
 def test_any_few_octets_arrive_identical_in_any_way(
     octets: bytes, chunking: bool, willi: Willi, upstream: ScriptedUpstream
 ):
+    """But for a line of NUL and a dot, which one reader or another takes for the end: see test_promise_9.py."""
+    assume(not re.search(rb"(?:\A|\r\n)[ \0]*\0[ \0]*\.[ \0]*\r\n", octets + b"\r\n"))
     with greeted(willi) as client:
         for way in WAYS:
             assert_arrives(client, way, octets + b"\r\n", upstream)

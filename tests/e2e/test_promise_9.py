@@ -21,6 +21,7 @@ SEQUENCES = [
     b"\r\n.\0\r\n", b"\0\r\n.\0\r\n", b"\r\0\n.\r\0\n", b"\r\n. \r\n", b"\r\n .\r\n", b"\r\n.\t\r\n",
     b"\r\n \t.\t \r\n",
     b"\r\n.\x0b\r\n", b"\r\n\x0c.\r\n", b"\n. \n", b"\n\0.\n", b"\r .\r", b"\r\n\0\0.\0\0\r\n", b"\r\n.\x1a\r\n",
+    b"\r\n.\0x\r\n", b"\r\n.\0.\r\n", b"\n.\0x\n", b"\r\n.\t\0x\r\n",
     b"\r\n\xff.\r\n", b"\r\n..\n", b"\n..\n", b"\n..\r\n", b"\r\n..\r\n", b"\n.\n.\n", b"\r\n.\r.\r\n",
 ]  # fmt: skip
 SECOND = (
@@ -38,6 +39,7 @@ READERS = {
     "LF, any number of CR": rb"(?:\A|\n)\r*\.\r*\n",
     "CR, LF or both": rb"(?:\A|\r\n|\r|\n)\.(?:\r\n|\r|\n)",
     "CR": rb"(?:\A|\r)\n?\.\r\n?",
+    "NUL is the end of the line": rb"(?:\A|\n)\.(?:\x00[^\n]*)?\r?\n",
     "NUL dropped": rb"(?:\A|\n)\0*\.\0*\r?\0*\n",
     "blanks after the dot": rb"(?:\A|\n)\." + BLANKS + rb"\r?\n",
     "blanks before the dot": rb"(?:\A|\n)" + BLANKS + rb"\.\r?\n",
@@ -55,8 +57,10 @@ def assert_one_message(octets: bytes) -> None:
 
 
 def repaired(content: bytes) -> bytes:
-    """What must arrive: each bare LF has become CRLF, each bare CR a space, and nothing else."""
-    return re.sub(rb"\r\n|\r|\n", lambda found: b" " if found[0] == b"\r" else b"\r\n", content)
+    """What must arrive: each bare LF has become CRLF, each bare CR a space, and a NUL before a lone dot."""
+    lines = re.sub(rb"\r\n|\r|\n", lambda found: b" " if found[0] == b"\r" else b"\r\n", content)
+    lone_dot = rb"(?:\A|(?<=\r\n))" + OTHERS + rb"\.(?=" + OTHERS + rb"\r\n)"
+    return re.sub(lone_dot, lambda found: found[0].replace(b"\0", b" "), lines)
 
 
 def unstuffed(octets: bytes) -> bytes:

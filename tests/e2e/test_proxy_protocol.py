@@ -284,3 +284,19 @@ def test_an_upstream_that_knows_the_client_may_refuse_it_in_its_greeting(
     willi.tolerate("too busy")
     with greeted(willi) as client:
         assert say(client, MAIL, BOB) == [SENDER_KEPT, answer]
+
+
+@pytest.mark.parametrize(
+    ("refusal", "answer"),
+    [("550 5.7.1 c.example is no good name", "550 5.7.1 c.example is no good name"), ("451 4.3.2 too busy", NO_ANSWER)],
+)
+@pytest.mark.parametrize("verb", [b"EHLO", b"HELO"])
+def test_an_upstream_that_knows_the_client_may_refuse_its_name(
+    verb: bytes, refusal: str, answer: str, start_willi: StartWilli, start_upstream: StartUpstream
+):
+    upstream = start_upstream(proxy=True)
+    upstream.answers[b"EHLO"] = upstream.answers[b"HELO"] = reply(refusal)
+    willi = start_willi(server=upstream.server, send_proxy="v1")
+    willi.tolerate("too busy")
+    with greeted(willi, verb + b" c.example") as client:
+        assert say(client, MAIL, BOB) == [SENDER_KEPT, answer]

@@ -6,6 +6,7 @@ import smtplib
 import ssl
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -14,8 +15,9 @@ from tests.support.certificates import Authority
 from tests.support.client import Client
 from tests.support.daemon import parse_logfmt
 from tests.support.dns import DnsServer, Fault
-from tests.support.loopback import HOST
+from tests.support.loopback import HOST, PATIENCE
 from tests.support.postfix import Postfix
+from tests.support.twin import Twin
 from tests.support.upstream import (
     GREETING,
     VERDICT,
@@ -254,3 +256,21 @@ def test_a_log_line_is_read_as_it_was_meant():
         parse_logfmt("Traceback (most recent call last):")
     with pytest.raises(AssertionError, match="twice"):
         parse_logfmt("lvl=info lvl=error")
+
+
+# A twin of the machine
+
+
+def test_what_a_twin_changes_and_starts_stays_in_it():
+    twin = Twin()
+    try:
+        twin.run("sh", "-c", f"echo changed >/etc/passwd; echo shared >{twin.home}/file")
+        assert twin.run("cat", "/etc/passwd") == "changed\n"
+        assert "changed" not in Path("/etc/passwd").read_text()
+        assert (twin.home / "file").read_text() == "shared\n"
+        program = twin.start("sleep", "600", log_file=twin.home / "log")
+        assert program.poll() is None
+    finally:
+        twin.stop()
+    assert program.wait(PATIENCE) != 0, "ended with its twin"
+    assert not twin.home.exists()

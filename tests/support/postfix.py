@@ -153,6 +153,10 @@ class Postfix:
         lines = self._command("postqueue", "-j").splitlines()
         return [json.loads(line) for line in lines]
 
+    def is_idle(self) -> bool:
+        """Whether nothing waits to be delivered."""
+        return not self.queue()
+
     def flush(self) -> None:
         """Try all that was deferred now."""
         self._command("postqueue", "-f")

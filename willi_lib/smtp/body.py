@@ -7,11 +7,12 @@ What leaves here for an upstream keeps three rules:
    sender's octets, apart from those line ends.
 3. Before the session's own `END_OF_DATA`, no receiver takes a line for the end, however
    lenient it is. Dangerous is the "lone dot": a line of one dot and, around it, octets that
-   one reader or another skips, such as `. SP`, `SP .`, `NUL .`. The content of a line has two
-   spellings, with and without a stuffing dot before it, and one of them is harmless: `SP` for
-   the first; `. SP .` and `. NUL .`, with their two dots, for the others.
-
-A receiver that takes NUL for the end of a line is not served: it wants `NUL .` the other way.
+   one reader or another skips, such as `. SP`, `SP .`, `NUL .`; and a dot with a NUL behind
+   it, whatever follows, since there are readers for which the NUL ends the line (OpenSMTPD).
+   The content of a line has two spellings, with and without a stuffing dot before it, and one
+   of them is harmless: `SP` for `. SP`; `. SP .`, with its two dots, for `SP .`; `NUL a` for
+   `. NUL a`. Only `NUL .` has none, since one reader skips the NUL of the one and another one
+   ends at the NUL of the other: there NUL becomes a space, an exception to rule 2.
 
 Whoever edits this file: octets that are in order must pass at memory speed, so nothing
 loops over their lines; and each regular expression starts with an octet to jump to or is
@@ -30,9 +31,13 @@ MAX_HELD = 1000  # octets held back while a line may still become a lone dot; a 
 # Octets that some reader skips at the ends of a line: NUL, and what isspace() or Java's trim() call blank.
 _SKIPPED = rb"\x00-\x09\x0b\x0c\x0e-\x20"
 
-_LONE_DOT = re.compile(rb"\n([%b]*\.[%b]*)\r(?=\n)" % (_SKIPPED, _SKIPPED))
-_LONE_DOT_FIRST = re.compile(rb"[%b]*\.[%b]*\r\n" % (_SKIPPED, _SKIPPED))
-_LONE_DOT_SO_FAR = re.compile(rb"[\r%b]*(?:\.[\r%b]*)?\Z" % (_SKIPPED, _SKIPPED))  # CR: will be a space, or the CRLF
+_BLANK = rb"\x01-\x09\x0b\x0c\x0e-\x20"
+
+# A lone dot, with or without a stuffing dot.
+_LONE_DOT = re.compile(rb"\n(\.?[%b]*\.[%b]*)\r(?=\n)" % (_SKIPPED, _SKIPPED))
+_LONE_DOT_FIRST = re.compile(rb"(\.?[%b]*\.[%b]*)\r\n" % (_SKIPPED, _SKIPPED))
+_LONE_DOT_SO_FAR = re.compile(rb"\.?[\r%b]*(?:\.[\r%b]*)?\Z" % (_SKIPPED, _SKIPPED))  # CR: a space to be, or the CRLF
+_LONE_BEFORE_NUL = re.compile(rb"\n([%b]*\.)(?=[%b]*\x00)" % (_BLANK, _BLANK))
 
 
 class DataReader:
@@ -156,8 +161,9 @@ class _Lines:
         """Decide about a last line that is only skipped octets, and at most one dot, but too long to be held.
 
         Both spellings may turn out wrong if there is no dot yet. So it goes as it is, and should a
-        dot come, and again nothing but skipped octets, that dot is doubled: the one exception to
-        rule 2, for a line that no mail program writes. Rule 3 has none.
+        dot come, and again nothing but skipped octets, that dot is doubled: an exception to rule 2,
+        for a line that no mail program writes. If there is a dot, NULs before it become spaces,
+        whatever follows. Rule 3 has no exception.
         """
         end = len(data) - data.endswith(b"\r")
         self.held = data[end:]
@@ -176,10 +182,18 @@ class _Lines:
             self.malformed = True
             data = _repair_line_ends(data)
             lone_dots = True
-        if self.place is not _Place.INSIDE and _LONE_DOT_FIRST.match(data):
-            stuffed = data.startswith(b".") and self.place is _Place.LINE
-            data = data[1:] if stuffed else b"." + data
-        return _LONE_DOT.sub(_respell, data) if lone_dots else data
+        first = _LONE_DOT_FIRST.match(data) if self.place is not _Place.INSIDE else None
+        if first:
+            data = _respelled(first[1], stuffed=self.place is _Place.LINE) + data[first.end(1) :]
+        if lone_dots:
+            data = _LONE_DOT.sub(lambda line: b"\n%b\r" % _respelled(line[1], stuffed=True), data)
+        return self._mind_nul(data) if b"\0" in data else data
+
+    def _mind_nul(self, data: bytes) -> bytes:
+        """Apply rule 3 for readers to which a line ends at a NUL."""
+        if self.place in (_Place.LINE, _Place.CONTENT):
+            return _LONE_BEFORE_NUL.sub(_respelled_before_nul, b"\n" + data)[1:]
+        return _LONE_BEFORE_NUL.sub(_respelled_before_nul, data)
 
 
 def _repair_line_ends(data: bytes) -> bytes:
@@ -188,7 +202,22 @@ def _repair_line_ends(data: bytes) -> bytes:
     return data.replace(b"\r\n", b"\n").replace(b"\r", b" ").replace(b"\n", b"\r\n")
 
 
-def _respell(lone_dot: re.Match[bytes]) -> bytes:
-    """The same content with the stuffing dot taken away, or put before it."""
+def _respelled(line: bytes, stuffed: bool) -> bytes:
+    """A lone dot with its stuffing dot taken away, or put before it and no NUL between them.
+
+    stuffed: a dot at the beginning is a stuffing dot.
+    """
+    if stuffed and line.startswith(b"."):
+        line = line[1:]
+        if b"." not in line:
+            return line
+    elif line.count(b".") > 1:
+        return line
+    before, _, after = line.partition(b".")
+    return b".%b.%b" % (before.replace(b"\0", b" "), after)
+
+
+def _respelled_before_nul(lone_dot: re.Match[bytes]) -> bytes:
+    """The same for a line that is a lone dot up to a NUL: its content stays."""
     line = lone_dot[1]
-    return b"\n%b\r" % (line[1:] if line.startswith(b".") else b"." + line)
+    return b"\n" + (line[1:] if line.startswith(b".") else b"." + line)
