@@ -20,7 +20,7 @@ import gevent
 
 from tests.fuzz.client_end import ClientEnd
 from tests.fuzz.clients import Reader, Sent, Story, split_replies
-from tests.fuzz.lenient import with_good_line_ends
+from tests.fuzz.lenient import as_passed_on
 from tests.fuzz.upstreams import CLOSE, REFUSE, RESET, USUAL, HostileUpstream, Plan, Stored
 from tests.support.certificates import Authority
 from tests.support.daemon import Setting, parse_logfmt, write_config
@@ -324,7 +324,7 @@ def _is_the_same(sent: Sent, stored: Stored) -> bool:
         return False
     if stored.chunked:
         return sent.chunked and sent.content == stored.content
-    wanted = with_good_line_ends(sent.content)
+    wanted = as_passed_on(sent.content)
     return stored.content == wanted or (sent.chunked and stored.content == wanted + b"\r\n")
 
 

@@ -6,17 +6,24 @@ import re
 
 LINE_ENDS = frozenset(b"\r\n")  # it takes each of them, alone, for the end of a line
 SKIPPED = frozenset(range(33)) - LINE_ENDS  # and does not see these at all: NUL, blanks, control characters
+NUL = 0
+LONE_DOT = re.compile(rb"([\x00-\x09\x0b\x0c\x0e-\x20]*)(\.[\x00-\x09\x0b\x0c\x0e-\x20]*)")
 OVERLONG = re.compile(rb"[\x00-\x20]{1000}")  # in a line that begins so, Willi may double a dot (body.py)
 
 
 def early_end(content: bytes) -> int | None:
-    """Where this reader takes a line of `content`, which begins at the start of one, for the end of a message."""
-    dots = others = 0
+    """Where this reader takes a line of `content`, which begins at the start of one, for the end of a message.
+
+    At the first NUL of a line too, if that was a lone dot so far: some skip NULs, some see no further than the first.
+    """
+    dots = others = nuls = 0
     for position, octet in enumerate(content):
-        if octet in LINE_ENDS:
-            if dots == 1 and not others:
-                return position
-            dots = others = 0
+        ends = octet in LINE_ENDS
+        nuls += octet == NUL
+        if dots == 1 and not others and (ends or (octet == NUL and nuls == 1)):
+            return position
+        if ends:
+            dots = others = nuls = 0
         elif octet == ord("."):
             dots += 1
         elif octet not in SKIPPED:
@@ -40,3 +47,14 @@ def with_good_line_ends(content: bytes) -> bytes:
     """What `bare_newline = normalize` promises."""
     without_bare_cr = re.sub(rb"\r(?!\n)", b" ", content)
     return re.sub(rb"(?<!\r)\n", b"\r\n", without_bare_cr)
+
+
+def as_passed_on(content: bytes) -> bytes:
+    """The same, and what becomes of NULs before a lone dot: no spelling of it is safe with all readers."""
+    lines = with_good_line_ends(content).split(b"\r\n")
+    return b"\r\n".join([_without_nul(line) for line in lines])
+
+
+def _without_nul(line: bytes) -> bytes:
+    lone = LONE_DOT.fullmatch(line)
+    return lone[1].replace(b"\0", b" ") + lone[2] if lone else line

@@ -62,19 +62,19 @@ def test_a_script_is_kept_as_json():
 
 @pytest.mark.parametrize("content", [
     b"a\n.\nb", b"a\n.\r\nb", b"a\r\n.\nb", b"a\r.\rb", b"a\r\n.\rb", b"a\r\n. \r\nb", b"a\r\n\t.\r\nb",
-    b"a\r\n\0.\0\r\nb",    b".\r\n", b"a\r\r\n.\r\r\n",
+    b"a\r\n\0.\0\r\nb", b".\r\n", b"a\r\r\n.\r\r\n", b"a\r\n.\0b\r\n", b"a\r\n \t. \0.\r\n",
 ])  # fmt: skip
 def test_the_lenient_reader_sees_an_end(content: bytes):
     assert early_end(content) is not None
 
 
-@pytest.mark.parametrize("content", [b"", b"..\r\n", b"a.\r\n", b"a\r\n.b\r\n", b". .\r\n", b".", b"a\r\n.\0.\r\n"])
+@pytest.mark.parametrize("content", [b"", b"..\r\n", b"a.\r\n", b"a\r\n.b\r\n", b". .\r\n", b".", b"a\r\n\0.\0b\r\n"])
 def test_the_lenient_reader_sees_no_end_where_there_is_none(content: bytes):
     assert early_end(content) is None
 
 
 def test_a_body_that_is_passed_on_as_it_is_is_noticed(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(body, "_respell", lambda lone_dot: lone_dot[0])
+    monkeypatch.setattr(body, "_respelled", lambda line, stuffed: line)
     with pytest.raises(AssertionError):
         check_body(b"a\r\n. \r\nb")
 
