@@ -13,10 +13,14 @@ from typing import Any
 import pytest
 from playwright.sync_api import Browser, BrowserContext, Dialog, Page, sync_playwright
 
+from tests.conftest import StartWilli
 from tests.support import overviews
-from tests.support.loopback import need, wait_until
+from tests.support.loopback import free_port, need, wait_until
 from tests.support.overviews import HOSTILE
+from tests.support.status import Status
 from tests.support.status_server import StatusServer
+from tests.support.talk import BEN, BOB, OK, QUEUED, content, deliver, greeted, reply, say
+from tests.support.upstream import ScriptedUpstream
 from willi_lib.status import page as status_page
 from willi_lib.status import words
 
@@ -259,3 +263,39 @@ def test_a_reader_finds_tables_pictures_and_headings(open_page: Open, server: St
     assert page.get_by_role("row", name="mail2.example.org:25 down 12 min").count() == 1
     assert page.get_by_role("img", name="Turned away in each of the last 60 minutes: 87 in all").is_visible()
     assert page.get_by_role("columnheader", name="Last error").count() == 2
+
+
+# The real one, under traffic
+
+SCRIPT = b'"<script>alert(1)</script>"@a.example'
+
+
+def test_a_running_willi_shows_its_traffic_to_a_browser(
+    start_willi: StartWilli, upstream: ScriptedUpstream, open_page: Open, complaints: list[str]
+):
+    status = Status(free_port())
+    table = f"pattern;server;tls_verify\nb.example;{upstream.server};no\n"
+    willi = start_willi(csv=table, workers=2, status_listen=status.setting)
+    wait_until(status.answers, "an answer of the status")
+    upstream.answers[BEN] = reply("550 5.1.1 <b>no ben</b> here")
+    with greeted(willi, b"EHLO <script>alert(2)</script>") as client:
+        for _ in range(3):
+            assert deliver(client) == QUEUED
+        lines = b"MAIL FROM:<" + SCRIPT + b">", BEN, BOB, b"DATA"
+        assert say(client, *lines)[1:3] == ["550 5.1.1 <b>no ben</b> here", OK]
+        assert content(client) == QUEUED
+    wait_until(lambda: status.value("willi_messages_total", verdict="accepted") == 4, "four messages")
+    page = open_page(f"http://127.0.0.1:{status.port}/")
+    assert page.get_by_role("heading", level=2).first.inner_text() == "All is well"
+    shown = page.locator("body").inner_text()
+    assert SCRIPT.decode() in shown
+    assert "550 5.1.1 <b>no ben</b> here" in shown
+    assert page.get_by_role("table", name="The upstream hosts, the busiest first").inner_text().count(upstream.server)
+    page.get_by_label("Where does mail go for").fill("Bob@B.example")
+    page.keyboard.press("Enter")
+    answer = page.get_by_role("region", name="Where mail goes for Bob@B.example")
+    assert f"route: {upstream.server}, tls_verify = false" in answer.inner_text()
+    page.set_viewport_size({"width": PHONE[0], "height": PHONE[1]})
+    assert page.evaluate("document.documentElement.scrollWidth") <= PHONE[0]
+    picture(page, "running-asked-phone")
+    assert complaints == []
