@@ -12,7 +12,7 @@ from .routing.database import Access, Database, Host
 from .routing.mysql import Mysql, Notice
 from .routing.static import Static
 
-READABLE_BY_OTHERS = 0o077  # of a file's mode
+READABLE_BY_OTHERS = 0o004  # of a file's mode; the service needs that of the group
 
 
 class MappingError(Exception):
@@ -43,7 +43,7 @@ def _open(
         return CsvFile(f"csv:{mapping.file}", mapping.file, mapping.policy, pause)
     name = f"mysql:{mapping.name}"
     if others_can_read(mapping.password_file):
-        tell(Notice("warn", "Others than its owner can read the password file", name, mapping.password_file))
+        tell(Notice("warn", "Every user of this machine can read the password file", name, mapping.password_file))
     try:
         database = open_database(mapping)
     except ValueError as fault:
@@ -79,7 +79,7 @@ def _password(mapping: MysqlSettings) -> bytes:
 
 
 def others_can_read(path: str) -> bool:
-    """Whether more than its owner may. Of a file that is not there, nobody."""
+    """Whether every user of this machine may. Of a file that is not there, nobody."""
     try:
         return bool(path) and bool(Path(path).stat().st_mode & READABLE_BY_OTHERS)
     except OSError:

@@ -60,7 +60,7 @@ def look_at_files(settings: Settings, report: Report) -> None:
     for database in databases:
         file = database.password_file
         if others_can_read(file):
-            report.warn(f"mysql:{database.name}", f"others than its owner can read {file}", f"chmod 600 {file}")
+            report.warn(f"mysql:{database.name}", f"every user of this machine can read {file}", f"chmod o= {file}")
     if any(database.password for database in databases) and _mode(settings.path) & OTHERS_READ:
         advice = f"chmod o= {settings.path}, or use password_file"
         report.warn(settings.path, "every user of this machine can read the password in it", advice)
