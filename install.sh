@@ -318,10 +318,11 @@ run_service() {
         return
     fi
     began=$(date +%s)
-    if restart_service; then
+    if [ ! -e $CONFIG ]; then
+        serving=failed   # as it must, so that its log says why; say_what_is_next says it here
+        restart_service >/dev/null 2>&1 || true
+    elif restart_service; then
         serving=running
-    elif [ ! -e $CONFIG ]; then
-        serving=failed   # as it must
     else
         give_up
     fi
@@ -402,8 +403,8 @@ say_what_is_next() {
 It does not run yet, since there is no $CONFIG. Next:
     cp -p $CONFIG.example $CONFIG
     cp -p $TARGET/etc/upstream_servers.csv.example $TARGET/etc/upstream_servers.csv
-    edit both, and then
-    runuser -u willi -- $TARGET/venv/bin/python $TARGET/willi.py check -c $CONFIG
+    edit both, as README.md says under "Configure", and then
+    runuser -u willi -g willi -- $TARGET/willi.py check -c $CONFIG
     $(start_command)
 END
     elif [ "$serving" = running ]; then

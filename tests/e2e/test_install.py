@@ -40,6 +40,7 @@ INIT = "/etc/init.d/willi"
 LOG = "/var/log/willi.log"
 PID_FILE = "/run/willi.pid"
 WHY_NOT = f"{CONF}: cannot read it: No such file or directory\n"
+FIRST_WORDS = [f"willi {OLD} is installed in {HOME}.", f"It does not run yet, since there is no {CONF}. Next:"]
 BROKEN_RELEASE = "\ndef run(*_: object, **__: object) -> None:\n    raise Unusable('this release cannot start')\n"
 SENDERS = 4
 UPSTREAM_PORT = 2525
@@ -99,7 +100,7 @@ def installed(layers: Layers, without_systemd: tuple[Path, ...], releases: Path)
     with layers.change(*without_systemd, binds={releases: UNPACKED}) as (machine, layer):
         assert machine.ask("sh", "-c", "command -v cc gcc make").stdout == ""
         assert machine.run("cat", "/proc/net/route").count("\n") == 1  # the heading
-        said = machine.run("sh", "-c", f"umask 077; {UNPACKED}/willi-{OLD}/install.sh")
+        said = machine.run("sh", "-c", f"umask 077; {UNPACKED}/willi-{OLD}/install.sh 2>&1")
     return Installed((*without_systemd, layer), said)
 
 
@@ -109,7 +110,7 @@ def installed_with_systemd(layers: Layers, debian: Path, releases: Path) -> Inst
     with layers.change(debian, boot=True, binds={releases: UNPACKED}) as (machine, layer):
         machine.run("useradd", "--system", "--gid=nogroup", "--no-create-home", "--shell=/usr/sbin/nologin", "willi")
         machine.run("install", "-d", "-o", "willi", ETC)
-        said = machine.run(f"{UNPACKED}/willi-{OLD}/install.sh")
+        said = machine.run("sh", "-c", f"{UNPACKED}/willi-{OLD}/install.sh 2>&1")
     return Installed((debian, layer), said)
 
 
@@ -195,6 +196,11 @@ def next_commands(said: str) -> list[str]:
     return [line.strip() for line in said.splitlines() if line.startswith("    ") and not line.startswith("    edit")]
 
 
+def plain_words(said: str) -> list[str]:
+    """All else that it says after "Building in ...", faults included."""
+    return [line for line in said.splitlines()[1:] if not line.startswith("    ")]
+
+
 def traffic(machine: Machine, name: str) -> Traffic:
     return Traffic(name, [partial(connect, machine)] * SENDERS)
 
@@ -217,6 +223,7 @@ def nothing_but_one_release(machine: Machine) -> bool:
 
 def test_a_first_install_says_what_to_copy_and_the_log_why_willi_does_not_run(machine, installed):
     assert machine.path(LOG).read_text() == WHY_NOT
+    assert plain_words(installed.said) == FIRST_WORDS
     assert f"cp -p {CONF}.example {CONF}" in next_commands(installed.said)
     assert machine.ask(INIT, "status").returncode == 3
     assert [path.name[3:] for path in machine.path("/etc/rc2.d").glob("S*willi")] == ["willi"]  # it starts at boot
@@ -525,7 +532,9 @@ def drop_in(machine: Machine, text: str) -> None:
 
 
 def test_with_systemd_the_unit_fails_once_and_the_journal_says_why_in_one_line(systemd, installed_with_systemd):
-    assert next_commands(installed_with_systemd.said)[-1] == "systemctl start willi"
+    said = installed_with_systemd.said
+    assert plain_words(said) == FIRST_WORDS
+    assert next_commands(said)[-1] == "systemctl start willi"
     assert systemd.run("systemctl", "is-enabled", "willi").strip() == "enabled"
     assert systemd.ask("systemctl", "is-active", "willi").stdout.strip() == "failed"  # of this boot
     assert show(systemd, "NRestarts") == "0"
