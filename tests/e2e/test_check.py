@@ -30,6 +30,22 @@ from tests.support.upstream import GREETING, Hold, ScriptedUpstream
 GREEN, RED = "\x1b[32m", "\x1b[1;31m"
 # As the user willi, who may not look into the service that has the right to open port 25.
 WITHOUT_INSIGHT = ["setpriv", "--bounding-set", "-sys_ptrace,-setpcap"]
+# Run the command beside another process that listens at an address where nobody looks first, and ends with it.
+NEIGHBOUR = """\
+ip link set lo up
+exec python3 -c '
+import os, socket, sys
+server = socket.create_server(("127.0.0.77", 25))
+ours, theirs = os.pipe()
+if os.fork() == 0:
+    os.close(theirs)
+    os.read(ours, 1)
+    os._exit(0)
+server.close()
+os.set_inheritable(theirs, True)
+os.execvp(sys.argv[1], sys.argv[1:])
+' "$@"
+"""
 WITHOUT_RIGHTS = ["unshare", "--net", "setpriv", "--bounding-set", "-net_bind_service"]
 
 
@@ -306,6 +322,15 @@ def test_the_right_to_open_port_25_is_the_service_s(tmp_path: Path):
     assert "0.0.0.0:25 is free (below port 1024: this user may not" in found[0].what
 
 
+def test_who_may_not_open_port_25_still_sees_that_one_of_its_addresses_is_taken(tmp_path: Path):
+    need("unshare", "setpriv", "ip", root=True)
+    path = listening_on(configure(tmp_path, ""), ":25")
+    with_neighbour = ["unshare", "--net", "sh", "-euc", NEIGHBOUR, "sh", *WITHOUT_RIGHTS[2:]]
+    ipv4, ipv6 = about(findings(path, with_neighbour), "listen")
+    assert ipv4.level == "wrong" and "0.0.0.0:25 belongs to " in ipv4.what
+    assert ipv6.level == "ok"
+
+
 def test_the_status_page_needs_a_port_of_its_own(tmp_path: Path):
     port = free_port()
     path = listening_on(configure(tmp_path, "", f"status_listen = {HOST}:{port}"), f":{port}")
@@ -452,4 +477,4 @@ def test_a_port_that_only_waits_is_told(tmp_path: Path):
     with socket.create_server((HOST, 0)) as silent:
         path = listening_on(configure(tmp_path, ""), f"{HOST}:{silent.getsockname()[1]}")
         [taken] = about(findings(path, WITHOUT_INSIGHT), "listen")
-    assert taken.level == "wrong" and "a process of root that says ''" in taken.what
+    assert taken.level == "wrong" and "a process of root that says nothing" in taken.what

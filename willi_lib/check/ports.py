@@ -72,7 +72,8 @@ def _look_at_owner(setting: str, address: Address, report: Report) -> None:
     elif pid == 1:
         report.ok(setting, f"systemd holds {address}")
     else:
-        who = f"process {pid}, {command}" if pid else f"a process of {_user(address)} that says {speaks[:MAX_ANSWER]!r}"
+        says = repr(speaks[:MAX_ANSWER]) if speaks else "nothing"
+        who = f"process {pid}, {command}" if pid else f"a process of {_user(address)} that says {says}"
         advice = "stop it, and keep it from starting again, or take another address"
         report.wrong(setting, f"{address} belongs to {who}", advice)
 
@@ -88,7 +89,9 @@ def _near(address: Address) -> tuple[str, int]:
 
 
 def _is_taken(address: Address) -> bool:
-    """Whether somebody listens there; who may not bind it can still connect."""
+    """Whether somebody listens there; who may not bind it can still look, and connect."""
+    if any(host.version == ip_address(address.host).version for host, _, _ in _listening(address)):
+        return True
     with suppress(OSError), socket.create_connection(_near(address), PATIENCE):
         return True
     return False
@@ -115,7 +118,7 @@ def _metrics(address: Address) -> str:
 
 def _owners(address: Address) -> Iterator[tuple[int, str]]:
     """Process numbers and commands of those who listen there, as far as we may see them (root: all)."""
-    sockets = {f"socket:[{inode}]" for _, inode in _listening(address)}
+    sockets = {f"socket:[{inode}]" for _, _, inode in _listening(address)}
     for directory in sorted(Path("/proc").glob("[0-9]*"), key=lambda path: int(path.name)):
         with suppress(OSError):  # it has ended, or is another user's
             if any(_link(file) in sockets for file in (directory / "fd").iterdir()):
@@ -132,12 +135,12 @@ def _link(file: Path) -> str:
 def _user(address: Address) -> str:
     """Whose socket it is, which everybody may know."""
     with suppress(KeyError):
-        return next((pwd.getpwuid(uid).pw_name for uid, _ in _listening(address)), "somebody")
+        return next((pwd.getpwuid(uid).pw_name for _, uid, _ in _listening(address)), "somebody")
     return "somebody"
 
 
-def _listening(address: Address) -> Iterator[tuple[int, str]]:
-    """User and inode of the sockets that keep us from listening on this address."""
+def _listening(address: Address) -> Iterator[tuple[IPv4Address | IPv6Address, int, str]]:
+    """Address, user and inode of the sockets that keep us from listening on this address."""
     wanted = ip_address(address.host)
     for table in ("/proc/net/tcp", "/proc/net/tcp6"):
         with suppress(OSError):
@@ -146,7 +149,7 @@ def _listening(address: Address) -> Iterator[tuple[int, str]]:
                 host, _, port = fields[1].partition(":")
                 in_the_way = wanted.is_unspecified or _address(host) in (wanted, *ANYWHERE)
                 if fields[3] == LISTENING and int(port, 16) == address.port and in_the_way:
-                    yield int(fields[7]), fields[9]
+                    yield _address(host), int(fields[7]), fields[9]
 
 
 def _address(text: str) -> IPv4Address | IPv6Address:
