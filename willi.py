@@ -89,10 +89,13 @@ def ask(settings: Settings, arguments: Mapping[str, Any]) -> int:
 
 
 def default_file() -> str:
-    """The first of the default files that exists. Raises ConfigError."""
+    """The first of the default files that exists, or is where we may not look. Raises ConfigError."""
     for path in DEFAULT_FILES:
         if os.path.exists(path):  # noqa: PTH110 -- Path.exists() raises where we may not look, such as in /root
             return path
+    directory = os.path.dirname(path)  # noqa: PTH120 -- as above
+    if os.path.isdir(directory) and not os.access(directory, os.X_OK):  # noqa: PTH112
+        return path  # reading it says why not
     raise ConfigError([f"no configuration: neither {' nor '.join(DEFAULT_FILES)} exists; copy willi.conf.example"])
 
 
