@@ -316,6 +316,12 @@ def test_a_wheel_that_is_broken_is_named_and_nothing_is_left(start_machine, with
     assert not machine.path(HOME).exists()
 
 
+def test_who_may_not_see_the_configuration_is_told_so_and_not_that_there_is_none(machine):
+    configure(machine)
+    done = machine.ask("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", f"{HOME}/willi.py", "top")
+    assert (done.returncode, done.stderr) == (1, f"{CONF}: cannot read it: Permission denied\n")
+
+
 # The init script
 
 

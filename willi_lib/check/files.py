@@ -98,7 +98,8 @@ def _look_at_rights(settings: Settings, report: Report) -> None:
         return
     if not settings.user:
         what = "not set: a Willi that root starts stays root; and what root can read here, the service perhaps cannot"
-        report.warn("user", what, "set user, or check as the user of the service: runuser -u willi -- willi.py check")
+        advice = "set user, or check as the user of the service: runuser -u willi -g willi -- willi.py check"
+        report.warn("user", what, advice)
         return
     account = pwd.getpwnam(settings.user)
     group = grp.getgrnam(settings.group).gr_gid if settings.group else account.pw_gid

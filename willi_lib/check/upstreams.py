@@ -40,7 +40,7 @@ ADVICE = (
     (r"Mail loops back", "name the mail server itself in the route, or give Willi another domain"),
     (r"no address for|dns_timeout", "correct the name in the route, or add it to the DNS"),
     (r"STARTTLS is required", "switch STARTTLS on there, or set upstream_tls = always"),
-    (r"(?i)certificate", "have it renewed, or set upstream_tls_ca to its authority, or tls_verify of the route to no"),
+    (r"(?i)certificate", "have it renewed, set upstream_tls_ca to its authority, or tls_verify of the route to false"),
     (r"(?i)handshake|TLS", "look at the TLS settings and the log of that server"),
     (r"XCLIENT", f"{ALLOW_XCLIENT}, or set xclient = try"),
     (r"connect_timeout|[Uu]nreachable|No route", "is it up, and does no firewall keep us from it?"),
