@@ -3,7 +3,7 @@
 #
 #     ./install.sh                              /usr/bin/python3, or else the first python3 of the PATH
 #     PYTHON=/usr/bin/python3.12 ./install.sh   another Python, 3.10 or later
-#     ./install.sh --uninstall                  remove everything but /opt/willi/etc
+#     ./install.sh --uninstall                  remove the program and the service; /opt/willi/etc stays
 #
 # What is where afterwards:
 #
@@ -432,8 +432,10 @@ uninstall_willi() {
     for name in $LINKED current releases; do
         rm -rf "${TARGET:?}/$name"
     done
-    say "Willi is removed. Left are $TARGET/etc, the user willi, to whose group its files belong, and the log."
-    say "To remove these as well: rm -rf $TARGET /var/log/willi.log*; userdel willi"
+    say "Willi is removed. Left are $TARGET/etc, the user willi, to whose group its files belong, the log, and what you" \
+        "have set for the service. To remove these as well:"
+    say "    rm -rf $TARGET /var/log/willi.log* /etc/default/willi $UNIT.d"
+    say "    userdel willi"
 }
 
 stop_and_forget_service() {
