@@ -154,12 +154,12 @@ def test_clients_wait_while_the_only_worker_is_replaced(start_willi: StartWilli,
 def test_workers_that_die_at_once_are_replaced_ever_more_slowly(start_willi: StartWilli, upstream: ScriptedUpstream):
     willi = start_willi(server=upstream.server, workers=1)
     willi.tolerate(DIED)
-    for count in range(1, 3):
+    for count in range(1, 4):
         os.kill(willi.workers[0], signal.SIGKILL)
         willi.wait_for_log(msg="Worker replaced", count=count)
     times = {msg: [int(line["t"][17:19]) for line in willi.lines(msg=msg)] for msg in (DIED, "Worker replaced")}
     gaps = [(after - before) % 60 for before, after in zip(times[DIED], times["Worker replaced"], strict=True)]
-    assert gaps == pytest.approx([1, 2], abs=1)
+    assert all(gap >= delay - 1 for gap, delay in zip(gaps, (1, 2, 4), strict=True)), gaps  # stamps are whole seconds
 
 
 def test_a_replacement_that_cannot_start_says_why_and_is_tried_again(

@@ -167,7 +167,7 @@ def test_a_reload_waits_when_too_many_old_workers_drain(start_willi: StartWilli,
 
 
 def still_serves(willi: Willi, workers: list[int]) -> None:
-    assert willi.workers == workers
+    wait_until(lambda: willi.workers == workers, "the end of the new workers, and the old ones")
     willi.probe()
 
 
