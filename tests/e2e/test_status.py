@@ -319,6 +319,18 @@ def test_the_status_process_ends_with_the_master(willi: Willi):
     wait_until(lambda: not any(map(is_there, children)), "the end of all processes")
 
 
+def test_a_second_signal_ends_all_at_once_without_a_complaint(willi: Willi, status: Status):
+    children = willi.children
+    in_data(willi)
+    willi.signal(signal.SIGTERM)
+    willi.wait_for_log(msg="Stopping")
+    willi.signal(signal.SIGTERM)
+    assert willi.wait() == 0
+    assert not any(map(is_there, children))
+    assert willi.lines(msg="Ended at once")
+    assert not willi.lines(msg=STATUS_DIED)
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
 def test_the_status_process_is_user_and_the_only_one_with_its_socket(
     start_willi: StartWilli, upstream: ScriptedUpstream, status: Status
