@@ -168,6 +168,15 @@ def test_a_busy_host_gets_a_name_and_no_number_goes_back():
     assert all(before[name] == number for name, number in after.items() if name != "busy")
 
 
+def test_what_a_worker_had_no_room_for_is_among_the_others_and_gets_no_name(totals: Totals):
+    for number in range(MAX_HOSTS):
+        connect(totals.hosts, f"mx{number}", NOW)
+    connect(totals.hosts, counts.OTHER, NOW, number=1000)
+    connect(totals.hosts, counts.OTHER, NOW + PERIOD + 1, number=1000)
+    assert counts.OTHER not in totals.hosts.named
+    assert samples(totals)["willi_upstream_connects_total{host=other,outcome=opened}"] == 2000
+
+
 def test_a_host_is_down_until_somebody_reaches_it_or_nobody_has_tried_for_long(totals: Totals):
     totals.add_rows([[counts.HOST, "a:25", 0, NOW - 60, NOW, "Connection refused"]], NOW)
     [host] = view.overview(totals, NOW).hosts
@@ -253,7 +262,9 @@ def samples(totals: Totals) -> dict[str, float]:
         assert family.documentation, family.name
         for sample in family.samples:
             labels = ",".join(f"{name}={value}" for name, value in sorted(sample.labels.items()))
-            found[f"{sample.name}{{{labels}}}"] = sample.value
+            series = f"{sample.name}{{{labels}}}"
+            assert series not in found, series
+            found[series] = sample.value
     return found
 
 

@@ -53,7 +53,8 @@ class Hosts:
             return
         if kind == CONNECTS:
             host.recent += number
-            if host is self.others and (name in self._candidates or len(self._candidates) < MAX_CANDIDATES):
+            known = name in self._candidates or len(self._candidates) < MAX_CANDIDATES
+            if host is self.others and name != OTHER and known:
                 self._candidates[name] = self._candidates.get(name, 0) + number
         elif kind == GREETINGS:
             host.greeting.add(number, 0.0, now)
