@@ -90,6 +90,46 @@ def test_a_mean_forgets_what_is_older_than_an_hour():
     assert mean.mean(NOW + 90 * MINUTE) is None
 
 
+def test_a_clock_that_is_set_back_leaves_no_gap_and_nothing_that_is_to_come(totals: Totals):
+    mean = HourMean()
+    mean.add(1, 9.0, NOW + DAY)
+    for minute in range(70):
+        totals.take_in(counted(lambda own: own.add(counts.SESSIONS)), NOW + DAY + minute * MINUTE)
+    totals.take_in(worker(peaks={"max_connections_per_ip": 7}), NOW + DAY)
+    for minute in range(3):
+        mean.add(1, 2.0, NOW + minute * MINUTE)
+        totals.take_in(counted(lambda own: own.add(counts.SESSIONS)), NOW + minute * MINUTE)
+    assert [minute.sessions for minute in totals.minutes(NOW + 2 * MINUTE)][-4:] == [0, 1, 1, 1]
+    assert totals.peak("max_connections_per_ip", NOW + 2 * MINUTE) == 0
+    assert mean.mean(NOW + 2 * MINUTE) == 2.0
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "up"),
+    [
+        (HostState(NOW + DAY), HostState(0, NOW + 1, NOW + 1, "refused"), False),
+        (HostState(0, NOW + DAY, NOW + DAY, "refused"), HostState(NOW + 1), True),
+    ],
+)
+def test_a_clock_that_is_set_back_does_not_hide_how_a_host_is_now(
+    totals: Totals, before: HostState, after: HostState, up: bool
+):
+    totals.hosts.note("a:25", before, NOW + DAY)
+    totals.hosts.note("a:25", HostState(), NOW)
+    totals.hosts.note("a:25", after, NOW + 1)
+    [host] = view.overview(totals, NOW + 1).hosts
+    assert host.up == up
+
+
+def test_names_are_given_after_the_clock_was_set_back():
+    hosts = Hosts()
+    for number in range(MAX_HOSTS):
+        connect(hosts, f"mx{number}", NOW + DAY)
+    connect(hosts, "busy", NOW, number=50)
+    connect(hosts, "busy", NOW + PERIOD + 1)
+    assert "busy" in hosts.named
+
+
 def test_sessions_are_those_of_workers_that_are_there_the_draining_ones_too(totals: Totals):
     totals.take_in(master(workers={"2": "serving", "3": "draining"}), NOW)
     totals.take_in(worker(sessions=4), NOW)

@@ -99,6 +99,12 @@ class HostState:
         began = (self.failing_since, other.failing_since, self.failed, other.failed)
         self.failing_since = min((moment for moment in began if moment > self.reached), default=0.0)
 
+    def not_after(self, now: float) -> None:
+        """A clock that was fast must not make what it saw outweigh what comes."""
+        self.reached, self.failing_since, self.failed = (
+            min(moment, now) for moment in (self.reached, self.failing_since, self.failed)
+        )
+
 
 NOTHING = HostState()
 

@@ -65,6 +65,7 @@ class Hosts:
         """A worker has reached it, or has not."""
         host = self._find(name, now)
         if host is not self.others:
+            host.state.not_after(now)
             host.state.merge(state)
             host.used = now
 
@@ -94,7 +95,7 @@ class Hosts:
 
     def _look_at_candidates(self, now: float) -> None:
         """Once in a period: whether one of the others has become much busier than one with a name."""
-        if now < self._period_began + PERIOD:
+        if 0 <= now - self._period_began < PERIOD:  # below: the clock was set back
             return
         self._period_began = now
         if self._candidates and len(self.named) >= MAX_HOSTS:
