@@ -248,7 +248,10 @@ class Counts:
         """What was taken, and reached nobody."""
         for kind, *row in rows:
             if kind == NUMBER:
-                self.add(*row[1:], number=row[0])
+                number, name, *labels = row
+                if name in OF_HOSTS:
+                    labels[0] = self._host(labels[0])
+                self.add(name, *labels, number=number)
             elif kind == DURATION:
                 add_duration(self._durations, tuple(row[1:]), row[0])
             elif kind == HOST:
