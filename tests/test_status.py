@@ -12,11 +12,14 @@ from gevent import socket
 from prometheus_client.parser import text_string_to_metric_families
 
 from willi_lib import counts
+from willi_lib.config import Address, Settings
 from willi_lib.counts import ACCEPTED, CONNECTS, Counts, HostState
+from willi_lib.reports import Links
 from willi_lib.status import http, metrics, view
 from willi_lib.status.hosts import HOUR, MAX_HOSTS, PERIOD, Hosts
 from willi_lib.status.means import MINUTE, HourMean
 from willi_lib.status.overview import Asked
+from willi_lib.status.serving import Serving
 from willi_lib.status.totals import FRESH, Totals
 
 NOW = 1_800_000_000.0  # the beginning of a minute
@@ -393,12 +396,27 @@ def test_a_connection_is_for_one_request(served: int):
 
 def test_a_request_has_its_limit(served: int):
     headers = b"".join(b"X-%d: %s\r\n" % (number, b"y" * 900) for number in range(40))
-    assert b"200 OK" not in said(served, b"GET /metrics HTTP/1.1\r\nHost: evil\r\n", headers, b"\r\n")
+    for parts in ((b"Host: evil\r\n", headers), (headers, b"Host: evil\r\n"), (b"Host: localhost\r\n", headers)):
+        assert b"200 OK" not in said(served, b"GET /metrics HTTP/1.1\r\n", *parts, b"\r\n")
 
 
 def test_a_body_is_not_waited_for_longer_than_the_limit(served: int):
     request = b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000000\r\n\r\n"
     assert said(served, request).startswith(b"HTTP/1.1 405")
+
+
+@pytest.mark.parametrize("body", [b"", b"\r\n", b"ZZ\r\n", b"-1\r\n", b"3\r\nabcd", b"0\r\n\xff\r\n\r\n", b"5\r\nabc"])
+def test_a_body_that_is_nonsense_is_no_matter_for_the_log(served: int, capfd, body: bytes):
+    request = b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n"
+    assert said(served, request + body).startswith(b"HTTP/1.1 200")
+    assert capfd.readouterr() == ("", "")
+
+
+def test_who_asks_for_an_address_has_no_more_time_than_the_connection():
+    settings = Settings(path="willi.conf", mappings=(), status_listen=Address("127.0.0.1", 8025))
+    serving = Serving(settings, [], Links())
+    with pytest.raises(gevent.Timeout), gevent.Timeout(0.05):
+        serving._ask("bob@b.example")
 
 
 def ask(totals: Totals, path: str, query: str = "", **extra: str) -> tuple[str, str]:
@@ -435,6 +453,7 @@ def test_an_address_is_asked_for_as_it_was_typed(totals: Totals, clock: list[flo
     assert "asked b+c@x.example" in ask(totals, "/", "address=b%2Bc%40x.example+")[1]
     assert "asked" not in ask(totals, "/", "address=")[1]
     assert "asked" not in ask(totals, "/", "other=x")[1]
+    assert "asked bob@x.example" in ask(totals, "/", "&".join(["a=b"] * 1000 + ["address=bob@x.example"]))[1]
 
 
 def test_a_bug_is_told_to_the_log_alone(totals: Totals, clock: list[float], capfd):

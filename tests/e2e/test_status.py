@@ -411,7 +411,10 @@ def test_our_names_and_addresses_are_answered_and_no_others(willi: Willi, status
 def test_another_site_may_lead_here_and_not_have_a_browser_ask(willi: Willi, status: Status):
     asked = {"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "no-cors"}
     assert status.get("/?address=bob@b.example", **asked).status == 403
-    assert status.get("/", **{**asked, "Sec-Fetch-Mode": "navigate"}).status == 200
+    assert status.get("/?address=bob@b.example", **{**asked, "Sec-Fetch-Site": "same-site"}).status == 403
+    followed = {**asked, "Sec-Fetch-Mode": "navigate", "Sec-Fetch-Dest": "document"}
+    assert status.get("/", **followed).status == 200
+    assert status.get("/", **{**followed, "Sec-Fetch-Dest": "iframe"}).status == 403
     assert status.get("/", **{**asked, "Sec-Fetch-Site": "same-origin"}).status == 200
 
 

@@ -103,9 +103,7 @@ class Serving:
             question = {"number": number, "address": address, "asked_at": monotonic()}
             if not send(self._links.to_questions, question):
                 return Asked(address, (), "too many questions at the moment")
-            steps, result = asked.get(timeout=ANSWER_TIMEOUT) or ([], "")
-        except gevent.Timeout:
-            return Asked(address, (), f"no worker has answered within {ANSWER_TIMEOUT:g} s")
+            steps, result = asked.wait(ANSWER_TIMEOUT) or ([], f"no worker has answered within {ANSWER_TIMEOUT:g} s")
         finally:
             del self._asked[number]
         return Asked(address, tuple(AskedStep(*step) for step in steps), result)
