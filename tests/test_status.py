@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from contextlib import suppress
 from typing import Any
 
@@ -15,7 +16,7 @@ from willi_lib import counts
 from willi_lib.config import Address, Settings
 from willi_lib.counts import ACCEPTED, CONNECTS, Counts, HostState
 from willi_lib.reports import Links
-from willi_lib.status import http, metrics, view
+from willi_lib.status import http, metrics, serving, view
 from willi_lib.status.hosts import HOUR, MAX_HOSTS, PERIOD, Hosts
 from willi_lib.status.means import MINUTE, HourMean
 from willi_lib.status.overview import Asked
@@ -412,11 +413,21 @@ def test_a_body_that_is_nonsense_is_no_matter_for_the_log(served: int, capfd, bo
     assert capfd.readouterr() == ("", "")
 
 
+def test_who_hands_over_before_it_serves_does_not_serve_any_more(monkeypatch):
+    monkeypatch.setattr(serving, "NEWS_TIMEOUT", 0.01)
+    with socket.create_server(("127.0.0.1", 0)) as masters, socket.socket(fileno=os.dup(masters.fileno())) as own:
+        settings = Settings(path="willi.conf", mappings=(), status_listen=Address(*masters.getsockname()))
+        status = Serving(settings, [own], Links())
+        starting = gevent.spawn(status.start)
+        gevent.sleep(0)
+        status.hand_over()
+        starting.get(timeout=10)
+
+
 def test_who_asks_for_an_address_has_no_more_time_than_the_connection():
     settings = Settings(path="willi.conf", mappings=(), status_listen=Address("127.0.0.1", 8025))
-    serving = Serving(settings, [], Links())
     with pytest.raises(gevent.Timeout), gevent.Timeout(0.05):
-        serving._ask("bob@b.example")
+        Serving(settings, [], Links())._ask("bob@b.example")
 
 
 def ask(totals: Totals, path: str, query: str = "", **extra: str) -> tuple[str, str]:

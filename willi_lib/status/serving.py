@@ -58,8 +58,8 @@ class Serving:
 
     def hand_over(self) -> None:
         """Stop, and send all that was counted to the next status process, which reads the reports now."""
-        for server in self._servers:
-            server.close()
+        while self._servers:  # `start` shall find none if it still waits
+            self._servers.pop().close()
         if self._reader:
             self._reader.kill()
         parts = [*self._totals.last_words(), *({"handover": rows} for rows in packed(self._totals.rows()))]
