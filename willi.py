@@ -78,6 +78,7 @@ def ask(settings: Settings, arguments: Mapping[str, Any]) -> int:
     from willi_lib import check  # not before: it brings gevent
 
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C is no reason for a traceback
+    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # nor are letters it does not have
     try:
         if arguments["lookup"]:
             return check.lookup(settings, arguments["ADDRESS"])

@@ -5,12 +5,17 @@ from __future__ import annotations
 import socket
 from collections import Counter
 from collections.abc import Iterator
+from datetime import datetime, timezone
+from types import SimpleNamespace
 
+import gevent
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from willi_lib import counts as module
+from willi_lib import reporter
+from willi_lib.config import Address, Settings
 from willi_lib.counts import (
     BOUNDS,
     CONNECT_SECONDS,
@@ -28,7 +33,12 @@ from willi_lib.counts import (
     HostState,
     Row,
 )
+from willi_lib.limits import Limits
 from willi_lib.reports import MAX_ANY, MAX_DATAGRAM, Links, packed, parse, send, send_counts
+from willi_lib.routing import Route, Server
+from willi_lib.routing.static import Static
+from willi_lib.scoreboard import Row as ScoreboardRow
+from willi_lib.scoreboard import Scoreboard
 
 HOST = "mail.example:25"
 
@@ -241,6 +251,37 @@ def test_nothing_is_lost_or_told_twice_however_slow_the_reader(rounds: list[tupl
         for end in vars(links).values():
             end.close()
     assert sum(numbers(told).values()) == sum(expected.values())
+
+
+def test_hosts_that_come_back_leave_no_room_for_more():
+    counts = Counts()
+    for number in range(3 * MAX_HOSTS):
+        counts.message("accepted", "csv:a", f"mx{number}.example:25", recipients=1, octets=1)
+        if number % MAX_HOSTS == MAX_HOSTS - 1:
+            counts.put_back(counts.take())
+    found = numbers(counts.take())
+    hosts = {key[1] for key in found if key[0] == "upstream_messages"}
+    assert len(hosts) == MAX_HOSTS + 1
+    assert found["upstream_messages", OTHER, "accepted"] == 2 * MAX_HOSTS
+
+
+def test_a_worker_has_a_report_that_fits_however_much_there_is_to_tell(links: Links, monkeypatch):
+    names = [f"{number}.{'x' * 60}.example" for number in range(200)]
+    facts = SimpleNamespace(names=names, expires=datetime.now(timezone.utc))
+    monkeypatch.setattr(reporter, "certificate_facts", lambda pair: facts)
+    files = tuple(f"{number}.pem" for number in range(200))
+    settings = Settings(
+        path="willi.conf", mappings=(), tls_cert=files, tls_key=files, status_listen=Address("127.0.0.1", 8025)
+    )
+    mappings = [Static(f"static:{'x' * 200}{number}", Route((Server("a"),))) for number in range(1000)]
+    limits = Limits(ScoreboardRow(Scoreboard(1, rates=False), 0), 1, 1, 0)
+    telling = gevent.spawn(reporter.Reporter(settings, mappings, limits, Counts(), links).report, lambda: 7)
+    gevent.sleep(0)
+    telling.kill()
+    told = parse(links.reports.recv(MAX_ANY))["worker"]
+    assert told["sessions"] == 7
+    assert [table["name"] for table in told["tables"]] == [mapping.name for mapping in mappings[: len(told["tables"])]]
+    assert min(len(told["tables"]), len(told["certificates"])) > 1
 
 
 def test_what_comes_back_stays_in_order():

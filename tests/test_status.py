@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from contextlib import suppress
 from typing import Any
 
@@ -12,11 +13,14 @@ from gevent import socket
 from prometheus_client.parser import text_string_to_metric_families
 
 from willi_lib import counts
+from willi_lib.config import Address, Settings
 from willi_lib.counts import ACCEPTED, CONNECTS, Counts, HostState
-from willi_lib.status import http, metrics, view
+from willi_lib.reports import Links
+from willi_lib.status import http, metrics, serving, view
 from willi_lib.status.hosts import HOUR, MAX_HOSTS, PERIOD, Hosts
 from willi_lib.status.means import MINUTE, HourMean
 from willi_lib.status.overview import Asked
+from willi_lib.status.serving import Serving
 from willi_lib.status.totals import FRESH, Totals
 
 NOW = 1_800_000_000.0  # the beginning of a minute
@@ -88,6 +92,46 @@ def test_a_mean_forgets_what_is_older_than_an_hour():
     assert mean.mean(NOW + 30 * MINUTE) == 4.0
     assert mean.mean(NOW + 60 * MINUTE) == 2.0
     assert mean.mean(NOW + 90 * MINUTE) is None
+
+
+def test_a_clock_that_is_set_back_leaves_no_gap_and_nothing_that_is_to_come(totals: Totals):
+    mean = HourMean()
+    mean.add(1, 9.0, NOW + DAY)
+    for minute in range(70):
+        totals.take_in(counted(lambda own: own.add(counts.SESSIONS)), NOW + DAY + minute * MINUTE)
+    totals.take_in(worker(peaks={"max_connections_per_ip": 7}), NOW + DAY)
+    for minute in range(3):
+        mean.add(1, 2.0, NOW + minute * MINUTE)
+        totals.take_in(counted(lambda own: own.add(counts.SESSIONS)), NOW + minute * MINUTE)
+    assert [minute.sessions for minute in totals.minutes(NOW + 2 * MINUTE)][-4:] == [0, 1, 1, 1]
+    assert totals.peak("max_connections_per_ip", NOW + 2 * MINUTE) == 0
+    assert mean.mean(NOW + 2 * MINUTE) == 2.0
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "up"),
+    [
+        (HostState(NOW + DAY), HostState(0, NOW + 1, NOW + 1, "refused"), False),
+        (HostState(0, NOW + DAY, NOW + DAY, "refused"), HostState(NOW + 1), True),
+    ],
+)
+def test_a_clock_that_is_set_back_does_not_hide_how_a_host_is_now(
+    totals: Totals, before: HostState, after: HostState, up: bool
+):
+    totals.hosts.note("a:25", before, NOW + DAY)
+    totals.hosts.note("a:25", HostState(), NOW)
+    totals.hosts.note("a:25", after, NOW + 1)
+    [host] = view.overview(totals, NOW + 1).hosts
+    assert host.up == up
+
+
+def test_names_are_given_after_the_clock_was_set_back():
+    hosts = Hosts()
+    for number in range(MAX_HOSTS):
+        connect(hosts, f"mx{number}", NOW + DAY)
+    connect(hosts, "busy", NOW, number=50)
+    connect(hosts, "busy", NOW + PERIOD + 1)
+    assert "busy" in hosts.named
 
 
 def test_sessions_are_those_of_workers_that_are_there_the_draining_ones_too(totals: Totals):
@@ -166,6 +210,15 @@ def test_a_busy_host_gets_a_name_and_no_number_goes_back():
     assert sum(hosts.others.numbers.values()) == others == 50
     assert len(after) == MAX_HOSTS
     assert all(before[name] == number for name, number in after.items() if name != "busy")
+
+
+def test_what_a_worker_had_no_room_for_is_among_the_others_and_gets_no_name(totals: Totals):
+    for number in range(MAX_HOSTS):
+        connect(totals.hosts, f"mx{number}", NOW)
+    connect(totals.hosts, counts.OTHER, NOW, number=1000)
+    connect(totals.hosts, counts.OTHER, NOW + PERIOD + 1, number=1000)
+    assert counts.OTHER not in totals.hosts.named
+    assert samples(totals)["willi_upstream_connects_total{host=other,outcome=opened}"] == 2000
 
 
 def test_a_host_is_down_until_somebody_reaches_it_or_nobody_has_tried_for_long(totals: Totals):
@@ -253,7 +306,9 @@ def samples(totals: Totals) -> dict[str, float]:
         assert family.documentation, family.name
         for sample in family.samples:
             labels = ",".join(f"{name}={value}" for name, value in sorted(sample.labels.items()))
-            found[f"{sample.name}{{{labels}}}"] = sample.value
+            series = f"{sample.name}{{{labels}}}"
+            assert series not in found, series
+            found[series] = sample.value
     return found
 
 
@@ -342,12 +397,37 @@ def test_a_connection_is_for_one_request(served: int):
 
 def test_a_request_has_its_limit(served: int):
     headers = b"".join(b"X-%d: %s\r\n" % (number, b"y" * 900) for number in range(40))
-    assert b"200 OK" not in said(served, b"GET /metrics HTTP/1.1\r\nHost: evil\r\n", headers, b"\r\n")
+    for parts in ((b"Host: evil\r\n", headers), (headers, b"Host: evil\r\n"), (b"Host: localhost\r\n", headers)):
+        assert b"200 OK" not in said(served, b"GET /metrics HTTP/1.1\r\n", *parts, b"\r\n")
 
 
 def test_a_body_is_not_waited_for_longer_than_the_limit(served: int):
     request = b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000000\r\n\r\n"
     assert said(served, request).startswith(b"HTTP/1.1 405")
+
+
+@pytest.mark.parametrize("body", [b"", b"\r\n", b"ZZ\r\n", b"-1\r\n", b"3\r\nabcd", b"0\r\n\xff\r\n\r\n", b"5\r\nabc"])
+def test_a_body_that_is_nonsense_is_no_matter_for_the_log(served: int, capfd, body: bytes):
+    request = b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n"
+    assert said(served, request + body).startswith(b"HTTP/1.1 200")
+    assert capfd.readouterr() == ("", "")
+
+
+def test_who_hands_over_before_it_serves_does_not_serve_any_more(monkeypatch):
+    monkeypatch.setattr(serving, "NEWS_TIMEOUT", 0.01)
+    with socket.create_server(("127.0.0.1", 0)) as masters, socket.socket(fileno=os.dup(masters.fileno())) as own:
+        settings = Settings(path="willi.conf", mappings=(), status_listen=Address(*masters.getsockname()))
+        status = Serving(settings, [own], Links())
+        starting = gevent.spawn(status.start)
+        gevent.sleep(0)
+        status.hand_over()
+        starting.get(timeout=10)
+
+
+def test_who_asks_for_an_address_has_no_more_time_than_the_connection():
+    settings = Settings(path="willi.conf", mappings=(), status_listen=Address("127.0.0.1", 8025))
+    with pytest.raises(gevent.Timeout), gevent.Timeout(0.05):
+        Serving(settings, [], Links())._ask("bob@b.example")
 
 
 def ask(totals: Totals, path: str, query: str = "", **extra: str) -> tuple[str, str]:
@@ -384,6 +464,7 @@ def test_an_address_is_asked_for_as_it_was_typed(totals: Totals, clock: list[flo
     assert "asked b+c@x.example" in ask(totals, "/", "address=b%2Bc%40x.example+")[1]
     assert "asked" not in ask(totals, "/", "address=")[1]
     assert "asked" not in ask(totals, "/", "other=x")[1]
+    assert "asked bob@x.example" in ask(totals, "/", "&".join(["a=b"] * 1000 + ["address=bob@x.example"]))[1]
 
 
 def test_a_bug_is_told_to_the_log_alone(totals: Totals, clock: list[float], capfd):

@@ -99,6 +99,12 @@ class HostState:
         began = (self.failing_since, other.failing_since, self.failed, other.failed)
         self.failing_since = min((moment for moment in began if moment > self.reached), default=0.0)
 
+    def not_after(self, now: float) -> None:
+        """A clock that was fast must not make what it saw outweigh what comes."""
+        self.reached, self.failing_since, self.failed = (
+            min(moment, now) for moment in (self.reached, self.failing_since, self.failed)
+        )
+
 
 NOTHING = HostState()
 
@@ -242,7 +248,10 @@ class Counts:
         """What was taken, and reached nobody."""
         for kind, *row in rows:
             if kind == NUMBER:
-                self.add(*row[1:], number=row[0])
+                number, name, *labels = row
+                if name in OF_HOSTS:
+                    labels[0] = self._host(labels[0])
+                self.add(name, *labels, number=number)
             elif kind == DURATION:
                 add_duration(self._durations, tuple(row[1:]), row[0])
             elif kind == HOST:

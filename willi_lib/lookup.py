@@ -13,6 +13,8 @@ from .smtp import reply as replies
 from .smtp.reply import Reject
 from .smtp.syntax import Path, parse_rcpt
 
+REMEMBERED = {"cache": " (from the cache)", "stale": " (from the cache, since the database is down)"}
+
 Shown = tuple[list[list[Any]], str]  # for each key: mapping, key, answer, seconds; and the result
 
 
@@ -55,7 +57,8 @@ def show(mappings: Sequence[Mapping], settings: Settings, address: str) -> Shown
     began = monotonic()
     step = None
     for step in search(mappings, _whole(recipient, settings), settings.recipient_delimiter):
-        steps.append([step.mapping, step.key, _answer(step), monotonic() - began if step.origin else None])
+        is_slow = step.origin or step.failure is not None  # not a table in memory
+        steps.append([step.mapping, step.key, _answer(step), monotonic() - began if is_slow else None])
         began = monotonic()
     return steps, _result(step)
 
@@ -63,8 +66,7 @@ def show(mappings: Sequence[Mapping], settings: Settings, address: str) -> Shown
 def _answer(step: Step) -> str:
     if step.failure is not None:
         return f"failed: {step.failure}"
-    origin = f" ({step.origin})" if step.origin in ("cache", "stale") else ""
-    return f"{step.route or '-'}{origin}"
+    return f"{step.route or '-'}{REMEMBERED.get(step.origin, '')}"
 
 
 def _result(step: Step | None) -> str:

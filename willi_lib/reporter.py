@@ -16,13 +16,13 @@ from . import log, lookup
 from .config import Settings
 from .counts import Counts
 from .limits import Limits
-from .reports import MAX_ANY, Links, parse, send, send_counts
+from .reports import MAX_ANY, Links, packed, parse, send, send_counts
 from .routing import Mapping
 from .routing.csv_file import CsvFile
 from .routing.mysql import Mysql
 from .tls import CertificateError, certificate_facts
 
-MAX_TABLES = 100  # that are told, and the same for certificates and the names in them
+MAX_NAMES = 100  # of a certificate
 LAST_REPORT_TIMEOUT = 2.0  # seconds for the last counts, at the end of a worker
 # Seconds between reports, and after one that could not be sent: at random, since the way has room for ten of them, and
 # all workers start at the same moment.
@@ -78,7 +78,7 @@ class Reporter:
             "pid": os.getpid(),
             "sessions": sessions,
             "peaks": self._limits.take_peaks(),
-            "tables": [_table(mapping) for mapping in self._mappings[:MAX_TABLES]],
+            "tables": _first([_table(mapping) for mapping in self._mappings]),
             "certificates": self._certificates,
         }
 
@@ -103,6 +103,11 @@ class Reporter:
         send(self._links.to_reports, {"answer": [question["number"], steps, result]})
 
 
+def _first(facts: list[Any]) -> list[Any]:
+    """As many as fit: a report that is too large would never be sent."""
+    return next(packed(facts), [])
+
+
 def _table(mapping: Mapping) -> dict[str, Any]:
     """A mapping as it is now; the names are those of `Table` in overview.py, and `seen`."""
     kind = mapping.name.partition(":")[0]
@@ -118,8 +123,8 @@ def _table(mapping: Mapping) -> dict[str, Any]:
 def _certificates(settings: Settings) -> list[list[Any]]:
     """Of each: file, names, when it expires, and what is wrong."""
     found: list[list[Any]] = []
-    for pair in settings.certificates[:MAX_TABLES]:
+    for pair in settings.certificates:
         with suppress(CertificateError):  # the worker has read it already, or would not be here
             facts = certificate_facts(pair)
-            found.append([pair.cert, facts.names[:MAX_TABLES], facts.expires.timestamp(), ""])
-    return found
+            found.append([pair.cert, facts.names[:MAX_NAMES], facts.expires.timestamp(), ""])
+    return _first(found)

@@ -12,7 +12,7 @@ import socket
 from collections.abc import Iterator
 from typing import Any
 
-from .counts import Counts, Row
+from .counts import Counts
 
 Report = dict[str, Any]
 MAX_DATAGRAM = 32 << 10  # octets of what we put together; a system's default for a socket is six times that
@@ -59,9 +59,9 @@ def send_counts(sender: socket.socket, counts: Counts) -> bool:
     return not left
 
 
-def packed(rows: list[Row]) -> Iterator[list[Row]]:
+def packed(rows: list[Any]) -> Iterator[list[Any]]:
     """As many rows together as a datagram may hold."""
-    part: list[Row] = []
+    part: list[Any] = []
     size = 0
     for row in rows:
         length = len(json.dumps(row, separators=(",", ":"))) + 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import socket
 from pathlib import Path
@@ -86,6 +87,21 @@ def test_lookup_shows_each_key_and_the_route(tmp_path: Path):
         "no mapping matches, the client gets 554 5.7.1 Relay access denied",
     ]
     assert run_willi("lookup", "-c", path, "eva@c.example").returncode == GOOD
+
+
+def test_lookup_of_octets_that_are_no_text_is_answered(tmp_path: Path):
+    path = configure(tmp_path, "b.example;127.0.0.1\n")
+    done = run_willi("lookup", "-c", path, os.fsdecode(b"\x1b[31m\xff@b.example"))
+    assert done.returncode == WRONG
+    assert done.stdout.startswith("\\x1b[31m\\udcff@b.example\n  refused: ")
+    assert done.stderr == ""
+
+
+def test_letters_that_the_terminal_does_not_have_are_no_reason_to_stop(tmp_path: Path, monkeypatch):
+    monkeypatch.setenv("PYTHONIOENCODING", "ascii")
+    done = run_willi("lookup", "-c", configure(tmp_path, "b.example;127.0.0.1\n"), "jörg@b.example")
+    assert done.returncode == GOOD
+    assert done.stdout.startswith("j\\xf6rg@b.example\n")
 
 
 def test_lookup_says_what_is_no_address(tmp_path: Path):

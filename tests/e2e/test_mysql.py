@@ -399,7 +399,7 @@ def test_lookup_shows_each_key_with_its_time_and_whether_it_was_remembered(
         f"  route: {upstream.server}, tls_verify = false",
         "bob@b.example",
         "  mysql:db  bob@b.example  -  (TIME ms)",
-        f"  mysql:db  b.example  {upstream.server}  (TIME ms, from the cache)",
+        f"  mysql:db  b.example  {upstream.server} (from the cache)  (TIME ms)",
         f"  route: {upstream.server}, tls_verify = false",
         "ann@c.example",
         "  mysql:db  ann@c.example  -  (TIME ms)",

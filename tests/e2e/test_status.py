@@ -319,6 +319,18 @@ def test_the_status_process_ends_with_the_master(willi: Willi):
     wait_until(lambda: not any(map(is_there, children)), "the end of all processes")
 
 
+def test_a_second_signal_ends_all_at_once_without_a_complaint(willi: Willi, status: Status):
+    children = willi.children
+    in_data(willi)
+    willi.signal(signal.SIGTERM)
+    willi.wait_for_log(msg="Stopping")
+    willi.signal(signal.SIGTERM)
+    assert willi.wait() == 0
+    assert not any(map(is_there, children))
+    assert willi.lines(msg="Ended at once")
+    assert not willi.lines(msg=STATUS_DIED)
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
 def test_the_status_process_is_user_and_the_only_one_with_its_socket(
     start_willi: StartWilli, upstream: ScriptedUpstream, status: Status
@@ -399,7 +411,10 @@ def test_our_names_and_addresses_are_answered_and_no_others(willi: Willi, status
 def test_another_site_may_lead_here_and_not_have_a_browser_ask(willi: Willi, status: Status):
     asked = {"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "no-cors"}
     assert status.get("/?address=bob@b.example", **asked).status == 403
-    assert status.get("/", **{**asked, "Sec-Fetch-Mode": "navigate"}).status == 200
+    assert status.get("/?address=bob@b.example", **{**asked, "Sec-Fetch-Site": "same-site"}).status == 403
+    followed = {**asked, "Sec-Fetch-Mode": "navigate", "Sec-Fetch-Dest": "document"}
+    assert status.get("/", **followed).status == 200
+    assert status.get("/", **{**followed, "Sec-Fetch-Dest": "iframe"}).status == 403
     assert status.get("/", **{**asked, "Sec-Fetch-Site": "same-origin"}).status == 200
 
 

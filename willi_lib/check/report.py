@@ -149,9 +149,9 @@ def _line(finding: Finding, colours: bool) -> str:
     if colours:
         level = f"{COLOURS[finding.level]}{level}{PLAIN}"
     advice = f" -> {finding.advice}" if finding.advice else ""
-    return f"{level} {_printable(f'{finding.subject}: {finding.what}{advice}')}"
+    return f"{level} {printable(f'{finding.subject}: {finding.what}{advice}')}"
 
 
-def _printable(text: str) -> str:
+def printable(text: str) -> str:
     """What a server said must not reach the terminal as a control sequence."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)

@@ -53,7 +53,8 @@ class Hosts:
             return
         if kind == CONNECTS:
             host.recent += number
-            if host is self.others and (name in self._candidates or len(self._candidates) < MAX_CANDIDATES):
+            known = name in self._candidates or len(self._candidates) < MAX_CANDIDATES
+            if host is self.others and name != OTHER and known:
                 self._candidates[name] = self._candidates.get(name, 0) + number
         elif kind == GREETINGS:
             host.greeting.add(number, 0.0, now)
@@ -64,6 +65,7 @@ class Hosts:
         """A worker has reached it, or has not."""
         host = self._find(name, now)
         if host is not self.others:
+            host.state.not_after(now)
             host.state.merge(state)
             host.used = now
 
@@ -93,7 +95,7 @@ class Hosts:
 
     def _look_at_candidates(self, now: float) -> None:
         """Once in a period: whether one of the others has become much busier than one with a name."""
-        if now < self._period_began + PERIOD:
+        if 0 <= now - self._period_began < PERIOD:  # below: the clock was set back
             return
         self._period_began = now
         if self._candidates and len(self.named) >= MAX_HOSTS:

@@ -111,7 +111,7 @@ class Application:
         return True
 
     def _page(self, environ: Environ) -> Answer:
-        question = parse_qs(environ.get("QUERY_STRING", ""), keep_blank_values=True, max_num_fields=10)
+        question = parse_qs(environ.get("QUERY_STRING", ""), keep_blank_values=True)
         asked = None
         if "address" in question:
             address = question["address"][0].strip()[:MAX_ADDRESS]
@@ -143,9 +143,13 @@ class Application:
 
 
 def _is_drawn_in(environ: Environ) -> bool:
-    """Whether a page of another site has a browser ask, not a person who follows a link (Fetch Metadata)."""
+    """Whether a page of another site has a browser ask, not a person who follows a link (Fetch Metadata).
+
+    Another port of this host is the same site, and another page all the same. A frame is navigated, too.
+    """
     site, mode = environ.get("HTTP_SEC_FETCH_SITE"), environ.get("HTTP_SEC_FETCH_MODE")
-    return site == "cross-site" and mode != "navigate"
+    followed = mode == "navigate" and environ.get("HTTP_SEC_FETCH_DEST", "document") == "document"
+    return site in ("cross-site", "same-site") and not followed
 
 
 def _verdict(reasons: Sequence[str]) -> Answer:
@@ -155,7 +159,7 @@ def _verdict(reasons: Sequence[str]) -> Answer:
 
 
 class _Bounded:
-    """The request as it comes, and its end after MAX_REQUEST octets."""
+    """The request as it comes, at most MAX_REQUEST octets of it."""
 
     def __init__(self, file: Any) -> None:
         self._file = file
@@ -166,11 +170,13 @@ class _Bounded:
         return bool(self._file.closed)
 
     def readline(self, limit: int = -1) -> bytes:
-        """At most that many octets."""
+        """At most that many octets. Raises ValueError when there is no room: what comes may be the Host header."""
+        if not self._left:
+            raise ValueError("the request is too long")
         return self._count(self._file.readline(min(limit, self._left) if limit >= 0 else self._left))
 
     def read(self, size: int = -1) -> bytes:
-        """The same."""
+        """At most that many octets."""
         return self._count(self._file.read(min(size, self._left) if size >= 0 else self._left))
 
     def close(self) -> None:
@@ -206,8 +212,8 @@ class Handler(WSGIHandler):
         return "400", b"HTTP/1.1 400 Bad Request\r\nConnection: close\r\nContent-Length: 0\r\n\r\n"
 
     def handle_error(self, kind: Any, error: Any, trace: Any) -> None:
-        """The client has gone, or its time is over."""
-        if not issubclass(kind, OSError):
+        """The client has gone, its time is over, or its body is nonsense: our own errors stay in `Application`."""
+        if not issubclass(kind, OSError | ValueError | gevent.Timeout):
             super().handle_error(kind, error, trace)
 
 

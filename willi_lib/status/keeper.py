@@ -56,10 +56,10 @@ class _Process:
         with suppress(OSError):  # it has died just now
             self.channel.send(HAND_OVER)
 
-    def end(self) -> None:
-        """By SIGTERM."""
+    def end(self, number: signal.Signals) -> None:
+        """By this signal."""
         self.end_by = monotonic() + END_TIMEOUT
-        os.kill(self.pid, signal.SIGTERM)
+        os.kill(self.pid, number)
 
 
 class Keeper:
@@ -143,8 +143,7 @@ class Keeper:
             late = process.end_by is not None and now > process.end_by
             if late or now - max(process.heard, awake_since) > HANG_TIMEOUT:
                 log.error("Status process hangs, it is killed", pid=process.pid)
-                os.kill(process.pid, signal.SIGKILL)
-                process.end_by = now + END_TIMEOUT
+                process.end(signal.SIGKILL)
         if self._settings and not self._process and now >= self._replace_at:
             self._start()
         for process in self._leaving if self._process and self._process.reads else ():
@@ -191,10 +190,8 @@ class Keeper:
         """End it for good."""
         self._settings = None
         for process in self._all:
-            if at_once:
-                os.kill(process.pid, signal.SIGKILL)
-            elif process.end_by is None:
-                process.end()
+            if at_once or process.end_by is None:
+                process.end(signal.SIGKILL if at_once else signal.SIGTERM)
 
 
 def status_addresses(settings: Settings) -> tuple[Address, ...]:

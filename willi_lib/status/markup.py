@@ -21,7 +21,7 @@ from html import escape
 from .words import visible
 
 ELEMENTS = {
-    "a", "bdi", "body", "caption", "code", "dd", "div", "dl", "dt", "footer", "form", "g", "h1", "h2", "h3", "head",
+    "a", "bdi", "body", "caption", "code", "dd", "div", "dl", "dt", "form", "g", "h1", "h2", "h3", "head",
     "header", "html", "input", "label", "li", "line", "link", "main", "meta", "p", "rect", "section", "small", "span",
     "strong", "svg", "table", "tbody", "td", "th", "thead", "time", "title", "tr", "ul", "button",
 }  # fmt: skip

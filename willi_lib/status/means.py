@@ -24,6 +24,7 @@ class HourMean:
 
     def mean(self, now: float) -> float | None:
         """In seconds; None: there were none."""
-        recent = [entry for entry in self._minutes if entry[0] > now // MINUTE - MINUTES]
+        this = now // MINUTE
+        recent = [entry for entry in self._minutes if this - MINUTES < entry[0] <= this]
         number = sum(entry[1] for entry in recent)
         return sum(entry[2] for entry in recent) / number if number else None

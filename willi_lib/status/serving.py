@@ -58,8 +58,8 @@ class Serving:
 
     def hand_over(self) -> None:
         """Stop, and send all that was counted to the next status process, which reads the reports now."""
-        for server in self._servers:
-            server.close()
+        while self._servers:  # `start` shall find none if it still waits
+            self._servers.pop().close()
         if self._reader:
             self._reader.kill()
         parts = [*self._totals.last_words(), *({"handover": rows} for rows in packed(self._totals.rows()))]
@@ -103,9 +103,7 @@ class Serving:
             question = {"number": number, "address": address, "asked_at": monotonic()}
             if not send(self._links.to_questions, question):
                 return Asked(address, (), "too many questions at the moment")
-            steps, result = asked.get(timeout=ANSWER_TIMEOUT) or ([], "")
-        except gevent.Timeout:
-            return Asked(address, (), f"no worker has answered within {ANSWER_TIMEOUT:g} s")
+            steps, result = asked.wait(ANSWER_TIMEOUT) or ([], f"no worker has answered within {ANSWER_TIMEOUT:g} s")
         finally:
             del self._asked[number]
         return Asked(address, tuple(AskedStep(*step) for step in steps), result)

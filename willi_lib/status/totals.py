@@ -85,7 +85,7 @@ class Totals:
 
     def peak(self, limit: str, now: float) -> int:
         """The most that one client had of it in the last minute."""
-        return max((peaks.get(limit, 0) for at, peaks in self._peaks if at > now - MINUTE), default=0)
+        return max((peaks.get(limit, 0) for at, peaks in self._peaks if now - MINUTE < at <= now), default=0)
 
     def fresh_workers(self, now: float) -> list[Worker]:
         """Those that serve, by the word of the master, and have reported lately."""
@@ -144,7 +144,7 @@ class Totals:
             elif kind == counts.EVENT:
                 self.events.append(Event(*row))
             elif kind == MINUTE_ROW:
-                self._add_minute(Minute(*row))
+                self._add_minute(Minute(*row), now)
 
     def _add_number(self, number: float, key: Key, now: float, past: bool) -> None:
         if key[0] in counts.OF_HOSTS:
@@ -153,16 +153,17 @@ class Totals:
         self.numbers[key] = self.numbers.get(key, 0) + number
         changed = key[1] if key[0] == counts.VERDICTS else _MINUTE_FIELDS.get(key[0])
         if changed in _MINUTE_NUMBERS and not past:
-            self._add_minute(replace(Minute(now // MINUTE * MINUTE), **{changed: int(number)}))
+            self._add_minute(replace(Minute(now // MINUTE * MINUTE), **{changed: int(number)}), now)
 
-    def _add_minute(self, minute: Minute) -> None:
+    def _add_minute(self, minute: Minute, now: float) -> None:
         known = self._minutes.get(minute.began)
         if known:
             sums = {name: getattr(known, name) + getattr(minute, name) for name in _MINUTE_NUMBERS}
             minute = replace(known, **sums)
         self._minutes[minute.began] = minute
-        while len(self._minutes) > MINUTES:
-            del self._minutes[min(self._minutes)]
+        if len(self._minutes) > MINUTES:  # also those to come, of a clock that was fast
+            began = {shown.began for shown in self.minutes(now)}
+            self._minutes = {start: one for start, one in self._minutes.items() if start in began}
 
     def _add_duration(self, row: list[float], key: Key, now: float, past: bool) -> None:
         if len(row) != len(counts.BOUNDS.get(key[0], ())) + 2:
