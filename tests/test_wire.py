@@ -252,6 +252,16 @@ def test_complete_lines_can_be_seen_before_they_are_read(connect):
     assert wire.peek_lines() == []
 
 
+def test_of_very_many_lines_only_the_next_ones_are_seen(connect):
+    """A look at all of them for each recipient would be quadratic."""
+    wire, peer = connect()
+    peer.sendall(b"NOOP\r\n")
+    assert wire.read_some() == b"NOOP\r\n"
+    wire.unread(b"RCPT\r\n" * module.COMMAND_READ)
+    assert wire.peek_lines() == [b"RCPT"] * (module.COMMAND_READ // 6)
+    assert [wire.read_line() for _ in range(module.COMMAND_READ)] == [b"RCPT"] * module.COMMAND_READ
+
+
 def test_no_line_is_seen_in_half_of_a_line_end(connect):
     wire, peer = connect()
     peer.sendall(b"ab\r\ncd")

@@ -197,8 +197,11 @@ class Wire:
         return self._at < len(self._buffer)
 
     def peek_lines(self) -> list[bytes]:
-        """The complete lines that are buffered, without CRLF; they stay where they are."""
-        end = self._buffer.rfind(b"\r\n")
+        """The complete lines that are buffered, without CRLF; they stay where they are.
+
+        Of COMMAND_READ octets at the most: after a message there may be much more, and each look costs.
+        """
+        end = self._buffer.rfind(b"\r\n", self._at, self._at + COMMAND_READ)
         return self._buffer[self._at : end].split(b"\r\n") if end >= self._at else []
 
     def read_line(self, limit: int = MAX_COMMAND_LINE) -> bytes:
