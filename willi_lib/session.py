@@ -437,7 +437,7 @@ class Session:
         elif relay.failed:
             self.stage = Stage.FAILED
         if last and answer.positive:
-            self.errors = 0
+            self.errors = self.dispatch.in_vain = 0
         return answer
 
     # -- verbs: the rest
