@@ -878,8 +878,36 @@ def test_a_key_update_is_answered(connect, pair):
     assert b"250 Ok" in said
 
 
+def test_who_always_has_octets_at_hand_lets_those_run_who_wait_for_theirs(connect, monkeypatch):
+    """And the clocks: they are seen in the same turn of the loop, and gevent.sleep(0) is none."""
+    monkeypatch.setattr(module, "FAIR_TIME", 0.0)
+    wire, peer = connect()
+    other, other_peer = connect()
+    waiting, waking = gevent.spawn(other.read_line), gevent.Greenlet(lambda: "awake")
+    gevent.idle()
+    other_peer.sendall(NEXT)
+    waking.start_later(0)
+    peer.sendall(b"x" * 2 * module.FIRST_BODY_READ)
+    for _ in range(2):
+        assert wire.read_some() == b"x" * module.FIRST_BODY_READ
+    assert (waiting.value, waking.value) == (b"NOOP", "awake")
+
+
+def test_who_has_many_lines_at_hand_lets_those_run_who_wait_for_theirs(connect):
+    wire, peer = connect()
+    other, other_peer = connect()
+    waiting = gevent.spawn(other.read_line)
+    gevent.idle()
+    peer.sendall(NEXT * (2 * module.FAIR_LINES + 2))
+    assert wire.read_line() == b"NOOP"
+    other_peer.sendall(NEXT)
+    for _ in range(2 * module.FAIR_LINES + 1):
+        assert wire.read_line() == b"NOOP"
+    assert waiting.value == b"NOOP"
+
+
 def test_a_session_over_tls_that_never_has_to_wait_lets_the_others_run(connect, pair, monkeypatch):
-    monkeypatch.setattr(module, "FAIR_READS", 3)  # so that a socket's buffer holds more than that
+    monkeypatch.setattr(module, "FAIR_TIME", 0.0)
     wire, peer = connect()
     secure = connect.tls(pair, wire, peer)
     secure.sendall(b"x" * 5 * module.COMMAND_READ + b"\r\n")
