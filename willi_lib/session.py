@@ -386,8 +386,8 @@ class Session:
         if not offered or transaction is None or transaction.upstream is None or not transaction.recipients:
             refusal = self.bdat_refusal(transaction) if offered else replies.NOT_IMPLEMENTED
             Content(self.settings, self.wire).skip(size)
-            if last and self.stage is Stage.CHUNKS:
-                self.finish_transaction(accepted=False)
+            if offered and last and self.stage in (Stage.SENDER, Stage.CHUNKS):
+                self.finish_transaction(accepted=False)  # as with Postfix: a MAIL may have been sent behind it
             elif offered and transaction and not last:
                 transaction.verdict = refusal  # later chunks alone would make another message
             return refusal
