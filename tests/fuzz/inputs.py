@@ -127,7 +127,7 @@ BLOCKS = (
     START, START, START + b"DATA\r\n", ENVELOPE, ENVELOPE + b"DATA\r\n",
     ENVELOPE + b"RCPT TO:<no@b.example>\r\nDATA\r\n",
     ENVELOPE.replace(b"bob@b", b"carl@c") + b"DATA\r\nhello\r\n.\r\n", ENVELOPE + b"DATA\r\nhello\r\n.\r\n",
-    ENVELOPE + b"BDAT 5 LAST\r\nhello",
+    ENVELOPE + b"BDAT 5 LAST\r\nhello", ENVELOPE.replace(b"ann@", b"eve@") + b"BDAT 5 LAST\r\nhello",
 )  # fmt: skip
 OTHER_REPLIES = (
     "250 2.0.0 ok\r\n", "250-a\r\n250 b\r\n", "421 4.3.2 bye\r\n", "450 4.2.0 later\r\n", "550 5.1.1 no\r\n",
