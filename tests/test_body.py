@@ -447,3 +447,12 @@ def test_nuls_before_a_dot_are_spaces_if_there_are_more_than_can_be_held(line: b
     before, _, after = line.partition(b".")
     _, out = data_reader([line, b"a\r\n.\r\n"])
     assert out == b"." + b" " * len(before) + b"." + after + b"a\r\n"
+
+
+@pytest.mark.parametrize("rest", [b".\0a", b" . \0a", b".\0 .", b".\0"])
+def test_a_dot_before_a_nul_is_doubled_after_more_blanks_than_can_be_held(rest: bytes):
+    blanks = b" " * (MAX_HELD + 1)
+    _, out = data_reader([blanks, rest + b"\r\n.\r\n"])
+    assert out == blanks + b"." + rest + b"\r\n" and not lenient_ends(out)
+    _, out = stuffed([blanks, rest])
+    assert out == blanks + b"." + rest + b"\r\n" and not lenient_ends(out)

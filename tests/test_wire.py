@@ -252,6 +252,16 @@ def test_complete_lines_can_be_seen_before_they_are_read(connect):
     assert wire.peek_lines() == []
 
 
+def test_of_very_many_lines_only_the_next_ones_are_seen(connect):
+    """A look at all of them for each recipient would be quadratic."""
+    wire, peer = connect()
+    peer.sendall(b"NOOP\r\n")
+    assert wire.read_some() == b"NOOP\r\n"
+    wire.unread(b"RCPT\r\n" * module.COMMAND_READ)
+    assert wire.peek_lines() == [b"RCPT"] * (module.COMMAND_READ // 6)
+    assert [wire.read_line() for _ in range(module.COMMAND_READ)] == [b"RCPT"] * module.COMMAND_READ
+
+
 def test_no_line_is_seen_in_half_of_a_line_end(connect):
     wire, peer = connect()
     peer.sendall(b"ab\r\ncd")
@@ -868,8 +878,36 @@ def test_a_key_update_is_answered(connect, pair):
     assert b"250 Ok" in said
 
 
+def test_who_always_has_octets_at_hand_lets_those_run_who_wait_for_theirs(connect, monkeypatch):
+    """And the clocks: they are seen in the same turn of the loop, and gevent.sleep(0) is none."""
+    monkeypatch.setattr(module, "FAIR_TIME", 0.0)
+    wire, peer = connect()
+    other, other_peer = connect()
+    waiting, waking = gevent.spawn(other.read_line), gevent.Greenlet(lambda: "awake")
+    gevent.idle()
+    other_peer.sendall(NEXT)
+    waking.start_later(0)
+    peer.sendall(b"x" * 2 * module.FIRST_BODY_READ)
+    for _ in range(2):
+        assert wire.read_some() == b"x" * module.FIRST_BODY_READ
+    assert (waiting.value, waking.value) == (b"NOOP", "awake")
+
+
+def test_who_has_many_lines_at_hand_lets_those_run_who_wait_for_theirs(connect):
+    wire, peer = connect()
+    other, other_peer = connect()
+    waiting = gevent.spawn(other.read_line)
+    gevent.idle()
+    peer.sendall(NEXT * (2 * module.FAIR_LINES + 2))
+    assert wire.read_line() == b"NOOP"
+    other_peer.sendall(NEXT)
+    for _ in range(2 * module.FAIR_LINES + 1):
+        assert wire.read_line() == b"NOOP"
+    assert waiting.value == b"NOOP"
+
+
 def test_a_session_over_tls_that_never_has_to_wait_lets_the_others_run(connect, pair, monkeypatch):
-    monkeypatch.setattr(module, "FAIR_READS", 3)  # so that a socket's buffer holds more than that
+    monkeypatch.setattr(module, "FAIR_TIME", 0.0)
     wire, peer = connect()
     secure = connect.tls(pair, wire, peer)
     secure.sendall(b"x" * 5 * module.COMMAND_READ + b"\r\n")

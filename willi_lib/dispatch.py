@@ -8,7 +8,7 @@ from time import monotonic
 
 from . import log
 from .config import Settings
-from .counts import Counts
+from .counts import REFUSED, Counts
 from .lookup import route_of
 from .relay import Relay
 from .routing import LookupFailed, Mapping, NoRoute, Route
@@ -17,6 +17,10 @@ from .smtp.reply import Reject, Reply
 from .smtp.syntax import MAX_COMMAND_LINE, Mail, Path, parse_rcpt, split_command
 from .smtp.wire import Wire
 from .upstream import Client, Connector, Refused, Upstream, UpstreamFailed
+
+# Connections that a client may have opened one after the other without a message that is accepted: one for each EHLO or
+# change of route. An upstream counts the refusals on one connection only.
+MAX_IN_VAIN = 20
 
 
 @dataclass
@@ -66,6 +70,7 @@ class Dispatch:
         counts: Counts,
     ) -> None:
         self.upstream: Upstream | None = None
+        self.in_vain = 0  # connections since the last message that was accepted
         self._sid = sid
         self._settings = settings
         self._mappings = mappings
@@ -127,8 +132,21 @@ class Dispatch:
                     raise
                 log.debug("Kept upstream connection is gone", sid=self._sid, error=str(failure))
             self.drop()
-        self.upstream = self._connector.connect(route, self._client, self._client_wire.clock, self._sid)
+        self.upstream = self._connect(route)
         return self.upstream, self._say_mail(self.upstream, transaction, recipient)
+
+    def _connect(self, route: Route) -> Upstream:
+        """A new connection; 421 for who has had too many."""
+        if self.in_vain >= MAX_IN_VAIN:
+            log.info("Too many upstream connections without a message", sid=self._sid, client=str(self._client))
+            self._counts.add(REFUSED, "max_errors")
+            raise Reject(replies.TOO_MANY_ERRORS)
+        self.in_vain += 1
+        try:
+            return self._connector.connect(route, self._client, self._client_wire.clock, self._sid)
+        except UpstreamFailed:  # no fault of the client's, who may have messages for others, too
+            self.in_vain -= 1
+            raise
 
     def _say_mail(self, upstream: Upstream, transaction: Transaction, recipient: Path) -> Reply:
         """MAIL, and behind it in the same write what the client has sent in one group with this RCPT."""

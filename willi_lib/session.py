@@ -294,6 +294,8 @@ class Session:
 
     def mail(self, argument: bytes) -> Reply:
         """MAIL (RFC 5321 §4.1.1.2). It is kept until a recipient says which upstream shall hear it."""
+        self.forget_transaction()  # one that failed, if any: no recipient behind a refused MAIL is one of it
+        self.stage = Stage.GREETED
         try:
             mail = parse_mail(argument, self.settings.extensions)
             if mail.size is not None and mail.size > self.settings.max_message_bytes:
@@ -301,7 +303,6 @@ class Session:
         except Reject as refusal:
             self.log.syntax("MAIL refused", argument, refusal)
             raise
-        self.forget_transaction()
         self.transaction = Transaction(mail)
         self.stage = Stage.SENDER
         return replies.SENDER_KEPT
@@ -386,10 +387,10 @@ class Session:
         if not offered or transaction is None or transaction.upstream is None or not transaction.recipients:
             refusal = self.bdat_refusal(transaction) if offered else replies.NOT_IMPLEMENTED
             Content(self.settings, self.wire).skip(size)
-            if last and self.stage is Stage.CHUNKS:
-                self.finish_transaction(accepted=False)
-            elif offered and transaction and not last:
-                transaction.verdict = refusal  # later chunks alone would make another message
+            if offered and last and self.stage in (Stage.SENDER, Stage.CHUNKS):
+                self.finish_transaction(accepted=False)  # as with Postfix: a MAIL may have been sent behind it
+            elif offered and transaction:
+                transaction.verdict = refusal  # later chunks and recipients would make another message
             return refusal
         relay = transaction.relay = transaction.relay or Relay(self.settings, self.wire, transaction.upstream)
         self.stage = Stage.CHUNKS
@@ -437,7 +438,7 @@ class Session:
         elif relay.failed:
             self.stage = Stage.FAILED
         if last and answer.positive:
-            self.errors = 0
+            self.errors = self.dispatch.in_vain = 0
         return answer
 
     # -- verbs: the rest

@@ -49,7 +49,7 @@ from .session import Session, new_session_id
 from .smtp import proxy_protocol
 from .smtp import reply as replies
 from .smtp.reply import Reply
-from .smtp.wire import Clock, PeerGone, Wire, WireError
+from .smtp.wire import Clock, PeerGone, Wire, WireError, give_way
 from .tls import CertificateError, server_context
 from .upstream import Client, Connector
 
@@ -175,7 +175,7 @@ class Worker:
         Raises MappingError, CsvError, CertificateError.
         """
         self._settings = settings
-        self._mappings = open_mappings(settings, pause=lambda: gevent.sleep(0), tell=_log_notice)
+        self._mappings = open_mappings(settings, pause=give_way, tell=_log_notice)
         for csv_file in self._csv_files():
             csv_file.load()
         resolver = Resolver(settings.dns_timeout)

@@ -49,6 +49,7 @@ class Book:
         self.entries: dict[str, Entry] = {}
         self.counts: Counter[str] = Counter()
         self.faults: list[str] = []
+        self.calm = False  # nothing is done to Willi itself: each session has a right to an answer
         self._lock = threading.Lock()
 
     def enter(self, mark: str, entry: Entry) -> None:
@@ -64,6 +65,12 @@ class Book:
     def fault(self, what: str) -> None:
         with self._lock:
             self.faults.append(what)
+
+    def broken(self, session: str, what: str, error: Exception, calm: bool) -> None:
+        """A session without an end. calm: as it was when that began."""
+        self.count(f"sessions {what}{' in the calm' if calm else ''}")
+        if calm:
+            self.fault(f"{session}: {what} in the calm: {error!r}")
 
 
 class HungUp(Exception):
@@ -111,10 +118,11 @@ class Sender:
 
     def _session(self) -> None:
         self._pipelines, self._slow = self._draw.random() < 0.5, self._draw.random() < 0.1
+        calm = self._book.calm
         try:
             self._client = Client(self._port, seconds=PATIENCE)
-        except OSError:
-            self._book.count("sessions without a connection")
+        except OSError as error:
+            self._book.broken(f"{self._name}-{self._number}", "without a connection", error, calm)
             return
         try:
             with self._client:
@@ -125,8 +133,8 @@ class Sender:
             self._book.count("sessions to their end")
         except TimeoutError:
             self._book.fault(f"{self._name}-{self._number}: no answer within {PATIENCE:g} s")
-        except (OSError, ssl.SSLError):
-            self._book.count("sessions broken")
+        except (OSError, ssl.SSLError) as error:
+            self._book.broken(f"{self._name}-{self._number}", "broken", error, calm)
         except HungUp:
             self._book.count("sessions that hung up")
         except Refused as refusal:
@@ -183,14 +191,14 @@ class Sender:
             lines.append(b"DATA")
         if self._pipelines:
             self._send(b"".join(line + b"\r\n" for line in lines))
-            answers = [self._read() for _ in lines]
-        else:
-            answers = []
-            for line in lines:
+        answers: list[Reply] = []
+        for line in lines:
+            if not self._pipelines:
                 self._send(line + b"\r\n")
-                answers.append(self._read())
-                if answers[-1].code >= 400:
-                    break
+            answers.append(self._read())
+            self._last_word(answers[-1])
+            if answers[-1].code >= 400 and not self._pipelines:
+                break
         worst = max(answers, key=lambda answer: answer.code if answer.code >= 400 else 0)
         if worst.code >= 400:
             if answers[-1].code == 354:
@@ -223,6 +231,11 @@ class Sender:
     def _read(self) -> Reply:
         assert self._client
         return self._client.read_reply()
+
+    def _last_word(self, answer: Reply) -> None:
+        """Nothing comes after a 421."""
+        if answer.code == 421:
+            raise Refused(answer)
 
     def _expect(self, answer: Reply) -> None:
         """Raises Refused. 5xx would be wrong: all that is asked for is in order."""

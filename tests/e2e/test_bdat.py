@@ -8,6 +8,7 @@ from tests.conftest import StartWilli
 from tests.support.client import Client
 from tests.support.daemon import Willi
 from tests.support.talk import (
+    BEN,
     BOB,
     GO_ON,
     LOST,
@@ -149,6 +150,22 @@ def test_a_chunk_pipelined_behind_refused_recipients_is_read_to_its_end(willi: W
         client.send(MAIL + b"\r\n" + BOB + b"\r\nBDAT 12 LAST\r\nQUIT\r\nRSET\r\nNOOP\r\n")
         expected = [SENDER_KEPT, "550 5.1.1 no bob", "554 5.5.1 No valid recipients", "250 2.0.0 Ok"]
         assert [str(client.read_reply()) for _ in expected] == expected
+
+
+@pytest.mark.parametrize("parts", [(b"hello",), (b"hel", b"lo")], ids=["one chunk", "two chunks"])
+def test_a_message_pipelined_behind_one_without_recipients_has_its_own_sender(
+    parts: tuple[bytes, ...], willi: Willi, upstream: ScriptedUpstream
+):
+    upstream.answers[BOB] = [reply("550 5.1.1 no bob")]
+    chunks = b"".join(b"BDAT %d\r\n%b" % (len(part), part) for part in parts[:-1])
+    chunks += b"BDAT %d LAST\r\n%b" % (len(parts[-1]), parts[-1])
+    with greeted(willi) as client:
+        client.send(b"MAIL FROM:<>\r\n" + BOB + b"\r\n" + chunks + MAIL + b"\r\n" + BEN + b"\r\n" + chunks)
+        none = ["554 5.5.1 No valid recipients"] * len(parts)
+        expected = [SENDER_KEPT, "550 5.1.1 no bob", *none, SENDER_KEPT, OK, *[OK] * len(parts)]
+        assert [str(client.read_reply()) for _ in expected] == expected
+    message = upstream.wait_for_message()
+    assert (message.sender, message.recipients, message.content) == (b"ann@a.example", (b"ben@b.example",), b"hello")
 
 
 def test_a_message_of_which_a_chunk_came_too_early_is_not_delivered(willi: Willi, upstream: ScriptedUpstream):

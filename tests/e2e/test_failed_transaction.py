@@ -197,3 +197,29 @@ def test_an_upstream_that_cannot_be_reached_is_logged_with_what_was_wrong(start_
         assert say(client, MAIL, BOB) == [SENDER_KEPT, NO_ANSWER]
     line = willi.wait_for_log(msg="Upstream failed", lvl="error")
     assert line["error"] == f"{HOST}:{port}: Connection refused"
+
+
+def test_after_the_end_of_a_message_for_nobody_no_recipient_joins_it(
+    willi: Willi, upstream: ScriptedUpstream, other: ScriptedUpstream
+):
+    """The MAIL between them may have been refused or garbled."""
+    upstream.stop()
+    with greeted(willi) as client:
+        assert say_together(client, MAIL, BOB) == [SENDER_KEPT, NO_ANSWER]
+        assert chunk(client, b"hello", last=True) == LOST
+        assert say(client, CARL, b"DATA") == [LOST, LOST]
+        assert chunk(client, b"hello", last=True) == LOST
+        assert deliver(client, CARL) == QUEUED
+    assert len(other.messages) == 1
+
+
+def test_no_recipient_behind_a_refused_mail_has_the_sender_of_the_failed_transaction(
+    willi: Willi, upstream: ScriptedUpstream, other: ScriptedUpstream
+):
+    upstream.stop()
+    with greeted(willi) as client:
+        heard = say_together(client, MAIL, BOB, b"MAIL FROM:<ben@a.example> WHAT=1", CARL, b"DATA")
+        no_mail = "503 5.5.1 Need MAIL command"
+        assert heard == [SENDER_KEPT, NO_ANSWER, "555 5.5.4 MAIL or RCPT parameter not recognized", no_mail, no_mail]
+        assert deliver(client, CARL) == QUEUED
+    assert len(other.messages) == 1

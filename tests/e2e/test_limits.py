@@ -12,9 +12,11 @@ from tests.support.daemon import Willi
 from tests.support.loopback import free_port, wait_until
 from tests.support.talk import (
     BOB,
+    CARL,
     EHLO,
     GO_ON,
     MAIL,
+    NO_ANSWER,
     OK,
     QUEUED,
     SENDER_KEPT,
@@ -25,6 +27,7 @@ from tests.support.talk import (
     say,
 )
 from tests.support.upstream import ScriptedUpstream
+from willi_lib.dispatch import MAX_IN_VAIN
 
 TOO_MANY = "421 4.3.2 Too many connections, try again later"
 TOO_MANY_FROM_YOU = "421 4.7.0 Too many connections from your address"
@@ -150,6 +153,38 @@ def test_a_message_that_is_accepted_makes_up_for_errors(start_willi: StartWilli,
         for _ in range(3):
             assert say(client, b"X", b"Y") == [UNKNOWN, UNKNOWN]
             assert deliver(client) == QUEUED
+
+
+# Upstream connections without a message
+
+
+AGAIN = (EHLO, MAIL, BOB)
+
+
+def test_a_client_has_only_so_many_upstream_connections_opened_in_vain(
+    start_willi: StartWilli, upstream: ScriptedUpstream
+):
+    with start_willi(server=upstream.server).connect() as client:
+        for _ in range(2):
+            for _ in range(MAX_IN_VAIN - 1):
+                assert say(client, *AGAIN)[1:] == [SENDER_KEPT, OK]
+            assert say(client, *AGAIN, b"DATA")[1:] == [SENDER_KEPT, OK, GO_ON]
+            assert content(client) == QUEUED, "which makes up for it"
+        for _ in range(MAX_IN_VAIN):
+            assert say(client, *AGAIN)[1:] == [SENDER_KEPT, OK]
+        assert say(client, *AGAIN)[1:] == [SENDER_KEPT, TOO_MANY_ERRORS]
+        client.expect_eof()
+    assert len(upstream.connections) == 3 * MAX_IN_VAIN
+
+
+def test_upstreams_that_fail_do_not_count_as_opened_in_vain(start_willi: StartWilli, upstream: ScriptedUpstream):
+    nobody = f"127.0.0.1:{free_port()}"
+    willi = start_willi(csv=f"pattern;server;tls_verify\nb.example;{upstream.server}\nc.example;{nobody}\n")
+    willi.tolerate(nobody)
+    with greeted(willi) as client:
+        for _ in range(MAX_IN_VAIN + 1):
+            assert say(client, MAIL, CARL, b"RSET")[1] == NO_ANSWER
+        assert deliver(client) == QUEUED
 
 
 # max_recipients

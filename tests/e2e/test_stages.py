@@ -79,7 +79,7 @@ EXPECTED: dict[Stage, dict[bytes, tuple[str, Stage | None]]] = {
         b"MAIL": (NESTED, None),
         b"RCPT": (OK, Stage.RECIPIENT),
         b"DATA": (NO_RCPT, None),
-        b"BDAT": (NO_RCPT, None),
+        b"BDAT": (NO_RCPT, Stage.GREETED),
     },
     Stage.RECIPIENT: {
         **ALWAYS,

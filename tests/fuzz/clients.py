@@ -12,6 +12,8 @@ BDAT = re.compile(rb"BDAT (\d{1,20})(| LAST) *", re.IGNORECASE)
 MAX_LINE = 2048  # octets with CRLF
 REPLY_LINE = re.compile(rb"([2-5][0-9]{2})([ -])([^\r\n]*)\r\n")
 LAST_WORDS = (b"421", b"221")
+NOT_OFFERED = b"502 5.5.1 Command not implemented\r\n"  # to BDAT: as if it had not been said
+PATH = re.compile(rb"<.*>")
 GIVES_UP = (b"500 5.5.2 Bare CR or LF in a command\r\n", b"501 5.5.4 Syntax: BDAT size [LAST]\r\n")
 
 
@@ -38,6 +40,7 @@ class Sent:
     content: bytes
     verdict: bytes
     chunked: bool
+    envelope: tuple[bytes, ...] = ()
 
 
 @dataclass
@@ -68,6 +71,7 @@ class Reader:
         self._story = Story()
         self._chunks: list[bytes] = []
         self._poisoned = False  # a chunk of this message was refused
+        self._envelope: tuple[bytes, ...] = ()  # the sender, then the recipients that were accepted
 
     def read(self) -> Story:
         if not self._greeted and self._next() is None:  # no greeting: it was gone too soon
@@ -118,7 +122,9 @@ class Reader:
         if reply.startswith(b"354"):
             return self._content()
         if verb in (b"EHLO", b"HELO", b"RSET", b"MAIL") and reply.startswith(b"2"):
-            self._chunks, self._poisoned = [], False
+            self._chunks, self._poisoned, self._envelope = [], False, ()
+        if verb in (b"MAIL", b"RCPT") and reply.startswith(b"2"):
+            self._envelope += path_of(line)
         ends = (verb == b"QUIT" and reply.startswith(b"221")) or (verb == b"STARTTLS" and reply.startswith(b"220"))
         assert not ends or not self._replies
         if verb == b"STARTTLS" and ends:
@@ -135,8 +141,9 @@ class Reader:
         self._poisoned = self._poisoned or not accepted
         if last:
             assert accepted != self._poisoned, f"{reply!r} to a message of which a part was refused"
-            self._story.messages.append(Sent(b"".join(self._chunks), reply, chunked=True))
+            self._story.messages.append(Sent(b"".join(self._chunks), reply, True, self._envelope))
             self._chunks, self._poisoned = [], False
+            self._envelope = self._envelope if reply == NOT_OFFERED else ()
         return True
 
     def _content(self) -> bool:
@@ -148,9 +155,15 @@ class Reader:
         if verdict is None:
             self._story.open = b"(message)"
             return False
-        self._story.messages.append(Sent(content_of(self._said[: end - 3]), verdict, chunked=False))
-        self._said = self._said[end:]
+        self._story.messages.append(Sent(content_of(self._said[: end - 3]), verdict, False, self._envelope))
+        self._said, self._envelope = self._said[end:], ()
         return not verdict.startswith(b"421")
+
+
+def path_of(line: bytes) -> tuple[bytes, ...]:
+    """What stands between the brackets of MAIL or RCPT, brackets included; empty: there are none."""
+    found = PATH.search(line)
+    return (found[0],) if found else ()
 
 
 def _chunk_of(line: bytes) -> tuple[int, bool] | None:

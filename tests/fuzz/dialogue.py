@@ -317,6 +317,8 @@ def _normal(octets: bytes) -> bytes:
 
 
 def _is_the_same(sent: Sent, stored: Stored) -> bool:
+    if sent.envelope != stored.envelope:
+        return False
     if stored.verdict[:1] in (b"2", b"4", b"5"):
         if _normal(sent.verdict) != _normal(stored.verdict):
             return False

@@ -84,8 +84,9 @@ SYNTAX = tokens(
 BODY = tokens(
     b"\r\n", b"\r\n", b"\r", b"\n", b".", b".", b"\r\n.", b"\r\n..", b"\r\n.\r\n", b"\n.\n", b"\n.\r\n", b"\r\n.\n",
     b"\r.\r", b"\r\r\n", b".\r\r\n", b" ", b"\t", b"\0", b"\x0b", b"\x0c", b"\x1a", b"\x1f", b"a", b"ab c", b"\xff",
-    b"\x85", b"\xa0", b" " * 998, b"\0" * 1001, b"MAIL FROM:<eve@a.example>\r\n",
+    b"\x85", b"\xa0", b" " * 998, b"\0" * 1001, b".\0a", b"MAIL FROM:<eve@a.example>\r\n",
 )  # fmt: skip
+CUTS = (*range(12), 998, 1000, 1001, 2003)  # what is held back ends at 1,000
 REPLY = tokens(
     b"250 ", b"250-", b"250", b"220 ", b"354 ", b"421 4.3.2 ", b"550 5.1.1 ", b"199 ", b"600 ", b"\r\n", b"\r\n", b"\n",
     b"\r", b"-", b" ", b"SIZE 1000", b"PIPELINING", b"\0", b"\x1b[31m", b"\xc3\xbc", b"\xff", b'"', b"\\", b"=",
@@ -126,7 +127,7 @@ BLOCKS = (
     START, START, START + b"DATA\r\n", ENVELOPE, ENVELOPE + b"DATA\r\n",
     ENVELOPE + b"RCPT TO:<no@b.example>\r\nDATA\r\n",
     ENVELOPE.replace(b"bob@b", b"carl@c") + b"DATA\r\nhello\r\n.\r\n", ENVELOPE + b"DATA\r\nhello\r\n.\r\n",
-    ENVELOPE + b"BDAT 5 LAST\r\nhello",
+    ENVELOPE + b"BDAT 5 LAST\r\nhello", ENVELOPE.replace(b"ann@", b"eve@") + b"BDAT 5 LAST\r\nhello",
 )  # fmt: skip
 OTHER_REPLIES = (
     "250 2.0.0 ok\r\n", "250-a\r\n250 b\r\n", "421 4.3.2 bye\r\n", "450 4.2.0 later\r\n", "550 5.1.1 no\r\n",
@@ -170,7 +171,7 @@ def script_of(genes: Genes, seeds: Sequence[Script]) -> Script:
 
 def body_of(genes: Genes, seeds: Sequence[bytes]) -> tuple[bytes, tuple[int, ...]]:
     """A message, and the lengths of the pieces in which it comes."""
-    cuts = tuple(genes.next() % 12 for _ in range(genes.next() % 8))
+    cuts = tuple(genes.pick(CUTS) for _ in range(genes.next() % 8))
     return octets_of(genes, seeds, BODY), cuts
 
 

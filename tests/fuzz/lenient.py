@@ -8,7 +8,7 @@ LINE_ENDS = frozenset(b"\r\n")  # it takes each of them, alone, for the end of a
 SKIPPED = frozenset(range(33)) - LINE_ENDS  # and does not see these at all: NUL, blanks, control characters
 NUL = 0
 LONE_DOT = re.compile(rb"([\x00-\x09\x0b\x0c\x0e-\x20]*)(\.[\x00-\x09\x0b\x0c\x0e-\x20]*)")
-OVERLONG = re.compile(rb"[\x00-\x20]{1000}")  # in a line that begins so, Willi may double a dot (body.py)
+OVERLONG = re.compile(rb"[\x00-\x20.]{1000}")  # in a line that begins so, Willi may double a dot or make spaces of NULs
 
 
 def early_end(content: bytes) -> int | None:

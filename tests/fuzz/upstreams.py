@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 import gevent
 
+from tests.fuzz.clients import path_of
 from tests.fuzz.lenient import content_of, early_end, strict_end
 
 READ_EVENT = 1
@@ -37,6 +38,7 @@ class Stored:
     content: bytes
     verdict: bytes
     chunked: bool
+    envelope: tuple[bytes, ...] = ()  # the sender, then the recipients that were accepted
 
 
 @dataclass
@@ -72,7 +74,7 @@ class HostileUpstream:
         self._in_data = self._in_tls = self._silent = False
         self._chunk: tuple[int, bool] | None = None
         self._chunks: list[bytes] = []
-        self._recipients = 0
+        self._envelope: tuple[bytes, ...] = ()
         self._watcher = gevent.get_hub().loop.io(ours.fileno(), READ_EVENT)
         self._watcher.start(self._on_readable)
         plan.upstreams.append(self)
@@ -137,7 +139,7 @@ class HostileUpstream:
         if verb == b"BDAT" and (size := re.match(rb"\d{1,9}", argument)):
             self._chunk = int(size[0]), argument.endswith(b"LAST")
         elif verb != b"PROXY":
-            self._conclude(verb, self._answer(self._usual(verb, argument)))
+            self._conclude(verb, path_of(line), self._answer(self._usual(verb, argument)))
 
     def _usual(self, verb: bytes, argument: bytes) -> bytes:
         """What a friendly server would say."""
@@ -147,16 +149,16 @@ class HostileUpstream:
         if verb == b"RCPT" and argument.startswith((b"TO:<no", b"TO:<later")):
             return b"550 5.1.1 no\r\n" if argument.startswith(b"TO:<no") else b"450 4.2.0 later\r\n"
         if verb == b"DATA":
-            return b"354 go on\r\n" if self._recipients and not self._chunks else b"503 5.5.1 no\r\n"
+            return b"354 go on\r\n" if len(self._envelope) > 1 and not self._chunks else b"503 5.5.1 no\r\n"
         known = {b"STARTTLS": b"220 go\r\n", b"XCLIENT": b"220 hello again\r\n", b"QUIT": b"221 bye\r\n"}
         return known.get(verb, b"250 2.0.0 ok\r\n")
 
-    def _conclude(self, verb: bytes, code: int) -> None:
+    def _conclude(self, verb: bytes, path: tuple[bytes, ...], code: int) -> None:
         """What an answer changes."""
         if verb == b"DATA" and code == 354:
             self._in_data = True
-        elif verb == b"RCPT" and code // 100 == 2:
-            self._recipients += 1
+        elif verb in (b"MAIL", b"RCPT") and code // 100 == 2:
+            self._envelope = path if verb == b"MAIL" else self._envelope + path
         elif verb in (b"RSET", b"EHLO", b"HELO", b"XCLIENT") and code // 100 == 2:
             self._forget()
         elif verb == b"STARTTLS" and code == 220:
@@ -165,7 +167,7 @@ class HostileUpstream:
             self.end()
 
     def _forget(self) -> None:
-        self._recipients, self._chunks = 0, []
+        self._envelope, self._chunks = (), []
 
     def _take_message(self) -> bool:
         end = strict_end(self._buffer)
@@ -192,7 +194,7 @@ class HostileUpstream:
     def _store(self, content: bytes, chunked: bool) -> None:
         said = len(self._plan.said)
         self._answer(b"250 2.0.0 queued as %d\r\n" % said)
-        self.stored.append(Stored(content, b"".join(self._plan.said[said:]), chunked))
+        self.stored.append(Stored(content, b"".join(self._plan.said[said:]), chunked, self._envelope))
         self._forget()
 
     def _answer(self, usual: bytes) -> int:
@@ -208,7 +210,8 @@ class HostileUpstream:
             self._plan.said.append(octets)
             with suppress(OSError):  # the peer has gone
                 self._socket.send(octets)
-            return int(octets[:3]) if octets[:3].isdigit() else 0
+            code = octets.splitlines()[-1][:3] if ONE_REPLY.fullmatch(octets) else octets[:3]
+            return int(code) if code.isdigit() else 0
         return 0
 
 

@@ -161,9 +161,9 @@ class _Lines:
         """Decide about a last line that is only skipped octets, and at most one dot, but too long to be held.
 
         Both spellings may turn out wrong if there is no dot yet. So it goes as it is, and should a
-        dot come, and again nothing but skipped octets, that dot is doubled: an exception to rule 2,
-        for a line that no mail program writes. If there is a dot, NULs before it become spaces,
-        whatever follows. Rule 3 has no exception.
+        dot come, and again nothing but skipped octets, or a NUL, that dot is doubled: an exception
+        to rule 2, for a line that no mail program writes. If there is a dot, NULs before it become
+        spaces, whatever follows. Rule 3 has no exception.
         """
         end = len(data) - data.endswith(b"\r")
         self.held = data[end:]
@@ -191,9 +191,11 @@ class _Lines:
 
     def _mind_nul(self, data: bytes) -> bytes:
         """Apply rule 3 for readers to which a line ends at a NUL."""
-        if self.place in (_Place.LINE, _Place.CONTENT):
-            return _LONE_BEFORE_NUL.sub(_respelled_before_nul, b"\n" + data)[1:]
-        return _LONE_BEFORE_NUL.sub(_respelled_before_nul, data)
+        if self.place is _Place.INSIDE:
+            return _LONE_BEFORE_NUL.sub(_respelled_before_nul, data)
+        if self.place is _Place.BLANKS and _LONE_BEFORE_NUL.match(b"\n" + data):
+            data = b"." + data  # what a stuffing dot would change has gone already
+        return _LONE_BEFORE_NUL.sub(_respelled_before_nul, b"\n" + data)[1:]
 
 
 def _repair_line_ends(data: bytes) -> bytes:

@@ -17,7 +17,6 @@ from time import monotonic
 from types import TracebackType
 from typing import Any
 
-import gevent
 from gevent import get_hub, getcurrent
 
 from . import reply as replies
@@ -35,8 +34,8 @@ MAX_REPLY_LINE = 4096  # octets with CRLF; RFC 5321 §4.5.3.1.5 asks for 512
 WRITE_TIMEOUT = 300.0  # seconds, if nobody says otherwise: what RFC 5321 §4.5.3.2 has a server wait
 LINGER = 2.0  # seconds for the peer to read our last words before the socket goes
 LINGER_OCTETS = 1 << 20  # what we throw away meanwhile
+FAIR_TIME = 0.01  # seconds with octets at hand all the time after which the others, and the clocks, get their turn
 FAIR_LINES = 64  # lines from the buffer, likewise
-FAIR_READS = 8  # reads without a wait after which the other sessions, and the clock, get their turn
 FOREVER = float("inf")
 STOOD_STILL = 0.5  # seconds that a timer comes too late: we did not run, and what came meanwhile is to be read first
 AFTER_READING = -1  # libev's priority of our timers: reads are 0
@@ -162,8 +161,8 @@ class Wire:
     """
 
     __slots__ = (
-        "_at", "_body_read", "_buffer", "_clear_in", "_clear_out", "_lines", "_output", "_readable", "_reads",
-        "_socket", "_tls", "_tls_ended", "_writable", "_write_timeout", "clock", "trace",
+        "_at", "_body_read", "_buffer", "_clear_in", "_clear_out", "_lines", "_output", "_readable", "_socket",
+        "_tls", "_tls_ended", "_waited", "_writable", "_write_timeout", "clock", "trace",
     )  # fmt: skip
 
     def __init__(
@@ -182,7 +181,8 @@ class Wire:
         self._buffer = b""  # what was received and not yet taken ...
         self._at = 0  # ... from here on
         self._body_read = FIRST_BODY_READ
-        self._reads = self._lines = 0  # since we last waited
+        self._waited = 0.0  # when we last did, or gave way
+        self._lines = 0  # since then
         self._output = b""
         self._tls: ssl.SSLObject | None = None
         self._tls_ended = False  # by the peer's close_notify
@@ -197,8 +197,11 @@ class Wire:
         return self._at < len(self._buffer)
 
     def peek_lines(self) -> list[bytes]:
-        """The complete lines that are buffered, without CRLF; they stay where they are."""
-        end = self._buffer.rfind(b"\r\n")
+        """The complete lines that are buffered, without CRLF; they stay where they are.
+
+        Of COMMAND_READ octets at the most: after a message there may be much more, and each look costs.
+        """
+        end = self._buffer.rfind(b"\r\n", self._at, self._at + COMMAND_READ)
         return self._buffer[self._at : end].split(b"\r\n") if end >= self._at else []
 
     def read_line(self, limit: int = MAX_COMMAND_LINE) -> bytes:
@@ -218,7 +221,7 @@ class Wire:
         self._lines += 1
         if self._lines > FAIR_LINES:
             self._lines = 0
-            gevent.sleep(0)
+            give_way()
         _refuse_bare_newline(line)
         if self.trace:
             self.trace("<", line)
@@ -307,14 +310,13 @@ class Wire:
             self.flush()
         octets = None
         if eager or (self._tls is not None and self._holds_records()):
+            if monotonic() - self._waited > FAIR_TIME:
+                give_way()
+                self._waited = monotonic()
             octets = self._receive_now(size)
-            self._reads += 1
-            if self._reads > FAIR_READS:
-                self._reads = 0
-                gevent.sleep(0)
         while octets is None:
-            self._reads = self._lines = 0
             _wait(self._readable)
+            self._waited, self._lines = monotonic(), 0
             octets = self._receive_now(size)
         if not octets:
             raise PeerGone("connection closed")
@@ -542,6 +544,18 @@ class Wire:
         with suppress(ssl.SSLError):  # wants the peer's close_notify, which we need not wait for (RFC 8446 §6.1)
             self._tls.unwrap()
         self._send_encrypted()
+
+
+def give_way() -> None:
+    """Let the loop look for what has come, and all others and the clocks have their turn.
+
+    Not gevent.sleep(0): of that the loop runs 50 and more in a row before it looks.
+    """
+    timer = get_hub().loop.timer(0.0, priority=AFTER_READING)
+    try:
+        _wait(timer)
+    finally:
+        timer.close()
 
 
 def _wait(event: Any) -> None:
