@@ -117,6 +117,8 @@ class Session:
         if self.stage is Stage.HANDSHAKE:
             self.handshake()
             return None
+        if not self.wire.has_line:
+            self.wire.flush()  # before `waiting`, in which a drain would cut an answer off
         if self.draining and self.stage in IDLE:
             raise ShuttingDown
         try:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import signal
+import socket
 
 import pytest
 
 from tests.conftest import StartWilli
 from tests.support.client import Client
 from tests.support.daemon import Willi
+from tests.support.loopback import PATIENCE
 from tests.support.postfix import Postfix
 from tests.support.promise import (
     assert_nothing_was_finished,
@@ -45,6 +47,23 @@ def test_clients_without_a_transaction_are_told_421(willi: Willi, upstream: Scri
         is_sent_away(client)
     assert willi.wait() == 0
     assert upstream.wait_for_ends() == [Ended.QUIT] * 2
+
+
+def test_answers_that_a_slow_client_has_not_read_yet_are_not_cut_off(willi: Willi):
+    """One of them might be the 250 to a message, which would come a second time."""
+    client = greeted(willi)
+    for option in (socket.SO_RCVBUF, socket.SO_SNDBUF):
+        client.socket.setsockopt(socket.SOL_SOCKET, option, 64 << 10)
+    client.socket.settimeout(1)
+    with pytest.raises(TimeoutError):
+        for _ in range(1000):
+            client.send(b"NOOP\r\n" * 1000)  # until Willi can't send, and reads no more
+    terminate(willi)
+    client.socket.settimeout(PATIENCE)
+    *answers, last = client.read_to_end().decode().split("\r\n")[:-1]
+    assert len(answers) > 1000
+    assert set(answers) == {"250 2.0.0 Ok"}
+    assert last == GOODBYE
 
 
 @pytest.mark.parametrize("stage", ["MAIL", "RCPT", "DATA", "BDAT"])

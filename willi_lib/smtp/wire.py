@@ -196,6 +196,11 @@ class Wire:
         """Whether octets were received that nobody has taken yet."""
         return self._at < len(self._buffer)
 
+    @property
+    def has_line(self) -> bool:
+        """Whether a whole line is buffered."""
+        return self._buffer.find(b"\r\n", self._at) >= 0
+
     def peek_lines(self) -> list[bytes]:
         """The complete lines that are buffered, without CRLF; they stay where they are.
 
