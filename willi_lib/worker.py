@@ -232,7 +232,8 @@ class Worker:
 
     def end_with(self, master: gevent.socket.socket) -> None:
         """Wait for the death of the master, whose end of this socket then closes, and end as well."""
-        master.recv(1)
+        with suppress(ConnectionError):  # it has not read our last words
+            master.recv(1)
         if not self._asked_to_end.is_set():
             log.error("The master is dead, this worker drains and ends", pid=os.getpid())
             self.end()

@@ -251,6 +251,21 @@ def test_without_their_master_workers_finish_what_has_begun_and_end(two: Willi, 
         two.connect()
 
 
+def test_a_worker_that_drains_while_its_master_dies_says_no_more(two: Willi):
+    """The master has not read that the worker leaves: that resets the connection between them."""
+    two.tolerate("The master is dead")
+    leaving, serving = two.workers
+    client = in_data_at(two, leaving)
+    os.kill(two.process.pid, signal.SIGSTOP)
+    os.kill(leaving, signal.SIGTERM)
+    two.wait_for_log(msg="Draining")
+    os.kill(two.process.pid, signal.SIGKILL)
+    two.wait()
+    assert content(client) == QUEUED
+    wait_until(lambda: not is_there(leaving) and not is_there(serving), "the end of the workers")
+    assert "Traceback" not in two.text
+
+
 def in_data_at(willi: Willi, pid: int) -> Client:
     client = served_by(willi, pid)
     for command, code in ((b"MAIL FROM:<ann@a.example>", 250), (b"RCPT TO:<bob@b.example>", 250), (b"DATA", 354)):
