@@ -162,12 +162,14 @@ class Soak:
 
 
 def growth_of(looks: Sequence[Look]) -> list[str]:
-    """What has grown: a fault for each. Medians of the first and the last quarter, after the warm-up."""
+    """What has grown: a fault for each. Medians of the first and the last quarter, after the warm-up.
+
+    Not PSS: a process's part of what is shared grows when others who share it end, such as another Python.
+    """
     warm = looks[round(len(looks) * WARM_UP) :]
     quarter = max(1, len(warm) // 4)
     first, last = warm[:quarter], warm[-quarter:]
     curves: dict[str, Callable[[Look], float]] = {
-        "MiB of memory (PSS)": lambda look: sum(look.pss),
         "MiB of private memory": lambda look: sum(look.private),
         "descriptors": lambda look: sum(look.descriptors),
     }
