@@ -13,6 +13,7 @@ import subprocess
 import tempfile
 import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
@@ -478,3 +479,24 @@ def test_a_port_that_only_waits_is_told(tmp_path: Path):
         path = listening_on(configure(tmp_path, ""), f"{HOST}:{silent.getsockname()[1]}")
         [taken] = about(findings(path, WITHOUT_INSIGHT), "listen")
     assert taken.level == "wrong" and "a process of root that says nothing" in taken.what
+
+
+def test_whoever_drips_on_the_status_port_holds_nobody_up(tmp_path: Path):
+    need("setpriv", root=True)
+    over = threading.Event()
+
+    def drip(server: socket.socket) -> None:
+        while not over.is_set():
+            with suppress(OSError), server.accept()[0] as connection:
+                while not over.wait(0.2):
+                    connection.sendall(b"x")
+
+    with socket.create_server((HOST, 0)) as server:
+        server.settimeout(1)
+        thread = threading.Thread(target=drip, args=(server,), daemon=True)
+        thread.start()
+        path = configure(tmp_path, "", f"status_listen = {HOST}:{server.getsockname()[1]}")
+        [taken] = about(findings(path, WITHOUT_INSIGHT), "status_listen")
+        over.set()
+        thread.join(5)
+    assert taken.level == "wrong" and "that says nothing" in taken.what

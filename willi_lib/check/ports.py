@@ -12,6 +12,8 @@ from contextlib import suppress
 from ipaddress import IPv4Address, IPv6Address, ip_address
 from pathlib import Path
 
+import gevent
+
 from willi_lib.config import Address, Settings
 from willi_lib.listeners import _families
 
@@ -109,7 +111,8 @@ def _greeting(address: Address) -> str:
 
 def _metrics(address: Address) -> str:
     """The beginning of what it answers to Prometheus."""
-    with suppress(OSError), socket.create_connection(_near(address), PATIENCE) as connection:
+    whole = gevent.Timeout(PATIENCE, TimeoutError)  # the socket's own limit is for each read
+    with whole, suppress(OSError), socket.create_connection(_near(address), PATIENCE) as connection:
         connection.sendall(b"GET /metrics HTTP/1.0\r\n\r\n")
         with connection.makefile("rb") as answer:
             return answer.read(MAX_METRICS).decode("utf-8", "replace")
