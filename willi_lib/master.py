@@ -296,6 +296,7 @@ class Master:
         if not self._reload_asked or not self._has_room():
             return
         self._reload_asked = False
+        self._certificates.will_be_read(self._current.settings)  # or tried: willi.conf may have a fault
         log.info("Reloading")
         systemd.notify_reloading()
         try:

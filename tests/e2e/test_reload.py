@@ -9,6 +9,7 @@ import socket
 import ssl
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -282,6 +283,26 @@ def test_a_certificate_whose_reload_failed_for_another_reason_is_not_forgotten(
     willi.csv.write_text(table)
     willi.wait_for_log(msg="Reloaded", seconds=15)
     assert certificate_of(willi) not in (old, b"")
+
+
+def test_a_changed_certificate_beside_a_broken_file_is_tried_once_a_minute(
+    start_willi: StartWilli, upstream: ScriptedUpstream, certificates: Authority, postfix_certificate: Pair,
+    tmp_path: Path,
+):  # fmt: skip
+    cert, key = copied(postfix_certificate, tmp_path)
+    prefix = in_a_hurry(**{"certificate_files.INTERVAL": 0.2, "certificate_files.RETRY": 4.0})
+    willi = start_willi(server=upstream.server, workers=1, tls_cert=cert, tls_key=key, prefix=prefix)
+    willi.tolerate(FAILED)
+    good = willi.config.read_text()
+    willi.config.write_text(good + "nonsense = 1\n")
+    renewed = certificates.issue("renewed-in-vain.example")
+    for new, name in ((renewed.cert, cert), (renewed.key, key)):
+        Path(shutil.copy(new, tmp_path / "new")).replace(name)
+    willi.wait_for_log(msg=FAILED, count=2, seconds=40)
+    first, second = (datetime.fromisoformat(line["t"][:19]) for line in willi.lines(msg=FAILED)[:2])
+    assert (second - first).total_seconds() >= 3.0  # stamps are whole seconds
+    willi.config.write_text(good)
+    willi.wait_for_log(msg="Reloaded", seconds=40)
 
 
 def test_a_changed_path_of_a_certificate_is_one_reload(
