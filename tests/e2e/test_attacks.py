@@ -130,7 +130,7 @@ def test_no_server_name_in_tls_forges_a_line(
     )
     for name in ('x" lvl=error msg="forged', "x lvl=error", "\u202e.example", "\x1b[2J"):
         told = s_client(willi, "", "-servername", name)
-        assert not name.isascii() or "subject=CN = a.example" in told, (name, told)
+        assert not name.isascii() or "subject=CN=a.example" in told.replace(" ", ""), (name, told)
     with greeted(willi) as client:
         assert deliver(client) == QUEUED
     assert all(line["lvl"] in ("info", "warn") for line in willi.log)

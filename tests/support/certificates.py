@@ -6,9 +6,28 @@ import ipaddress
 import ssl
 import subprocess
 from dataclasses import dataclass
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
 EC_KEY = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes")
+# `openssl x509` has -not_before only since OpenSSL 3.4, and takes no negative -days from then on: `openssl ca` takes
+# two dates in every version.
+CONFIGURATION = """\
+[ca]
+default_ca = tests
+[tests]
+database = {directory}/issued
+new_certs_dir = {directory}
+certificate = {directory}/ca.pem
+private_key = {directory}/ca.key
+rand_serial = yes
+unique_subject = no
+default_md = sha256
+copy_extensions = copy
+policy = any
+[any]
+commonName = supplied
+"""
 
 
 @dataclass(frozen=True)
@@ -37,14 +56,21 @@ class Authority:
             "req", "-x509", *EC_KEY, "-keyout", self._ca_key, "-out", self.ca, "-days", "7", "-subj", "/CN=Willi tests",
             "-addext", "keyUsage=critical,keyCertSign,cRLSign",
         )  # fmt: skip
+        self._configuration = directory / "ca.cnf"
+        self._configuration.write_text(CONFIGURATION.format(directory=directory))
+        (directory / "issued").touch()
 
     def issue(self, *names: str) -> Pair:
         """A certificate for these names, good for a week."""
-        return self._signed("good", names, days=7)
+        return self._signed("good", names, begins=0, ends=7)
 
     def expired(self, *names: str) -> Pair:
         """One that was good until yesterday."""
-        return self._signed("expired", names, days=-1)
+        return self._signed("expired", names, begins=-8, ends=-1)
+
+    def not_yet_valid(self, *names: str) -> Pair:
+        """One that is good from tomorrow on."""
+        return self._signed("not-yet-valid", names, begins=1, ends=8)
 
     def self_signed(self, *names: str) -> Pair:
         """One that nobody trusts."""
@@ -61,14 +87,15 @@ class Authority:
         stem = f"{kind}-{'-'.join(names)}".replace(":", "_").replace("*", "any")
         return Pair(self._directory / f"{stem}.pem", self._directory / f"{stem}.key")
 
-    def _signed(self, kind: str, names: tuple[str, ...], days: int) -> Pair:
+    def _signed(self, kind: str, names: tuple[str, ...], begins: int, ends: int) -> Pair:
+        """begins, ends: days from now."""
         pair = self._pair(kind, names)
         if not pair.cert.exists():
             request = pair.cert.with_suffix(".csr")
             _openssl("req", *EC_KEY, "-keyout", pair.key, "-out", request, *_subject(names))
             _openssl(
-                "x509", "-req", "-in", request, "-CA", self.ca, "-CAkey", self._ca_key, "-CAcreateserial",
-                "-days", str(days), "-copy_extensions", "copy", "-out", pair.cert,
+                "ca", "-config", self._configuration, "-batch", "-notext", "-in", request, "-out", pair.cert,
+                "-startdate", _date(begins), "-enddate", _date(ends),
             )  # fmt: skip
         return pair
 
@@ -76,6 +103,10 @@ class Authority:
 def _subject(names: tuple[str, ...]) -> tuple[str, ...]:
     alternatives = ",".join(f"{'IP' if _is_address(name) else 'DNS'}:{name}" for name in names)
     return "-subj", f"/CN={names[0]}", "-addext", f"subjectAltName={alternatives}"
+
+
+def _date(days: int) -> str:
+    return (datetime.now(timezone.utc) + timedelta(days=days, minutes=-1)).strftime("%Y%m%d%H%M%SZ")
 
 
 def _is_address(name: str) -> bool:
