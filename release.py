@@ -36,7 +36,7 @@ PACKED = {
 
 # The wheels that a tarball carries, by machine and CPython. Others get theirs from the network.
 # gevent has none for 3.10 on aarch64.
-TARGETS = {"x86_64": ("3.10", "3.11", "3.12", "3.13"), "aarch64": ("3.11", "3.12", "3.13")}
+TARGETS = {"x86_64": ("3.10", "3.11", "3.12", "3.13", "3.14"), "aarch64": ("3.11", "3.12", "3.13", "3.14")}
 PLATFORMS = ("manylinux_2_28", "manylinux2014")  # glibc 2.28: Debian 10, Ubuntu 18.10 and later
 BUILT = "docopt"  # the only one that its author publishes without a wheel
 BUILT_BY = "setuptools==80.9.0"  # it writes its own version into the wheel

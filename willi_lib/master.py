@@ -22,6 +22,7 @@ from .certificate_files import CertificateFiles
 from .child import Child, Generation, State
 from .config import ConfigError, Settings
 from .listeners import CannotBind, Listeners, bind
+from .reload import write_answer
 from .reports import Links, Report
 from .scoreboard import Row, Scoreboard
 from .status.keeper import Keeper, status_addresses
@@ -171,6 +172,7 @@ class Master:
         self._children: list[Child] = []
         self._certificates = CertificateFiles()
         self._reload_asked = False
+        self._reload_began = 0.0
         self._stopping = False
         self._delay = 0.0  # before the next dead worker is replaced
         self._replace_at = 0.0
@@ -286,6 +288,8 @@ class Master:
         log.set_up(settings.loglevel, settings.log)
         log.info("Ready" if first else "Reloaded", listen=str(self._listeners), workers=len(new), pid=os.getpid())
         systemd.notify("READY=1", f"STATUS={len(new)} workers listen on {self._listeners}")
+        if not first:
+            self._answer_reload()
 
     def _reload_if_asked(self) -> None:
         if self._candidate:
@@ -297,6 +301,7 @@ class Master:
             return
         self._reload_asked = False
         self._certificates.will_be_read(self._current.settings)  # or tried: willi.conf may have a fault
+        self._reload_began = monotonic()
         log.info("Reloading")
         systemd.notify_reloading()
         try:
@@ -329,6 +334,13 @@ class Master:
         for fault in faults.splitlines():
             log.error(RELOAD_FAILED, error=fault)
         systemd.notify("READY=1", f"STATUS={RELOAD_FAILED}: {faults.splitlines()[0]}")
+        self._answer_reload(faults)
+
+    def _answer_reload(self, faults: str = "") -> None:
+        try:
+            write_answer(self._reload_began, faults)
+        except OSError as error:
+            log.warn("Cannot write down what became of the reload", error=str(error))
 
     # -- one child after the other
 

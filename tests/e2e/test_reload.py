@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import itertools
 import shutil
+import os
 import signal
 import socket
 import ssl
+import subprocess
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
@@ -18,7 +21,7 @@ from tests.conftest import StartUpstream, StartWilli
 from tests.support.certificates import Authority, Pair
 from tests.support.client import Client
 from tests.support.daemon import Willi, in_a_hurry
-from tests.support.loopback import HOST, free_port, wait_until
+from tests.support.loopback import HOST, ROOT, free_port, wait_until
 from tests.support.promise import greeted, in_data, in_envelope
 from tests.support.talk import BOB, MAIL, OK, QUEUED, chunk, content, deliver
 from tests.support.upstream import Ended, ScriptedUpstream
@@ -355,6 +358,54 @@ def test_a_reload_to_more_workers_that_fails_leaves_the_limits_as_they_were(
     more = [willi.connect() for _ in range(2)]
     assert not accepted(willi)
     assert len(more) == 2
+
+
+# What `systemctl reload` and the init script learn of it
+
+
+def ask_for_reload(directory: Path, pid: int) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-I", str(ROOT / "willi_lib" / "reload.py"), str(pid)],
+        env={**os.environ, "RUNTIME_DIRECTORY": str(directory)}, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+def outcome_of(asking: subprocess.Popen[str]) -> tuple[int, str]:
+    """Exit status and words."""
+    _, words = asking.communicate(timeout=60)
+    return asking.returncode, words
+
+
+def test_a_reload_that_failed_is_told_to_the_one_that_asked_for_it(start_willi, upstream: ScriptedUpstream, tmp_path):
+    willi = start_willi(server=upstream.server, environment={"RUNTIME_DIRECTORY": f"{tmp_path}:/var/empty"})
+    assert outcome_of(ask_for_reload(tmp_path, willi.process.pid)) == (0, "")
+    willi.tolerate(FAILED)
+    willi.change({"read_timeot": "5m"})
+    status, words = outcome_of(ask_for_reload(tmp_path, willi.process.pid))
+    assert status == 1
+    assert "read_timeot: unknown key; did you mean 'read_timeout'?" in words
+    # This one is found by the new workers only.
+    del willi.settings["read_timeot"]
+    willi.change({"mappings": {"lost": {"type": "csv", "file": "lost.csv"}}})
+    status, words = outcome_of(ask_for_reload(tmp_path, willi.process.pid))
+    assert status == 1
+    assert "lost.csv" in words
+    willi.change({"mappings": {"all": {"type": "static", "server": upstream.server}}})
+    assert outcome_of(ask_for_reload(tmp_path, willi.process.pid)) == (0, "")
+
+
+def test_each_of_many_that_ask_for_a_reload_at_once_has_its_answer(start_willi, upstream: ScriptedUpstream, tmp_path):
+    """The kernel makes one signal of several, and some come while a reload is under way."""
+    willi = start_willi(server=upstream.server, environment={"RUNTIME_DIRECTORY": str(tmp_path)})
+    asking = [ask_for_reload(tmp_path, willi.process.pid) for _ in range(10)]
+    assert [outcome_of(one) for one in asking] == [(0, "")] * 10
+    assert len(willi.lines(msg="Reloaded")) <= 10
+
+
+def test_who_asks_a_willi_that_has_ended_for_a_reload_is_told_so(tmp_path):
+    with subprocess.Popen(["/bin/true"]) as ended:
+        pass
+    assert outcome_of(ask_for_reload(tmp_path, ended.pid)) == (1, "Willi does not run, or is being stopped\n")
 
 
 # Under load
