@@ -40,6 +40,7 @@ TARGETS = {"x86_64": ("3.10", "3.11", "3.12", "3.13", "3.14"), "aarch64": ("3.11
 PLATFORMS = ("manylinux_2_28", "manylinux2014")  # glibc 2.28: Debian 10, Ubuntu 18.10 and later
 BUILT = "docopt"  # the only one that its author publishes without a wheel
 BUILT_BY = "setuptools==80.9.0"  # it writes its own version into the wheel
+MAX_NAMES = 5  # of files that are not committed; git status shows them all
 
 PIP_SECONDS = 600  # one call of pip; it has its own limits for each answer of the network
 SSH_FAILED = 255  # ssh's own exit status; any other is that of the command
@@ -51,14 +52,29 @@ class Failed(Exception):
 
 
 def run(command: Sequence[str | Path], stdin: bytes | None = None, seconds: float = 60) -> bytes:
-    """The standard output of a command. Raises Failed."""
+    """The standard output of a command. Raises Failed, with its last word."""
     try:
-        done = subprocess.run(command, cwd=ROOT, input=stdin, stdout=subprocess.PIPE, check=True, timeout=seconds)
+        done = subprocess.run(command, cwd=ROOT, input=stdin, capture_output=True, check=False, timeout=seconds)
     except FileNotFoundError:
         raise Failed(f"{command[0]} is missing: install it first") from None
-    except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
+    except subprocess.TimeoutExpired as error:
         raise Failed(f"{error}") from None
+    if done.returncode:
+        said = done.stderr.decode(errors="replace").strip().rpartition("\n")[2]
+        raise Failed(f"{shlex.join(map(str, command))} ended with {done.returncode}: {said}")
     return done.stdout
+
+
+def pip(python: Path, *arguments: str | Path) -> None:
+    """Run pip for what it gets from the network. Raises Failed."""
+    try:
+        run([python, "-m", "pip", "-qq", "--disable-pip-version-check", *arguments], seconds=PIP_SECONDS)
+    except Failed as failure:
+        said = str(failure).rpartition(": ")[2]
+        raise Failed(
+            f"The libraries cannot be fetched ({said}). Run this again where the network is, or put the wheels that"
+            f" {LOCK.name} names into {os.environ.get('WILLI_WHEELS', 'release/wheels')}"
+        ) from None
 
 
 def git(*arguments: str) -> bytes:
@@ -76,8 +92,13 @@ def sha256(data: bytes) -> str:
 
 def refuse_changes() -> None:
     """Raises Failed if the tree is not what is committed: the tarball would lack what its builder sees."""
-    if changes := git("status", "--porcelain", "--untracked-files=all").decode():
-        raise Failed(f"{changes}These are not committed, and only what is committed can be released.")
+    if changes := git("status", "--porcelain", "--untracked-files=all").decode().splitlines():
+        names = [change[3:] for change in changes]
+        named = ", ".join(names[:MAX_NAMES]) + (f" and {len(names) - MAX_NAMES} more" if names[MAX_NAMES:] else "")
+        raise Failed(
+            f"Only what is committed can be released. Commit these, or put them aside with"
+            f" git stash --include-untracked: {named}"
+        )
 
 
 def committed() -> dict[str, tuple[bytes, int]]:
@@ -169,17 +190,17 @@ def fetch(directory: Path) -> None:
     """Download the wheels of requirements.txt for all targets, and build the one that cannot be downloaded."""
     with tempfile.TemporaryDirectory(prefix="willi-release-") as scratch:
         venv.create(f"{scratch}/venv", with_pip=True)
-        pip = [f"{scratch}/venv/bin/python", "-m", "pip", "-qq", "--disable-pip-version-check"]
-        run([*pip, "install", BUILT_BY], seconds=PIP_SECONDS)
+        python = Path(scratch, "venv/bin/python")
+        pip(python, "install", BUILT_BY)
         # Without a cache: pip would take the wheel that some other setuptools has built.
         how = ["--no-cache-dir", "--no-deps", f"--no-binary={BUILT}", "--no-build-isolation", "--use-pep517"]
         where = ["--constraint=requirements.txt", f"--wheel-dir={scratch}"]
-        run([*pip, "wheel", *how, *where, BUILT], seconds=PIP_SECONDS)
+        pip(python, "wheel", *how, *where, BUILT)
         for built in Path(scratch).glob("*.whl"):
             repack(built, directory / built.name)
         for target in targets():
             where = [f"--find-links={directory}", f"--dest={directory}", "--requirement=requirements.txt"]
-            run([*pip, "download", "--only-binary=:all:", *target, *where], seconds=PIP_SECONDS)
+            pip(python, "download", "--only-binary=:all:", *target, *where)
 
 
 def targets() -> Iterator[list[str]]:
@@ -200,7 +221,7 @@ def repack(source: Path, target: Path) -> None:
 
 
 def lock() -> None:
-    """Choose the wheels anew, and write wheels.sha256."""
+    """Choose the wheels again, and write wheels.sha256."""
     with tempfile.TemporaryDirectory(prefix="willi-lock-") as scratch:
         fetch(Path(scratch))
         lines = [f"{sha256(path.read_bytes())}  {path.name}\n" for path in sorted(Path(scratch).glob("*.whl"))]
@@ -318,7 +339,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("build", help="make release/willi-<version>.tar.gz and release/SHA256SUMS")
-    commands.add_parser("lock", help="after a change of requirements.txt: write wheels.sha256 anew")
+    commands.add_parser("lock", help="after a change of requirements.txt: write wheels.sha256 again")
     commands.add_parser("install", help="build, and run install.sh on a host").add_argument("host")
     arguments = parser.parse_args()
     try:

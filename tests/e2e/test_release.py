@@ -23,8 +23,8 @@ from tests.support.release import WHEELS, build_release, commit, environment, gi
 from tests.support.sshd import OPERATOR, Sshd
 from willi_lib import VERSION
 
-PYTHONS = [("x86_64", "3.10"), ("x86_64", "3.11"), ("x86_64", "3.12"), ("x86_64", "3.13"),
-           ("aarch64", "3.11"), ("aarch64", "3.12"), ("aarch64", "3.13")]  # fmt: skip
+PYTHONS = [("x86_64", "3.10"), ("x86_64", "3.11"), ("x86_64", "3.12"), ("x86_64", "3.13"), ("x86_64", "3.14"),
+           ("aarch64", "3.11"), ("aarch64", "3.12"), ("aarch64", "3.13"), ("aarch64", "3.14")]  # fmt: skip
 NOBODY = 65534
 COMMIT_TIME = 981173106  # of tests.support.release.GIT
 OFFLINE = {"PIP_CONFIG_FILE": os.devnull, "PIP_NO_INDEX": "1", "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
@@ -210,13 +210,34 @@ def test_files_that_git_ignores_stay_outside(clone: Path, release: Path):
 
 
 @pytest.mark.parametrize("name", ["willi.py", "willi_lib/forgotten.py"])
-def test_a_tree_with_changes_is_refused(clone: Path, name: str):
+def test_a_tree_with_changes_is_refused_in_one_line_with_the_remedy(clone: Path, name: str):
     with (clone / name).open("a", encoding="utf-8") as file:
         file.write("# not committed\n")
     done = make(clone, "release")
     assert done.returncode != 0
-    assert f" {name}\nThese are not committed, and only what is committed can be released.\n" in done.stdout
+    remedy = "Only what is committed can be released. Commit these, or put them aside with git stash"
+    assert done.stdout.splitlines()[0] == f"{remedy} --include-untracked: {name}"
     assert not (clone / "release").exists()
+    git(clone, "stash", "--include-untracked")
+    assert git(clone, "status", "--porcelain") == ""
+
+
+def test_of_many_changed_files_some_are_named(clone: Path):
+    for number in range(7):
+        (clone / f"note{number}").touch()
+    done = make(clone, "release")
+    assert done.stdout.splitlines()[0].endswith(": note0, note1, note2, note3, note4 and 2 more")
+
+
+def test_without_network_one_line_says_what_to_do(clone: Path, tmp_path: Path):
+    nowhere = {"PIP_CONFIG_FILE": os.devnull, "PIP_INDEX_URL": f"http://127.0.0.1:{free_port()}/", "PIP_RETRIES": "0"}
+    done = make(clone, "release", WILLI_WHEELS=str(tmp_path / "cache"), **nowhere)
+    assert done.returncode != 0
+    fetching, says, *makes_own = done.stdout.splitlines()
+    assert fetching == "Fetching the wheels ..."
+    assert says.startswith("The libraries cannot be fetched (No matching distribution found for setuptools")
+    assert says.endswith(f"put the wheels that wheels.sha256 names into {tmp_path}/cache")
+    assert all(line.startswith("make: ") for line in makes_own)
 
 
 # The same octets

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import itertools
-import shutil
 import os
+import shutil
 import signal
 import socket
 import ssl
