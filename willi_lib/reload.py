@@ -2,7 +2,7 @@
 
 The file is in RUNTIME_DIRECTORY (systemd.exec(5)), which the unit and the init script set. Its first line is the time
 at which the reload began, the others are the faults; without faults it succeeded. A waiting program takes no answer to
-a reload that began before its own signal, so that several of them, and reloads that nobody asked for, do not confuse it.
+a reload that began before its own signal, so that several of them, and automatic reloads, do not confuse it.
 
     python -I reload.py PID      exit status 0: it serves with the new configuration; 1: the old one goes on
 
@@ -18,7 +18,7 @@ from pathlib import Path
 from time import monotonic, sleep
 
 ANSWER = "reload"
-LIMIT = 320.0  # seconds: a worker has 300 to start; less than TimeoutStartSec of the unit and START_TIMEOUT of the script
+LIMIT = 320.0  # seconds: a worker has 300 to start; less than TimeoutStartSec of the unit
 STEP = 0.05  # seconds between looks
 
 
