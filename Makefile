@@ -11,6 +11,10 @@ SLOW ?= 500
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --use-pep517 --requirement
+# A run of tests with an end. A worker that dies is replaced as often as it takes.
+TESTS := $(BIN)/python -m tests.runner --numprocesses 3 --dist loadfile --max-worker-restart 1000
+PYTEST ?=
+CHAOS_MINUTES = $(shell expr $(SECONDS) / 60 + 15)
 CHECKED := $(wildcard willi.py demo.py release.py) willi_lib bench tests
 
 .DEFAULT_GOAL := help
@@ -58,18 +62,18 @@ demo: $(VENV)/demo
 check: venv
 	@$(BIN)/ruff check $(CHECKED)
 	@$(BIN)/mypy --strict $(CHECKED)
-	@$(BIN)/python -m pytest --quiet --ignore=tests/e2e --ignore=tests/fuzz --ignore=tests/chaos
+	@$(TESTS) --minutes 10 --quiet --ignore=tests/e2e --ignore=tests/fuzz --ignore=tests/chaos
 
 # In the order of the files: chaos, which takes longest, comes first.
 test: venv
 	@tests/install-packages.sh tests/e2e/packages.txt
 	@$(BIN)/ruff check $(CHECKED)
 	@$(BIN)/mypy --strict $(CHECKED)
-	@$(BIN)/python -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder
+	@CHAOS_SECONDS=60 $(TESTS) --minutes 30 --no-loadscope-reorder $(PYTEST)
 
 chaos: venv
 	@tests/install-packages.sh tests/e2e/packages.txt
-	@CHAOS_SECONDS=$(SECONDS) CHAOS_SEED=$(SEED) $(BIN)/python -m pytest --quiet --capture=no tests/chaos
+	@CHAOS_SECONDS=$(SECONDS) CHAOS_SEED=$(SEED) $(BIN)/python -m tests.runner --minutes $(CHAOS_MINUTES) --quiet --capture=no tests/chaos
 
 fuzz: venv
 	@$(BIN)/python -m tests.fuzz --inputs $(INPUTS) $(if $(SEED),--seed $(SEED))

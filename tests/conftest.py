@@ -20,6 +20,8 @@ from tests.support.postfix import Postfix
 from tests.support.raw import RawUpstream
 from tests.support.upstream import ScriptedUpstream
 
+pytest_plugins = ("tests.runner.plugin",)
+
 LOGS = pytest.StashKey[dict[str, Path]]()
 SHOWN = 20_000  # characters of a log, from its end
 

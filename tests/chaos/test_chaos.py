@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import faulthandler
 import hashlib
 import json
 import os
@@ -19,6 +18,7 @@ import pytest
 from tests.chaos.clients import Book, Entry, Fate, Sender, Traffic
 from tests.chaos.faults import DRAIN_TIMEOUT, Chaos, Daemon, Sink
 from tests.conftest import LOGS
+from tests.runner.limits import allow
 from tests.support.certificates import Authority, Pair
 from tests.support.daemon import Setting, Willi, in_a_hurry, parse_logfmt
 from tests.support.loopback import HOST, need, wait_until
@@ -142,8 +142,7 @@ def site(request: pytest.FixtureRequest, certificates: Authority, tmp_path: Path
 
 def test_every_250_is_one_message_and_every_message_one_250_whatever_breaks(site: Site):
     print(f"\nchaos: {SECONDS:g} s, seed {SEED}", flush=True)
-    faulthandler.cancel_dump_traceback_later()  # of pytest: this test takes longer than any other
-    faulthandler.dump_traceback_later(SECONDS + 600, exit=True, file=sys.stderr)
+    allow(SECONDS + 600)
     book, began = Book(), time.monotonic()
     chaos = Chaos(site.daemon, site.sinks, site.postfix, site.mariadb, site.tables, SEED)
     usual = {pid: _descriptors(pid) for pid in site.willi.workers}
@@ -160,7 +159,6 @@ def test_every_250_is_one_message_and_every_message_one_250_whatever_breaks(site
     faults += check_leftovers(site, memory, max(map(len, usual.values())))
     faults += check_end(site)
     _print(book.counts, chaos.counts)
-    faulthandler.cancel_dump_traceback_later()
     for fault in faults[:MOST_TOLD]:
         print(f"chaos: {fault}")
     assert not faults, f"seed {SEED}: {len(faults)} faults, see above"
