@@ -5,9 +5,12 @@ from __future__ import annotations
 import ipaddress
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
+import dns.nameserver
 import gevent
+import gevent.socket
 import pytest
 
 from tests.support.dns import DnsServer, Fault
@@ -203,7 +206,143 @@ def test_a_failure_to_find_an_address_is_not_kept(server, resolver, fault):
     assert resolver.addresses_of("mx.example") == [(socket.AF_INET, "192.0.2.1")]
 
 
+# The search list
+
+
+@pytest.fixture
+def with_search_list(server, tmp_path, monkeypatch) -> Resolver:
+    """The resolver of a host whose resolv.conf says `search corp.example`, where every name exists."""
+    monkeypatch.setenv("LOCALDOMAIN", "corp.example")  # which the C library and c-ares put in place of it
+    for name in ("mx.example", "mail", "one.two.three"):
+        server.zone[f"{name}.corp.example"] = {"A": ["192.0.2.66"], "MX": ["10 wrong.example."]}
+    return Resolver(TIMEOUT, (server.address, server.port))
+
+
+@pytest.mark.parametrize("host", ["mx.example", "mx.example.", "one.two.three", "mail."])
+def test_a_host_with_a_dot_is_never_looked_for_in_the_search_list(server, with_search_list, host):
+    with pytest.raises(DnsFailed, match="no address for "):
+        with_search_list.addresses_of(host)
+    assert not [name for name, _ in server.queries if name.endswith("corp.example")]
+
+
+def test_a_host_of_one_label_in_willi_conf_is(with_search_list):
+    assert with_search_list.addresses_of("mail") == [(socket.AF_INET, "192.0.2.66")]
+
+
+def test_an_mx_host_of_one_label_is_not(server, with_search_list):
+    server.zone["b.example"] = {"MX": ["10 mail."]}
+    server.zone["bare"] = {"A": ["192.0.2.1"]}
+    assert with_search_list.mx_hosts_of("b.example") == ["mail."]
+    assert with_search_list.mx_hosts_of("bare") == ["bare."]
+    with pytest.raises(DnsFailed):
+        with_search_list.addresses_of("mail.")
+
+
+@pytest.mark.parametrize("name", ["mail", "mx.example"])
+def test_the_name_of_a_client_is_not(server, with_search_list, name):
+    server.reverse("192.0.2.66", name)
+    assert with_search_list.start_name_of("192.0.2.66")() == UNAVAILABLE
+
+
+def test_mx_is_not(with_search_list):
+    with pytest.raises(DnsFailed, match=r"no MX for mx\.example: "):
+        with_search_list.mx_hosts_of("mx.example")
+
+
+def test_other_sockets_of_the_process_keep_to_the_same_rules(server, with_search_list):
+    hub = gevent.get_hub()
+    before = hub.resolver
+    try:
+        with_search_list.serve_all_sockets()
+        server.zone["db.example"] = {"A": [HOST]}
+        with gevent.socket.create_server((HOST, 0)) as listener:
+            gevent.socket.create_connection(("db.example", listener.getsockname()[1])).close()
+        with pytest.raises(socket.gaierror):
+            gevent.socket.create_connection(("mx.example", 1))
+    finally:
+        hub.resolver = before
+
+
+# resolv.conf
+
+
+@pytest.mark.parametrize(
+    ("text", "servers"),
+    [
+        ("nameserver 192.0.2.1\nnameserver 2001:db8::1\nnameserver\tfe80::1%lo\n",
+         ["192.0.2.1", "2001:db8::1", "fe80::1%lo"]),
+        ("nameserver 192.0.2.1, 192.0.2.2\nnameserver 192.0.2.3 # ours\n", ["192.0.2.3"]),
+        ("nameserver ns.example\nnameserver 192.0.2.1:53\nnameserver\nnameservers 192.0.2.4\n nameserver 192.0.2.5\n",
+         []),
+        ("search a..b\noptions timeout:x\nsortlist ?\n\0\ufffd\n", []),
+        ("", []),
+    ],
+)  # fmt: skip
+def test_a_line_of_resolv_conf_that_cannot_be_used_is_passed_over(text, servers):
+    assert module.name_servers(text) == servers
+
+
+@pytest.fixture
+def resolv_conf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A file that dnspython's side follows; c-ares's reads the machine's own."""
+    file = tmp_path / "resolv.conf"
+    monkeypatch.setattr(module, "RESOLV_CONF", file)
+    monkeypatch.setattr(module, "RESOLV_CONF_INTERVAL", 0.01)
+    return file
+
+
+def until(condition: Callable[[], bool]) -> bool:
+    with gevent.Timeout(20):
+        while not condition():
+            gevent.sleep(0.01)
+    return True
+
+
+@pytest.mark.parametrize("before", [None, "", "nameserver 192.0.2.1\n"])
+def test_a_changed_resolv_conf_is_read_again_and_old_answers_are_forgotten(resolv_conf, before):
+    if before is not None:
+        resolv_conf.write_text(before)
+    resolver = Resolver(TIMEOUT)
+    assert resolver._dnspython.nameservers == (["192.0.2.1"] if before else ["127.0.0.1"])
+    resolver._mx.put("b.example", ["mx.b.example"], 60)
+    channel = resolver._ares.cares
+    watcher = gevent.spawn(resolver.follow_resolv_conf)
+    resolv_conf.write_text("nameserver 192.0.2.2\nnameserver odd\n")
+    assert until(lambda: resolver._dnspython.nameservers == ["192.0.2.2"])
+    assert resolver._mx.get("b.example") is None and resolver._ares.cares is not channel
+    watcher.kill()
+
+
+@pytest.mark.parametrize("text", [None, "", "# nothing yet\n"])
+def test_a_resolv_conf_without_a_server_changes_nothing(resolv_conf, text, capfd):
+    resolv_conf.write_text("nameserver 192.0.2.1\n")
+    resolver = Resolver(TIMEOUT)
+    watcher = gevent.spawn(resolver.follow_resolv_conf)
+    resolv_conf.unlink() if text is None else resolv_conf.write_text(text)
+    gevent.sleep(0.1)  # some looks
+    assert resolver._dnspython.nameservers == ["192.0.2.1"] and not watcher.ready()
+    resolv_conf.write_text("nameserver 192.0.2.2\n")
+    assert until(lambda: resolver._dnspython.nameservers == ["192.0.2.2"])
+    watcher.kill()
+
+
 # MX hosts
+
+
+def test_mx_works_while_two_of_three_name_servers_are_silent(server, resolver):
+    """The resolver's time is shared among the servers, so that each is asked."""
+    silent = [DnsServer(), DnsServer()]
+    server.zone["b.example"] = {"MX": ["10 mx.b.example."]}
+    for other in silent:
+        other.zone["b.example"] = Fault.SILENCE
+    resolver._take_name_servers([HOST] * 3)
+    ports = [*(other.port for other in silent), server.port]
+    servers = [dns.nameserver.Do53Nameserver(HOST, port) for port in ports]
+    resolver._dnspython.nameservers = servers
+    assert resolver.mx_hosts_of("b.example") == ["mx.b.example"]
+    assert [len(other.queries) for other in silent] == [1, 1]
+    for other in silent:
+        other.stop()
 
 
 def test_mx_hosts_come_in_the_order_of_their_preference_and_in_lower_case(server, resolver):

@@ -248,7 +248,7 @@ def test_a_willi_that_is_well_has_none(totals: Totals):
         (master(stopping=True), "Willi is being stopped"),
         (master(last_reload_error="willi.conf:2: no"), "The last reload failed: willi.conf:2: no"),
         (master(connections=81), "81 of 100 connections are in use (max_connections)"),
-        (worker(certificates=[["/c.pem", ["a"], NOW + 13.2 * DAY, ""]]), "The certificate /c.pem expires in 13 days"),
+        (worker(certificates=[["/c.pem", ["a"], NOW + 13.2 * DAY, ""]]), "The certificate /c.pem has 13 days left"),
         (worker(certificates=[["/c.pem", ["a"], NOW - 1, ""]]), "The certificate /c.pem has expired"),
         (
             worker(tables=[{"name": "csv:/x", "kind": "csv", "patterns": 1, "last_error": "/x:2: no"}]),

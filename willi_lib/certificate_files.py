@@ -48,10 +48,11 @@ def _signature(settings: Settings) -> str:
     """Differs when one of the files does."""
     authorities = [settings.upstream_tls_ca, *(mapping.policy.upstream_tls_ca for mapping in settings.mappings)]
     authorities += [mapping.tls_ca for mapping in settings.mappings if isinstance(mapping, MysqlSettings)]
-    return " ".join(map(_file_signature, filter(None, [*settings.tls_cert, *settings.tls_key, *authorities])))
+    return " ".join(map(file_signature, filter(None, [*settings.tls_cert, *settings.tls_key, *authorities])))
 
 
-def _file_signature(path: str) -> str:
+def file_signature(path: str | Path) -> str:
+    """Differs when the file is another one, or has been written."""
     try:
         found = Path(path).stat()
     except OSError as error:

@@ -409,7 +409,7 @@ class Connector:
             context = _context(route.tls_verify, route.policy.upstream_tls_ca)
         except CertificateError as error:
             raise UpstreamFailed(f"upstream_tls_ca: {error}") from None
-        upstream.wire.start_tls(context, server_side=False, server_name=upstream.server.host)
+        upstream.wire.start_tls(context, server_side=False, server_name=upstream.server.host.rstrip("."))
         if upstream.wire.pending():  # in clear it has been dropped; in the records of its handshake nobody has looked
             raise UpstreamFailed(f"{upstream.server}: spoke before EHLO")
 

@@ -175,10 +175,11 @@ class Worker:
         Raises MappingError, CsvError, CertificateError.
         """
         self._settings = settings
+        resolver = self._resolver = Resolver(settings.dns_timeout)
+        resolver.serve_all_sockets()
         self._mappings = open_mappings(settings, pause=give_way, tell=_log_notice)
         for csv_file in self._csv_files():
             csv_file.load()
-        resolver = Resolver(settings.dns_timeout)
         counts = self._counts = Counts()
         self._service = Service(
             settings,
@@ -246,7 +247,7 @@ class Worker:
         for server in self._servers:
             server.start()
         helpers = [gevent.spawn(self._watch_csv_files), gevent.spawn(self._show_life)]
-        helpers.append(gevent.spawn(self._report))
+        helpers += [gevent.spawn(self._report), gevent.spawn(self._resolver.follow_resolv_conf)]
         answering = gevent.spawn(self._reporter.answer_questions)
         self._asked_to_end.wait()
         about_to_end()

@@ -360,6 +360,25 @@ def test_a_resolver_that_is_silent(tmp_path: Path, dns: DnsServer, server: str, 
     assert resolver.level == level and "/etc/resolv.conf" in resolver.advice
 
 
+def test_many_hosts_behind_a_silent_resolver_are_one_finding(tmp_path: Path, dns: DnsServer):
+    hosts = [f"mail{number}.b.example" for number in range(7)]
+    dns.zone |= dict.fromkeys(["mx.willi.example", *hosts], Fault.SILENCE)
+    path = configure(tmp_path, "".join(f"d{number}.example;{host}\n" for number, host in enumerate(hosts)))
+    found = findings(path, dns.prefix)
+    [upstreams] = about(found, "upstreams")
+    named = ", ".join(f"{host}:25" for host in hosts[:5])
+    assert upstreams.what == f"not tried, since no name server answers (7): {named}, ..."
+    assert "/etc/resolv.conf" in upstreams.advice
+    assert not [one for one in found if one.subject.startswith("mail")]
+
+
+def test_an_odd_line_in_resolv_conf_is_passed_over(tmp_path: Path, dns: DnsServer):
+    dns.zone["mx.willi.example"] = {"A": ["192.0.2.25"]}
+    dns.resolv_conf.write_text("search a..b\nnameserver 192.0.2.1,192.0.2.2\n" + dns.resolv_conf.read_text())
+    [resolver] = about(findings(configure(tmp_path, ""), dns.prefix), "DNS")
+    assert resolver.level == "ok"
+
+
 # -- settings
 
 STRANGE = {

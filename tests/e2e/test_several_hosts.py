@@ -6,7 +6,7 @@ import pytest
 
 from tests.conftest import StartUpstream, StartWilli
 from tests.support.dns import DnsServer, Fault
-from tests.support.loopback import HOST, free_port
+from tests.support.loopback import HOST, free_port, wait_until
 from tests.support.talk import (
     BOB,
     GO_ON,
@@ -243,6 +243,26 @@ def test_a_host_that_does_not_exist_is_a_451_with_its_name_in_the_log(start_will
     with greeted(willi) as client:
         assert say(client, MAIL, BOB) == [SENDER_KEPT, NO_ANSWER]
     assert "no address for mx.b.example" in willi.wait_for_log(msg="Upstream failed", lvl="error")["error"]
+
+
+def test_a_changed_resolv_conf_is_noticed_and_its_odd_lines_are_passed_over(
+    start_willi: StartWilli, upstream: ScriptedUpstream, dns: DnsServer
+):
+    good = dns.resolv_conf.read_text()
+    dns.resolv_conf.write_text("")  # as at boot, before the network is there
+    dns.zone["mx.b.example"] = {"A": [upstream.host]}
+    willi = start_willi(server=f"mx.b.example:{upstream.port}", dns=dns, dns_timeout="1s", workers=1)
+    willi.tolerate("mx.b.example")
+    with greeted(willi) as client:
+        assert say(client, MAIL, BOB) == [SENDER_KEPT, NO_ANSWER]
+    dns.resolv_conf.write_text("nameserver ns.example\nnameserver 127.0.0.1:53\n" + good)
+    assert willi.wait_for_log(msg="resolv.conf read again")["name_servers"] == dns.address
+
+    def delivers() -> bool:  # not at once: the failed look-up may still be under way
+        with greeted(willi) as client:
+            return say(client, MAIL, BOB)[-1].startswith("250")
+
+    wait_until(delivers, "delivery")
 
 
 # mx:domain, always on port 25

@@ -52,8 +52,9 @@ class DnsServer:
         self.port: int
         self.address, self.port = self._socket.getsockname()
         self._directory = directory
+        self.resolv_conf = directory / "resolv.conf" if directory else Path()  # what `prefix` shows to the command
         if directory:
-            (directory / "resolv.conf").write_text(f"nameserver {self.address}\n")
+            self.resolv_conf.write_text(f"nameserver {self.address}\n")
             (directory / "hosts").write_text("# empty: names and addresses come from the test's zone\n")
             (directory / "nsswitch.conf").write_text("hosts: files dns\n")
         self._thread = threading.Thread(target=self._serve, name="dns", daemon=True)

@@ -36,10 +36,11 @@ def check(settings: Settings, as_json: bool = False) -> int:
     look_at_certificates(settings, report)
     look_at_files(settings, report)
     look_at_ports(settings, report)
-    destinations = look_at_mappings(settings, report)
     resolver = Resolver(settings.dns_timeout)
-    look_at_dns(settings, destinations, resolver, report)
-    look_at_upstreams(settings, destinations, resolver, report)
+    resolver.serve_all_sockets()
+    destinations = look_at_mappings(settings, report)
+    dns_answers = look_at_dns(settings, destinations, resolver, report)
+    look_at_upstreams(settings, destinations, resolver, report, dns_answers)
     return report.end()
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from willi_lib.config import CsvSettings, MysqlSettings, Settings
 from willi_lib.mappings import others_can_read
+from willi_lib.status.words import time_left
 from willi_lib.tls import CertificateError, certificate_facts
 
 from .report import Report
@@ -39,7 +40,8 @@ def look_at_certificates(settings: Settings, report: Report) -> None:
             continue
         names.update(facts.names)
         days = days_left(facts.expires)
-        text = f"for {', '.join(facts.names) or 'no name'}, until {facts.expires:%Y-%m-%d} ({days} days)"
+        left = time_left((facts.expires - datetime.now(timezone.utc)).total_seconds())
+        text = f"for {', '.join(facts.names) or 'no name'}, until {facts.expires:%Y-%m-%d} ({left})"
         if days >= WARN_DAYS:
             report.ok(pair.cert, text)
         else:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from willi_lib import log
 from willi_lib.config import Settings
+from willi_lib.dns import Resolver
 from willi_lib.lookup import show
 from willi_lib.mappings import MappingError, open_mappings
 from willi_lib.routing import Mapping
@@ -18,6 +19,7 @@ from .report import GOOD, WRONG, printable
 def lookup(settings: Settings, addresses: Sequence[str]) -> int:
     """Show what a session would find for each address; 0 if each has a route."""
     log.silence()
+    Resolver(settings.dns_timeout).serve_all_sockets()
     try:
         mappings = open_mappings(settings)
         for mapping in mappings:

@@ -14,17 +14,17 @@ from willi_lib.dns import DnsFailed, Resolver
 from .report import Report
 from .routes import Destinations
 
-NO_ANSWER = "see /etc/resolv.conf: is a name server there, is it up, and may we reach it?"
+SEE_RESOLV_CONF = "see /etc/resolv.conf: is a name server there, is it up, and may we reach it?"
 
 
-def look_at_dns(settings: Settings, destinations: Destinations, resolver: Resolver, report: Report) -> None:
-    """Without an answer to the first question no other is asked."""
+def look_at_dns(settings: Settings, destinations: Destinations, resolver: Resolver, report: Report) -> bool:
+    """Whether it answers. Without an answer to the first question no other is asked."""
     began = monotonic()
     try:
-        addresses = _addresses_of(settings.domain, settings.dns_timeout)
+        addresses = _addresses_of(settings.domain, resolver)
     except dns.exception.DNSException as error:
         _complain(settings, destinations, str(error), report)
-        return
+        return False
     report.ok("DNS", f"the resolver answers ({(monotonic() - began) * 1000:.0f} ms)")
     if addresses:
         report.ok("domain", f"{settings.domain} is {', '.join(addresses)}")
@@ -32,23 +32,24 @@ def look_at_dns(settings: Settings, destinations: Destinations, resolver: Resolv
         what = f"{settings.domain} has no address in the DNS"
         report.warn("domain", what, "add an A or AAAA record for it, or set domain to the name of this host")
     _look_at_mx(destinations, resolver, report)
+    return True
 
 
 def _complain(settings: Settings, destinations: Destinations, why: str, report: Report) -> None:
     """It is needed for the clients' names, and mostly for the upstreams."""
     if any(_is_name(server.host) for route in destinations.routes for server in route.servers):
-        report.wrong("DNS", f"no answer, so that upstreams cannot be found: {why}", NO_ANSWER)
+        report.wrong("DNS", f"no answer, so that upstreams cannot be found: {why}", SEE_RESOLV_CONF)
     else:
         what = f"no answer, and each client waits up to {settings.dns_timeout:g} s (dns_timeout) for its name: {why}"
-        report.warn("DNS", what, NO_ANSWER)
+        report.warn("DNS", what, SEE_RESOLV_CONF)
 
 
-def _addresses_of(name: str, seconds: float) -> list[str]:
+def _addresses_of(name: str, resolver: Resolver) -> list[str]:
     """From the DNS, not from /etc/hosts: what others find. Raises DNSException if nobody answers."""
     found: list[str] = []
     for kind in ("A", "AAAA"):
         try:
-            found += map(str, dns.resolver.resolve(name, kind, lifetime=seconds, search=False))
+            found += map(str, resolver.ask(name, kind))
         except (dns.resolver.NXDOMAIN, dns.resolver.NoAnswer):
             continue
     return found

@@ -9,6 +9,7 @@ from willi_lib.mappings import MappingError, open_database, open_mappings
 from willi_lib.routing import LookupFailed, Mapping, Route
 from willi_lib.routing.csv_file import CsvError, CsvFile
 from willi_lib.routing.database import Database, Down, Host
+from willi_lib.status.words import several
 
 from .promises import is_own
 from .report import Report
@@ -64,13 +65,13 @@ def _open_one(settings: Settings, one: StaticSettings | CsvSettings) -> Mapping:
 
 def _look_at_table(mapping: CsvFile, report: Report) -> None:
     if not len(mapping):
-        report.warn(mapping.name, "0 patterns", "add a line for each domain: pattern;server;tls_verify")
+        report.warn(mapping.name, several(0, "pattern"), "add a line for each domain: pattern;server;tls_verify")
         return
-    report.ok(mapping.name, f"{len(mapping)} patterns")
+    report.ok(mapping.name, several(len(mapping), "pattern"))
     unverified = sum(_is_unverified(route) for route in mapping.routes())
     if unverified:
-        routes = len(mapping.routes())
-        what = f"{unverified} of {routes} routes have tls_verify = false: whoever sits in between can read such mail"
+        routes = several(len(mapping.routes()), "route")
+        what = f"{unverified} of {routes} have tls_verify = false: whoever sits in between can read such mail"
         report.warn(mapping.name, what, "leave the third field empty where the server's certificate is valid")
 
 

@@ -14,21 +14,25 @@ from dataclasses import dataclass, replace
 from gevent.pool import Pool
 
 from willi_lib.config import Settings
-from willi_lib.dns import Address, Resolver
+from willi_lib.dns import NO_ANSWER, Address, Resolver
 from willi_lib.routing import Route, Server
 from willi_lib.service import XCLIENT_ATTRIBUTES
 from willi_lib.smtp import reply as replies
 from willi_lib.smtp.reply import BadReply, Reject, Reply
 from willi_lib.smtp.wire import Clock, WireError
+from willi_lib.status.words import several
 from willi_lib.tls import CertificateFacts
 from willi_lib.upstream import Client, Connector, Refused, Upstream, UpstreamFailed
 
 from .files import WARN_DAYS, days_left
 from .promises import is_own
 from .report import Finding, Notes, Report
+from .resolver import SEE_RESOLV_CONF
 from .routes import Destinations
 
 PROBES_AT_A_TIME = 20
+MAX_NAMED = 5  # hosts without an address, if it is the name servers that are silent
+SILENT_DNS = rf"{NO_ANSWER}|\(dns_timeout\)"
 STRANGER = "192.0.2.1"  # RFC 5737
 NOBODY = "relay-test@willi-check.invalid"  # RFC 2606
 FAULTS = (UpstreamFailed, WireError, BadReply, Reject, Refused)
@@ -38,7 +42,8 @@ SEES_US = "it takes us for the client, in its blocklists, limits and SPF"
 # What to do about a failure, by its text.
 ADVICE = (
     (r"Mail loops back", "name the mail server itself in the route, or give Willi another domain"),
-    (r"no address for|dns_timeout", "correct the name in the route, or add it to the DNS"),
+    (SILENT_DNS, "ask for that name with dig: the name servers of its zone may be down, or its DNSSEC wrong"),
+    (r"no address for", "correct the name in the route, or add it to the DNS"),
     (r"STARTTLS is required", "switch STARTTLS on there, or set upstream_tls = always"),
     (r"(?i)certificate", "have it renewed, set upstream_tls_ca to its authority, or tls_verify of the route to false"),
     (r"(?i)handshake|TLS", "look at the TLS settings and the log of that server"),
@@ -63,7 +68,9 @@ class Target:
         return self.route.servers[0]
 
 
-def look_at_upstreams(settings: Settings, destinations: Destinations, resolver: Resolver, report: Report) -> None:
+def look_at_upstreams(
+    settings: Settings, destinations: Destinations, resolver: Resolver, report: Report, dns_answers: bool
+) -> None:
     """Several at a time, each once, although many routes may share it."""
     prober = Prober(settings, destinations.several, resolver)
     pool = Pool(PROBES_AT_A_TIME)
@@ -83,9 +90,16 @@ def look_at_upstreams(settings: Settings, destinations: Destinations, resolver: 
             progress.step()
             return findings
 
+        unknown: list[str] = []
         for findings in pool.imap(probe, targets):
             for finding in findings:
-                report.add(finding)
+                if not dns_answers and re.search(SILENT_DNS, finding.what):
+                    unknown.append(finding.subject)
+                else:
+                    report.add(finding)
+    if unknown:
+        hosts = ", ".join([*unknown[:MAX_NAMED], "..."][: len(unknown)])
+        report.wrong("upstreams", f"not tried, since {NO_ANSWER} ({len(unknown)}): {hosts}", SEE_RESOLV_CONF)
 
 
 def _merge(routes: dict[Route, bool], route: Route, takes_all: bool) -> None:
@@ -233,7 +247,7 @@ def _describe_certificate(upstream: Upstream, notes: Notes) -> None:
     """Of one that is not verified nothing is known, and nothing matters."""
     certificate = upstream.wire.peer_certificate
     if certificate and (days := days_left(CertificateFacts(certificate).expires)) < WARN_DAYS:
-        notes.warn(f"its certificate ends in {days} days: then mail for it gets a 451", "have it renewed")
+        notes.warn(f"its certificate ends in {several(days, 'day')}: then mail for it gets a 451", "have it renewed")
 
 
 def _describe_introduction(upstream: Upstream, notes: Notes) -> None:

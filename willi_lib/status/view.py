@@ -10,6 +10,7 @@ from willi_lib import VERSION, counts
 from .hosts import HostTotals
 from .overview import Host, Limit, Overview, Table
 from .totals import FRESH, Totals
+from .words import time_left
 
 FORGET_FAILURE = 3600.0  # seconds after which a host that nobody has tried again is not called down any more
 EXPIRES_SOON = 14 * 86400.0  # seconds
@@ -142,7 +143,7 @@ def problems_of_certificates(totals: Totals, now: float) -> Iterator[str]:
         if certificate.expires < now:
             yield f"The certificate {certificate.file} has expired"
         elif certificate.expires < now + EXPIRES_SOON:
-            yield f"The certificate {certificate.file} expires in {(certificate.expires - now) / 86400:.0f} days"
+            yield f"The certificate {certificate.file} has {time_left(certificate.expires - now)}"
 
 
 def problems_of_processes(totals: Totals, now: float) -> Iterator[str]:

@@ -110,10 +110,14 @@ def certificate_state(certificate: CertificateState, now: float) -> str:
     """As 61 days left."""
     if certificate.fault:
         return "cannot be read"
-    left = certificate.expires - now
-    if left <= 0:
-        return f"expired {duration(-left)} ago"
-    return f"{several(int(left // DAY), 'day')} left" if left >= DAY else f"{duration(left)} left"
+    return time_left(certificate.expires - now)
+
+
+def time_left(seconds: float) -> str:
+    """As 61 days left, or expired 3 d 2 h ago."""
+    if seconds <= 0:
+        return f"expired {duration(-seconds)} ago"
+    return f"{several(int(seconds // DAY), 'day')} left" if seconds >= DAY else f"{duration(seconds)} left"
 
 
 def certificate_mark(certificate: CertificateState, now: float) -> str:
