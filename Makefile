@@ -18,12 +18,16 @@ CHAOS_MINUTES = $(shell expr $(SECONDS) / 60 + 15)
 CHECKED := $(wildcard willi.py demo.py release.py) willi_lib bench tests
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo check test chaos fuzz bench load soak release lock install clean
+.PHONY: help venv demo check test e2e test-pythons chaos fuzz bench load soak release lock install clean
 
 help:
 	@echo "make demo    two upstream servers and Willi in between: see mail being routed (Ctrl-C ends it)"
 	@echo "make check   ruff, mypy --strict and the unit tests: seconds"
 	@echo "make test    everything, with real servers; as root it installs those that are missing"
+	@echo "make e2e     the tests with whole Willis alone; what is missing is left out, with the reason"
+	@echo "make test-pythons"
+	@echo "             \`make check\` and the tests of whole Willis that need no root, with each Python from 3.10 to 3.14 that"
+	@echo "             is here; PYTHONS=\"3.10 3.13\" chooses some"
 	@echo "make chaos   mail goes through Willi while everything breaks; SECONDS=3600 is longer, SEED=7 draws the same again;"
 	@echo "             as root it installs the servers that are missing"
 	@echo "make fuzz    INPUTS=1000000 octets of strangers against the protocol code and whole sessions; SEED=7 as above"
@@ -38,7 +42,7 @@ help:
 	@echo "make venv    only the virtual environment, $(VENV)"
 	@echo "make clean   remove what the others made"
 	@echo
-	@echo "PYTHON=python3.12 make ... chooses another Python (3.10 to 3.13)."
+	@echo "PYTHON=python3.12 make ... chooses another Python (3.10 to 3.14)."
 
 venv: $(VENV)/installed
 
@@ -71,6 +75,12 @@ test: venv
 	@$(BIN)/mypy --strict $(CHECKED)
 	@CHAOS_SECONDS=60 $(TESTS) --minutes 30 --no-loadscope-reorder $(PYTEST)
 
+e2e: venv
+	@$(TESTS) --minutes 20 --quiet $(PYTEST) tests/e2e
+
+test-pythons:
+	@tests/pythons.sh $(PYTHONS)
+
 chaos: venv
 	@tests/install-packages.sh tests/e2e/packages.txt
 	@CHAOS_SECONDS=$(SECONDS) CHAOS_SEED=$(SEED) $(BIN)/python -m tests.runner --minutes $(CHAOS_MINUTES) --quiet --capture=no tests/chaos
@@ -101,5 +111,5 @@ install:
 	@$(PYTHON) release.py install -- "$(TARGET_HOST)"
 
 clean:
-	rm -rf $(VENV) release .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venvs release .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -not -path './.git/*' -prune -exec rm -rf {} +
