@@ -40,6 +40,7 @@ from docopt import DocoptExit, docopt
 from willi_lib import VERSION, log, master
 from willi_lib.config import ConfigError, Settings, load
 from willi_lib.listeners import CannotBind
+from willi_lib.text import visible
 
 DEFAULT_FILES = ("willi.conf", "/opt/willi/etc/willi.conf")
 GOOD, BAD_CONFIGURATION, BAD_USAGE, CANNOT_BIND, FAILED = range(5)
@@ -121,19 +122,25 @@ def serve(settings: Settings, debug: bool) -> int:
         else:
             master.run(settings, read_again=lambda: load(settings.path))
     except CannotBind as error:
-        log.error("Cannot start", error=str(error))
-        return CANNOT_BIND
+        return cannot_start(str(error), CANNOT_BIND)
     except master.Unusable as error:
-        for fault in str(error).splitlines():
-            log.error("Cannot start", error=fault)
-        return BAD_CONFIGURATION
+        return cannot_start(str(error), BAD_CONFIGURATION)
     except master.CannotStart as error:
-        log.error("Cannot start", error=str(error))
-        return FAILED
+        return cannot_start(str(error), FAILED)
     except Exception:  # noqa: BLE001 -- a fault of ours: the supervisor shall start us again
         log.bug("Internal error")
         return FAILED
     return GOOD
+
+
+def cannot_start(faults: str, status: int) -> int:
+    """Say why in the log, and on stderr unless that is the same; the exit status."""
+    for fault in faults.split("\n"):
+        log.error("Cannot start", error=fault)
+        if log.lost() or not log.is_stdout(2):
+            print(f"willi.py: cannot start: {visible(fault)}", file=sys.stderr)
+    log.finish()
+    return status
 
 
 if __name__ == "__main__":

@@ -17,8 +17,8 @@ from tests.support.loopback import ROOT
 FLOORS = [
     {"smtp"},  # these two know only themselves
     {"routing"},
-    {"config", "log", "systemd", "reload", "scoreboard", "limits", "memory", "dns", "tls", "counts", "reports"}
-    | {"privileges"},
+    {"config", "log", "text", "systemd", "reload", "scoreboard", "limits", "memory", "dns", "tls", "counts"}
+    | {"reports", "privileges"},
     {"mappings", "upstream", "listeners", "child", "certificate_files"},
     {"relay", "lookup"},
     {"dispatch"},

@@ -18,6 +18,7 @@ from willi_lib.status import charts, page, words
 from willi_lib.status.charts import Layer
 from willi_lib.status.markup import ATTRIBUTES, ELEMENTS, Markup, element
 from willi_lib.status.overview import Asked, AskedStep, CertificateState, Event, Host, Limit, Overview, Table
+from willi_lib.text import visible
 
 OVERVIEWS = {
     "healthy": overviews.healthy(), "troubled": overviews.troubled(), "hostile": overviews.hostile(),
@@ -122,7 +123,7 @@ def test_a_question_and_its_answer_are_escaped_in_text_and_in_the_field():
 def test_malice_reads_as_it_was_sent_but_for_what_cannot_be_seen(text: str):
     html = element("p", text).html
     inner = html.removeprefix("<p>").removesuffix("</p>")
-    assert unescape(inner) == words.visible(text)
+    assert unescape(inner) == visible(text)
     assert not re.search("[<>\"'\x00-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\ud800-\udfff]", inner)
     html.encode()
 
@@ -133,8 +134,8 @@ def test_a_very_long_text_is_cut():
 
 
 def test_letters_with_a_few_marks_stay_and_towers_of_marks_do_not():
-    assert words.visible("m\u0075\u0308ller") == "m\u0075\u0308ller"
-    assert words.visible("a\u0301\u0302\u0303") == "a\u0301\u0302\\u0303"
+    assert visible("m\u0075\u0308ller") == "m\u0075\u0308ller"
+    assert visible("a\u0301\u0302\u0303") == "a\u0301\u0302\\u0303"
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,8 @@ from tests.support.loopback import HOST, ROOT, free_port, wait_until
 from tests.support.status_server import StatusServer
 from willi_lib import top
 from willi_lib.config.values import Address
-from willi_lib.status import lines, plain, words
+from willi_lib.status import lines, plain
+from willi_lib.text import visible
 
 ESCAPE = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 WIDTHS = (20, 80, 132)
@@ -85,7 +86,7 @@ def test_an_overview_with_one_wrong_value_is_none(name: str, value: str):
 def test_no_line_is_wider_than_the_terminal_and_none_bears_a_control(make, width: int):
     for line in shown(make(), width):
         assert lines.columns(line) <= width
-        assert line == words.visible(line)
+        assert line == visible(line)
         assert line.isprintable()
 
 

@@ -69,14 +69,19 @@ class Listeners:
         self._bound.clear()
 
 
-def bind(addresses: Sequence[Address], present: Container[Address]) -> dict[Address, socket.socket]:
-    """Listen on these addresses, but for those that are present: on all of them or on none. Raises CannotBind."""
+def bind(
+    addresses: Sequence[Address], present: Container[Address], patience: float = PATIENCE
+) -> dict[Address, socket.socket]:
+    """Listen on these addresses, but for those that are present: on all of them or on none. Raises CannotBind.
+
+    patience: seconds to wait for an address that is in use.
+    """
     fresh: dict[Address, socket.socket] = {}
     try:
         for address in addresses:
             for one, needed in _families(address):
                 if one not in present and one not in fresh:
-                    _bind(one, needed, fresh)
+                    _bind(one, needed, fresh, patience)
     except CannotBind:
         for listener in fresh.values():
             listener.close()
@@ -98,14 +103,14 @@ def _families(address: Address) -> Iterator[tuple[Address, bool]]:
         yield Address("::", address.port), False
 
 
-def _bind(address: Address, needed: bool, bound: dict[Address, socket.socket]) -> None:
+def _bind(address: Address, needed: bool, bound: dict[Address, socket.socket], patience: float) -> None:
     family = socket.AF_INET6 if ":" in address.host else socket.AF_INET
     try:
         listener = bound[address] = socket.socket(family, socket.SOCK_STREAM)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if family == socket.AF_INET6:
             listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-        _listen(listener, address)
+        _listen(listener, address, patience)
         _made_ready(listener)
     except OSError as error:
         if address in bound:
@@ -117,9 +122,9 @@ def _bind(address: Address, needed: bool, bound: dict[Address, socket.socket]) -
         raise CannotBind(f"cannot listen on {address}: {error.strerror}{hint}") from error
 
 
-def _listen(listener: socket.socket, address: Address) -> None:
+def _listen(listener: socket.socket, address: Address, patience: float) -> None:
     """Raises OSError."""
-    deadline = monotonic() + PATIENCE
+    deadline = monotonic() + patience
     while True:
         try:
             listener.bind((address.host, address.port))
@@ -127,7 +132,7 @@ def _listen(listener: socket.socket, address: Address) -> None:
         except OSError as error:
             if error.errno != errno.EADDRINUSE or monotonic() > deadline:
                 raise
-            sleep(PATIENCE / 50)
+            sleep(patience / 50)
         else:
             return
 

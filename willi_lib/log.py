@@ -1,47 +1,121 @@
-"""Logfmt lines to stdout or syslog, one write each.
+"""Logfmt lines to stdout or syslog, one write each, of which none waits.
 
 The fields and their order are the Go program's. A value is quoted and escaped so that
 nothing a client sends can end a line, start a field, or reach a terminal as a control
-sequence.
+sequence. A line is at most MAX_LINE octets: a pipe takes so many whole or not at all,
+so that the lines of several processes never mix. What the reader of the log, a disk or
+syslog does not take is lost and counted, and the first line that gets out again says so.
 """
 
 from __future__ import annotations
 
+import errno
 import os
 import re
-import select
-import socket
 import stat
 import time
 import traceback
+from _socket import AF_UNIX, MSG_DONTWAIT, SOCK_DGRAM
+from _socket import socket as Socket  # not gevent's, which would make stdout non-blocking for all who share it
+from collections import deque
 from collections.abc import Callable
 from functools import lru_cache
+from typing import Protocol
+
+from .text import visible
 
 LEVELS = {"debug": 0, "info": 1, "warn": 2, "error": 3}
 SYSLOG_SOCKET = "/dev/log"
 SYSLOG_FACILITY = 2 << 3  # mail, RFC 5424 §6.2.1
 SYSLOG_SEVERITIES = {"debug": 7, "info": 6, "warn": 4, "error": 3}
-PATIENCE = 100  # milliseconds for whoever reads the log from a pipe; then lines are lost, and counted
+MAX_LINE = 4000  # octets with all that stands around a line; PIPE_BUF is 4096
+MAX_PREFIX = 100  # octets of it for the time, or for what syslog wants
 MAX_VALUE = 1000  # characters; a reply of 200 lines must not flood the log
+SHORTER = (MAX_VALUE, 300, 100, 30, 10)  # characters of a value, where the line would be too long
+KEPT = frozenset(("sid", "to"))  # are cut last; `to` has no more than fits, see session_log.py
+MAX_WAITING = 200  # lines that a slow reader may take later: a fifth of a second on a busy host
+LAST_PATIENCE = 1.0  # seconds for it to take them when a process ends
 
 _PLAIN = re.compile(r"[!#-<>-\[\]-~]+")  # printable ASCII but space, double quote, = and backslash
 
 Value = str | int | float | bool | None
 
 
+class _Target(Protocol):
+    """Where lines go."""
+
+    def octets(self, level: str, line: str) -> bytes:
+        """The line as it is sent, with its time if nobody else adds it."""
+
+    def send(self, octets: bytes) -> None:
+        """All of it or nothing, without waiting. Raises BlockingIOError if it may go later, another OSError if not."""
+
+
 class _Sink:
-    """Where lines go, and the lowest level that is written."""
+    """What is written, and what waits for a slow reader."""
 
     def __init__(self) -> None:
         self.threshold = LEVELS["info"]
-        self.write: Callable[[str, str], None] = _write_stdout
-        self.lost = 0  # lines that could not be written
+        self.stdout = _Stdout()
+        self.target: _Target = self.stdout
+        self.lost = 0  # lines, since the last one that was written
+        self._waiting: deque[bytes] = deque()
+
+    def put(self, level: str, line: str) -> None:
+        """Write a line behind those that wait. It is lost if too many do, or if the loss of others is still untold."""
+        self.flush()
+        if self.lost or len(self._waiting) >= MAX_WAITING:
+            self.lost += 1
+        else:
+            self._waiting.append(self.target.octets(level, line))
+            self.flush()
+
+    def flush(self) -> bool:
+        """Write what waits; whether all of it was taken."""
+        try:
+            while self._waiting:
+                self.target.send(self._waiting[0])
+                self._waiting.popleft()
+            if self.lost:
+                self.target.send(self.target.octets("error", f'lvl=error msg="Log lines lost" lines={self.lost}'))
+                self.lost = 0
+        except BlockingIOError:  # the reader is slow, or hangs
+            return False
+        except OSError:  # a full disk, a closed pipe, no syslog: mail goes on
+            self.lost += len(self._waiting)
+            self._waiting.clear()
+        return True
 
 
 def set_up(level: str, target: str) -> None:
     """level: a key of LEVELS; target: `stdout` or `syslog`."""
     _sink.threshold = LEVELS[level]
-    _sink.write = _Syslog().write if target == "syslog" else _write_stdout
+    _sink.target = _Syslog() if target == "syslog" else _sink.stdout
+
+
+def is_stdout(descriptor: int) -> bool:
+    """Whether lines go to stdout, and this descriptor to the same place."""
+    try:
+        return _sink.target is _sink.stdout and os.path.samestat(os.fstat(1), os.fstat(descriptor))
+    except OSError:  # one of them is closed
+        return False
+
+
+def lost() -> int:
+    """How many lines could not be written since the last one that was."""
+    return _sink.lost
+
+
+def flush() -> None:
+    """Write what a slow reader has not taken so far. To be called every second."""
+    _sink.flush()
+
+
+def finish() -> None:
+    """The same at the end of a process, with a little patience."""
+    deadline = time.monotonic() + LAST_PATIENCE
+    while not _sink.flush() and time.monotonic() < deadline:
+        time.sleep(LAST_PATIENCE / 50)
 
 
 def silence() -> None:
@@ -91,8 +165,8 @@ def tracer(sid: str, peer: str) -> Callable[[str, bytes], None] | None:
     return trace
 
 
-def quote(value: Value) -> str:
-    """One logfmt value."""
+def quote(value: Value, most: int = MAX_VALUE) -> str:
+    """One logfmt value, of at most so many characters."""
     if isinstance(value, str):
         text = value
     elif isinstance(value, bool):
@@ -101,42 +175,42 @@ def quote(value: Value) -> str:
         return f"{value:.3f}"
     else:
         text = str(value)
-    if len(text) > MAX_VALUE:
-        text = text[:MAX_VALUE] + "..."
+    if len(text) > most:
+        text = text[:most] + "..."
     return text if _PLAIN.fullmatch(text) else _in_quotes(text)
 
 
+def length(value: Value) -> int:
+    """Octets that it takes in a line."""
+    return len(_octets(quote(value)))
+
+
 def _in_quotes(text: str) -> str:
-    if '"' not in text and "\\" not in text and text.isprintable():
-        return f'"{text}"'
-    return '"' + "".join(map(_escape, text)) + '"'
-
-
-def _escape(character: str) -> str:
-    if character in '"\\':
-        return "\\" + character
-    if character.isprintable():
-        return character
-    if character.isascii():
-        return character.encode("unicode_escape").decode("ascii")
-    return f"\\u{ord(character):04x}" if character <= "\uffff" else f"\\U{ord(character):08x}"
+    if '"' in text or "\\" in text:
+        text = text.replace("\\", "\\\\").replace('"', '\\"')
+    return f'"{visible(text)}"'
 
 
 def _log(level: str, message: str, fields: dict[str, Value], trace: str = "") -> None:
-    if LEVELS[level] < _sink.threshold:
-        return
-    words = [f"lvl={level}", f"msg={quote(message)}"]
-    words += [f"{key}={quote(value)}" for key, value in fields.items() if value is not None]
+    if LEVELS[level] >= _sink.threshold:
+        lines = (_line(level, message, fields, trace, most) for most in SHORTER)
+        _sink.put(level, next(line for line in lines if len(_octets(line)) <= MAX_LINE - MAX_PREFIX))
+
+
+def _line(level: str, message: str, fields: dict[str, Value], trace: str, most: int) -> str:
+    """most: characters of a value. Of a traceback the end matters."""
+    words = [f"lvl={level}", f"msg={quote(message, most)}"]
+    kept = MAX_VALUE if most > SHORTER[-1] else most
+    for key, value in fields.items():
+        if value is not None:
+            words.append(f"{key}={quote(value, kept if key in KEPT else most)}")
     if trace:
-        words.append(f"traceback={_in_quotes(trace)}")
-    try:
-        if _sink.lost:
-            _sink.write("error", f'lvl=error msg="Log lines lost" lines={_sink.lost}')
-            _sink.lost = 0
-        _sink.write(level, " ".join(words))
-    except OSError:
-        # Nobody reads the log (a full disk, a closed pipe): mail goes on, and the next line that gets out says so.
-        _sink.lost += 1
+        words.append(f"traceback={_in_quotes(trace[-3 * most :])}")
+    return " ".join(words)
+
+
+def _octets(line: str) -> bytes:
+    return line.encode("utf-8", "backslashreplace")
 
 
 @lru_cache(maxsize=1)
@@ -144,52 +218,94 @@ def _stamp(second: int) -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(second))
 
 
-def _write_stdout(_level: str, line: str) -> None:
-    if not _HAS_JOURNAL:
-        line = f"t={_stamp(int(time.time()))} {line}"
-    if _stdout is not None and not _stdout.poll(0 if _sink.lost else PATIENCE):
-        raise BlockingIOError("nobody reads the log")
-    os.write(1, (line + "\n").encode("utf-8", "backslashreplace"))
+class _Stdout:
+    """Whatever stdout is."""
+
+    def __init__(self) -> None:
+        self._write: Callable[[bytes], int] | None = None
+        self._is_torn = False  # half a line is the last thing that was written
+
+    def octets(self, _level: str, line: str) -> bytes:
+        """With the time, unless it goes to the journal, which has its own."""
+        return _octets(f"{line}\n" if _is_journal() else f"t={_stamp(int(time.time()))} {line}\n")
+
+    def send(self, octets: bytes) -> None:
+        """Raises OSError."""
+        self._write = self._write or _writer()  # not before: the master writes first, as root
+        octets = b"\n" * self._is_torn + octets
+        written = self._write(octets)
+        self._is_torn = written < len(octets) and not _take_back(written)
+        if written < len(octets):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-def _watch_stdout() -> select.poll | None:
-    """Of a pipe or socket we must know whether somebody reads it: a write would stop all mail until somebody does."""
+def _is_journal() -> bool:
+    """Whether stdout is what $JOURNAL_STREAM says (systemd.exec(5)): it is inherited by what writes elsewhere, too."""
     try:
-        mode = os.fstat(1).st_mode
+        status = os.fstat(1)
     except OSError:  # closed: writing will say so
-        return None
-    if not (stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode)):
-        return None
-    poller = select.poll()
-    poller.register(1, select.POLLOUT)
-    return poller
+        return False
+    return os.environ.get("JOURNAL_STREAM") == f"{status.st_dev}:{status.st_ino}"
+
+
+def _writer() -> Callable[[bytes], int]:
+    """What writes to stdout without waiting for a reader. Raises OSError.
+
+    O_NONBLOCK belongs to the open file, which we share with the process that started us. So a pipe or a terminal is
+    opened once more, for Willi alone, and a socket is told with each call. A pipe that another user has made cannot
+    be opened again.
+    """
+    mode = os.fstat(1).st_mode
+    if stat.S_ISSOCK(mode):
+        connection = Socket(fileno=os.dup(1))
+        return lambda octets: connection.send(octets, MSG_DONTWAIT)
+    descriptor = 1
+    if stat.S_ISFIFO(mode) or os.isatty(1):
+        try:
+            descriptor = os.open("/proc/self/fd/1", os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY)
+        except OSError:
+            os.set_blocking(1, not stat.S_ISFIFO(mode))
+    return lambda octets: os.write(descriptor, octets)
+
+
+def _take_back(octets: int) -> bool:
+    """Remove the half of a line that a full disk took, or another process would go on behind it."""
+    try:
+        end = os.lseek(1, 0, os.SEEK_CUR)
+        if end != os.fstat(1).st_size:
+            return False
+        os.ftruncate(1, end - octets)
+        os.lseek(1, end - octets, os.SEEK_SET)
+    except OSError:  # no file
+        return False
+    return True
 
 
 class _Syslog:
     """Datagrams to the local syslog daemon (RFC 3164 as glibc's syslog(3) writes it)."""
 
     def __init__(self) -> None:
-        self._socket: socket.socket | None = None
+        self._socket: Socket | None = None
 
-    def write(self, level: str, line: str) -> None:
+    def octets(self, level: str, line: str) -> bytes:
+        """The daemon adds the time."""
+        return _octets(f"<{SYSLOG_FACILITY + SYSLOG_SEVERITIES[level]}>willi[{os.getpid()}]: {line}")
+
+    def send(self, octets: bytes) -> None:
         """Raises OSError: no daemon, or one that does not keep up."""
-        text = f"<{SYSLOG_FACILITY + SYSLOG_SEVERITIES[level]}>willi[{os.getpid()}]: {line}"
-        octets = text.encode("utf-8", "backslashreplace")
         try:
             self._connected().send(octets)
         except ConnectionError:  # the daemon was restarted: its socket is a new one
             self._socket = None
             self._connected().send(octets)
 
-    def _connected(self) -> socket.socket:
+    def _connected(self) -> Socket:
         if self._socket is None:
-            fresh = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+            fresh = Socket(AF_UNIX, SOCK_DGRAM)
             fresh.setblocking(False)
             fresh.connect(SYSLOG_SOCKET)
             self._socket = fresh
         return self._socket
 
 
-_HAS_JOURNAL = "JOURNAL_STREAM" in os.environ  # systemd stamps the time itself
 _sink = _Sink()
-_stdout = _watch_stdout()

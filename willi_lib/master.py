@@ -69,7 +69,7 @@ def run_alone(settings: Settings) -> None:
     listeners = Listeners()
     listeners.close_others(settings.listen)
     listeners.open(settings.listen)
-    links, status_sockets = Links(), bind(status_addresses(settings), ())
+    links, status_sockets = Links(), _status_sockets(settings)
     look_at_surroundings(settings)
     board = _board_for(settings)
     board.give(0)
@@ -89,10 +89,18 @@ def run_alone(settings: Settings) -> None:
 
     def show_status(is_ending: Callable[[], bool]) -> None:
         if status_sockets:
-            status.serve_beside(settings, [*status_sockets.values()], links, lambda: tell(is_ending()))
+            status.serve_beside(settings, status_sockets, links, lambda: tell(is_ending()))
 
     serving.run_alone(show_status)
     log.info("Stopped")
+
+
+def _status_sockets(settings: Settings) -> list[socket.socket]:
+    try:
+        return [*bind(status_addresses(settings), ()).values()]
+    except CannotBind as error:
+        log.warn("There is no status", error=str(error))
+        return []
 
 
 def look_at_surroundings(settings: Settings) -> None:
@@ -193,6 +201,7 @@ class Master:
             except Exception:  # noqa: BLE001 -- those that serve shall go on, whatever it is
                 log.bug("Internal error")
         log.info("Stopped")
+        log.finish()
 
     def _on_signal(self, number: int) -> None:
         if number == signal.SIGHUP:
@@ -211,6 +220,7 @@ class Master:
             self._reload_if_asked()
         self._pet_watchdog()
         self._look_after_status()
+        log.flush()
 
     def _look_after_status(self) -> None:
         """It ends last: until then it shows how the workers drain."""
@@ -330,10 +340,11 @@ class Master:
             raise kind(faults)
         self._listeners.close_others(self._current.settings.listen)
         self._status.close_others(self._current.settings)
-        self._facts.reload_failed(faults.splitlines()[0])
-        for fault in faults.splitlines():
+        first_fault = faults.partition("\n")[0]
+        self._facts.reload_failed(first_fault)
+        for fault in faults.split("\n"):
             log.error(RELOAD_FAILED, error=fault)
-        systemd.notify("READY=1", f"STATUS={RELOAD_FAILED}: {faults.splitlines()[0]}")
+        systemd.notify("READY=1", f"STATUS={RELOAD_FAILED}: {first_fault}")
         self._answer_reload(faults)
 
     def _answer_reload(self, faults: str = "") -> None:
@@ -435,7 +446,7 @@ class Master:
         if child.generation is self._candidate:
             self._give_up(faults, kind)
             return
-        for fault in faults.splitlines():
+        for fault in faults.split("\n"):
             log.error(NOT_REPLACED, error=fault)
         self._schedule_replacement(0)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from time import monotonic
 
 from . import log
@@ -65,6 +66,7 @@ class SessionLog:
     def message(self, transaction: Transaction, answer: Reply | None, recipient: Path | None = None) -> None:
         """The one line for a message or a refused recipient; the fields of the Go program, and four more.
 
+        A message with more recipients than a line has room for has more lines, which say `part=2/3` and no octets.
         answer: what the client was told; None: nothing, it has gone. Counted here and nowhere else, so that the
         numbers are those of the log.
         """
@@ -90,7 +92,7 @@ class SessionLog:
             "duration": monotonic() - transaction.began,
             "mapping": route.mapping if route else None,
         }
-        log.info("Message accepted" if accepted else "Message rejected", **fields)
+        _write("Message accepted" if accepted else "Message rejected", fields, [path.address for path in recipients])
         counts, mapping = self._counts, route.mapping if route else NO_MAPPING
         if not transaction.is_for_one_host:
             host = ""
@@ -106,3 +108,27 @@ class SessionLog:
         if source == "upstream":
             return REJECTED_BY_UPSTREAM
         return FAILED if source == "client" or answer is None or answer in NO_VERDICT else REJECTED_BY_WILLI
+
+
+def _write(message: str, fields: dict[str, log.Value], recipients: Sequence[str]) -> None:
+    parts = in_parts(recipients) if len(recipients) > 1 else []
+    if len(parts) < 2:
+        log.info(message, **fields)
+        return
+    for number, part in enumerate(parts, 1):
+        octets = fields["bytes"] if number == 1 else 0
+        log.info(message, **{**fields, "to": part, "bytes": octets, "part": f"{number}/{len(parts)}"})
+
+
+def in_parts(addresses: Sequence[str]) -> list[str]:
+    """Joined by commas for as many lines as they need, so that none of them is cut."""
+    parts: list[list[str]] = []
+    room = 0
+    for address in addresses:
+        needed = log.length(address) + 1
+        if needed > room:
+            parts.append([])
+            room = log.MAX_VALUE
+        parts[-1].append(address)
+        room -= needed
+    return [",".join(part) for part in parts]

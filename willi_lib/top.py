@@ -23,6 +23,7 @@ from .config.values import Address
 from .status import plain, words
 from .status.lines import ASCII_BARS, BARS, Line, columns, cut, view
 from .status.overview import Overview
+from .text import visible
 
 EVERY = 2.0  # seconds
 PATIENCE = 5.0  # seconds for a whole answer
@@ -76,7 +77,7 @@ def fetch(address: Address) -> Overview:
             text = response.read(MOST_OCTETS)
     except (OSError, http.client.HTTPException) as error:
         raise Unanswered(
-            f"{where}: {words.visible(str(error)) or type(error).__name__}\n"
+            f"{where}: {visible(str(error)) or type(error).__name__}\n"
             "Does Willi run, and was it reloaded since status_listen was set? Its log says so."
         ) from error
     finally:
@@ -177,7 +178,7 @@ def _drawn(line: Line, width: int, colour: bool) -> str:
     """The line as the terminal gets it, at most `width` columns."""
     drawn = []
     for text, mark in line:
-        shown = cut(words.visible(text), width)
+        shown = cut(visible(text), width)
         width -= columns(shown)
         drawn.append(f"{COLOURS[mark]}{shown}{PLAIN}" if colour and mark and shown else shown)
     return "".join(drawn)

@@ -155,6 +155,7 @@ def run(
     watcher = gevent.spawn(worker.end_with, master)
     worker.serve(about_to_end=lambda: _say_leaving(master))
     watcher.kill()
+    log.finish()
     return 0
 
 
@@ -275,6 +276,7 @@ class Worker:
     def _show_life(self) -> None:
         while True:
             self._row.beat()
+            log.flush()
             gevent.sleep(PULSE)
 
     def _report(self) -> None:

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import pwd
+import resource
+import signal
+import socket
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -10,8 +15,8 @@ import pytest
 from tests.conftest import StartWilli
 from tests.support.certificates import Authority
 from tests.support.client import Client
-from tests.support.daemon import Willi
-from tests.support.loopback import need
+from tests.support.daemon import PYTHON, Willi, parse_logfmt, run_willi, write_config
+from tests.support.loopback import HOST, PATIENCE, ROOT, free_port, need
 from tests.support.talk import (
     BEN,
     BOB,
@@ -29,6 +34,7 @@ from tests.support.talk import (
     say,
 )
 from tests.support.upstream import Close, ScriptedUpstream
+from willi_lib.smtp.reply import Reply
 
 CONTENT = b"Subject: x\r\n\r\nhello\r\n"
 
@@ -226,12 +232,106 @@ def test_non_ascii_addresses_are_readable(willi: Willi):
     assert (line["from"], line["to"]) == ("änn@a.example", "bøb@bücher.example")
 
 
-def test_many_recipients_do_not_flood_the_log(willi: Willi):
+def test_each_of_many_recipients_is_in_the_log_in_lines_of_the_same_session(willi: Willi):
+    addresses = [f"{'x' * (number % 60)}{number}@b.example" for number in range(100)]
     with greeted(willi) as client:
-        lines = [b"RCPT TO:<%s%d@b.example>" % (b"x" * 60, number) for number in range(100)]
-        assert deliver(client, *lines) == QUEUED
-    willi.wait_for_log(msg="Message accepted")
+        assert deliver(client, *(f"RCPT TO:<{address}>".encode() for address in addresses)) == QUEUED
+        assert deliver(client) == QUEUED
+    willi.wait_for_log(msg="Message accepted", to="bob@b.example")
+    *parts, last = willi.lines(msg="Message accepted")
+    assert len(parts) > 1
+    assert ",".join(line["to"] for line in parts).split(",") == addresses
+    assert [line["part"] for line in parts] == [f"{number}/{len(parts)}" for number in range(1, len(parts) + 1)]
+    assert [line["bytes"] for line in parts] == [str(len(CONTENT)), *["0"] * (len(parts) - 1)]
+    rest = [{key: line[key] for key in line.keys() - {"to", "part", "bytes", "t"}} for line in parts]
+    assert rest == [rest[0]] * len(parts)
+    assert last["sid"] == parts[0]["sid"] and "part" not in last
     assert max(map(len, willi.text.split("\n"))) < 2000
+
+
+def test_a_reader_of_the_log_that_hangs_stops_no_session_and_lost_lines_are_told(
+    tmp_path: Path, upstream: ScriptedUpstream
+):
+    """A pipe, two workers, and lines of which some would be longer than a pipe takes whole."""
+    long = b"5.1.1 " + "\u0085".encode() * 150
+    upstream.answers[BOB] = Reply(550, (long,) * 4)
+    port, said = free_port(), 0
+    config = write_config(tmp_path / "willi.conf", {
+        "listen": f"{HOST}:{port}", "domain": "willi.example", "workers": 2,
+        "mappings": {"all": {"type": "static", "server": upstream.server}},
+    })  # fmt: skip
+    reader, writer = os.pipe()
+    process = subprocess.Popen([PYTHON, str(ROOT / "willi.py"), "-c", str(config)], stdout=writer, stderr=writer)
+    os.close(writer)
+    try:
+        octets = os.read(reader, 65536)
+        while b"msg=Ready" not in octets:
+            octets += os.read(reader, 65536)
+        for _ in range(40):  # nobody reads from here on
+            with Client(port) as client:
+                client.read_reply()
+                for _ in range(10):
+                    assert say(client, EHLO, MAIL)[1] == SENDER_KEPT
+                    assert client.command(BOB).code == 550
+                    said += 1
+        process.send_signal(signal.SIGTERM)
+        while more := os.read(reader, 65536):
+            octets += more
+        assert process.wait(PATIENCE) == 0
+    finally:
+        process.kill()
+        process.wait()
+        os.close(reader)
+    lines = octets.decode().split("\n")
+    fields = [parse_logfmt(line) for line in lines if line]
+    written = sum(line["msg"] == "Message rejected" for line in fields)
+    lost = sum(int(line["lines"]) for line in fields if line["msg"] == "Log lines lost")
+    assert written + lost >= said > written > 0 < lost
+    assert max(len(line.encode()) for line in lines) < 4000
+    assert fields[-1]["msg"] == "Stopped"
+
+
+def test_a_full_disk_costs_whole_lines_and_their_number_is_told(willi: Willi):
+    pids = [willi.process.pid, *willi.children]
+    for pid in pids:  # as if the disk had room for less than one more line
+        resource.prlimit(pid, resource.RLIMIT_FSIZE, (willi.log_file.stat().st_size + 40, resource.RLIM_INFINITY))
+    with greeted(willi) as client:
+        assert [deliver(client) for _ in range(3)] == [QUEUED] * 3
+        assert willi.lines(msg="Message accepted") == []
+        for pid in pids:
+            resource.prlimit(pid, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        assert deliver(client) == QUEUED
+    willi.tolerate("Log lines lost")
+    willi.wait_for_log(msg="Message accepted")
+    assert [line["lines"] for line in willi.lines(msg="Log lines lost")] == ["3"]
+    assert len(willi.lines(msg="Message accepted")) == 1
+
+
+@pytest.mark.parametrize("log", ["stdout", "syslog"])
+def test_why_willi_cannot_start_stands_on_stderr_too(tmp_path: Path, log: str):
+    with socket.create_server((HOST, 0)) as taken:
+        address = f"{HOST}:{taken.getsockname()[1]}"
+        config = write_config(tmp_path / "willi.conf", {
+            "listen": address, "log": log, "mappings": {"all": {"type": "static", "server": HOST}},
+        })  # fmt: skip
+        done = run_willi("-c", config)
+    fault = f"cannot listen on {address}: Address already in use"
+    assert done.returncode == 3
+    assert f"cannot start: {fault}\n" in done.stderr
+    assert (fault in done.stdout) == (log == "stdout")
+
+
+def test_why_willi_cannot_start_is_told_once_where_both_are_the_same(tmp_path: Path):
+    (tmp_path / "map.csv").write_text("pattern;server\nb.example\n")
+    config = write_config(tmp_path / "willi.conf", {
+        "listen": f"{HOST}:{free_port()}", "mappings": {"all": {"type": "csv", "file": "map.csv"}},
+    })  # fmt: skip
+    command = [PYTHON, str(ROOT / "willi.py"), "-c", str(config)]
+    done = subprocess.run(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 1
+    assert done.stdout.count("map.csv:2: no server") == 1
 
 
 def test_debug_shows_the_dialogue_but_not_the_message(start_willi: StartWilli, upstream: ScriptedUpstream):

@@ -15,7 +15,7 @@ from tests.conftest import StartUpstream, StartWilli
 from tests.e2e.test_processes import is_there, served_by, status_of
 from tests.support.certificates import Authority
 from tests.support.client import Client
-from tests.support.daemon import Willi, run_willi, write_config
+from tests.support.daemon import Willi, in_a_hurry
 from tests.support.loopback import HOST, free_port, wait_until
 from tests.support.promise import greeted, in_data
 from tests.support.status import Status, status_process
@@ -285,29 +285,40 @@ def test_a_reload_may_end_the_status_and_begin_it(willi: Willi, status: Status):
     wait_until(lambda: status.overview()["problems"] == [], "no problems")
 
 
-def test_a_reload_that_cannot_have_the_address_changes_nothing(willi: Willi, status: Status):
-    willi.tolerate("Reload failed")
-    with socket.create_server((HOST, 0)) as taken:
-        willi.change({"status_listen": f"{HOST}:{taken.getsockname()[1]}"})
-        willi.signal(signal.SIGHUP)
-        line = willi.wait_for_log(msg="Reload failed, nothing has changed")
-    assert "cannot listen on" in line["error"]
-    status.wait_for(1, "willi_reloads_total", outcome="failed")
-    assert any(problem.endswith(line["error"]) for problem in status.overview()["problems"])
-    assert deliver(greeted(willi)) == QUEUED
+QUICKLY = in_a_hurry(**{"keeper.BIND_INTERVAL": 0.1})
 
 
-def test_willi_does_not_start_without_its_status_address(tmp_path: Path):
+@pytest.mark.parametrize("how", ["start", "reload"])
+def test_a_status_address_that_is_taken_stops_no_mail_and_is_tried_again(
+    start_willi: StartWilli, upstream: ScriptedUpstream, how: str
+):
     with socket.create_server((HOST, 0)) as taken:
-        mappings = {"all": {"type": "static", "server": HOST}}
-        config = write_config(
-            tmp_path / "willi.conf",
-            {"listen": f"{HOST}:{free_port()}", "domain": "willi.example", "mappings": mappings,
-             "status_listen": f"{HOST}:{taken.getsockname()[1]}"},
-        )  # fmt: skip
-        done = run_willi("-c", config)
-    assert done.returncode == 3
-    assert "cannot listen on" in done.stdout
+        status = Status(taken.getsockname()[1])
+        before = {"status_listen": status.setting} if how == "start" else {}
+        willi = start_willi(server=upstream.server, prefix=QUICKLY, **before)
+        if how == "reload":
+            willi.reload({"status_listen": status.setting})
+        line = willi.wait_for_log(msg="There is no status for now")
+        assert (line["lvl"], line["error"]) == ("warn", f"cannot listen on {status.setting}: Address already in use")
+        assert deliver(greeted(willi)) == QUEUED
+    wait_until(status.answers, "an answer of the status")
+    wait_until(lambda: status.overview()["problems"] == [], "no problems")
+    assert len(willi.lines(msg="There is no status for now")) == 1
+
+
+def test_the_status_stays_where_it_was_until_its_new_address_is_free(
+    start_willi: StartWilli, upstream: ScriptedUpstream
+):
+    old = Status(free_port())
+    willi = start_willi(server=upstream.server, prefix=QUICKLY, status_listen=old.setting)
+    wait_until(old.answers, "an answer")
+    with socket.create_server((HOST, 0)) as taken:
+        new = Status(taken.getsockname()[1])
+        willi.reload({"status_listen": new.setting})
+        willi.wait_for_log(msg="There is no status for now")
+        wait_until(lambda: old.get("/readyz").status == 200, "the status at its old address")
+    wait_until(new.answers, "the status at its new address")
+    assert new.get("/readyz").status == 200
 
 
 def test_the_status_process_ends_with_the_master(willi: Willi):
@@ -398,14 +409,50 @@ def test_not_ready_while_workers_say_nothing(start_willi: StartWilli, upstream: 
 # What it says to whom
 
 
+OURS = ("localhost", "localhost:", "127.0.0.1:8025", "[::1]:8025", "willi.example", "WILLI.example.:80", "192.0.2.1")
+NOT_OURS = (
+    "evil.example", "127.0.0.1.evil.example", "willi.example.evil.example", "", "[evil]", "127.1", "2130706433",
+    "[::1].evil.example", "[::1]evil.example", "[::1]:80.evil.example", "[::1%25evil.example]", "[127.0.0.1]", "::1",
+    "localhost:80.evil.example", "localhost:evil.example", "localhost:@evil.example", "localhost@evil.example",
+    "localhost..", "localhost evil.example", "localhost/evil.example", "0x7f.0.0.1", "127.0.0.1:8025:80",
+)  # fmt: skip
+
+
 def test_our_names_and_addresses_are_answered_and_no_others(willi: Willi, status: Status):
-    for host in ("localhost", "127.0.0.1:8025", "[::1]:8025", "willi.example", "WILLI.example.:80"):
+    for host in OURS:
         assert status.get("/status.json", Host=host).status == 200, host
-    for host in ("evil.example", "127.0.0.1.evil.example", "willi.example.evil.example", "", "[evil]", "127.1"):
-        for path in ("/", "/status.json", "/metrics", "/readyz"):
-            answer = status.get(path, Host=host)
-            assert answer.status == 421, host
-            assert "willi.example" not in answer.body
+        assert status.get(f"http://{host}/status.json", Host="evil.example").status == 200, host
+    for host in NOT_OURS:
+        answer = status.get("/status.json", Host=host)
+        assert answer.status == 421, host
+        assert "willi.example" not in answer.body
+    for host in set(NOT_OURS) - {"localhost evil.example", "localhost/evil.example"}:
+        assert status.get(f"http://{host}/status.json", Host="localhost").status == 421, host
+    for path in ("/", "/metrics", "/readyz"):
+        assert status.get(path, Host="evil.example").status == 421
+
+
+@pytest.mark.parametrize(("request_line", "hosts", "code"), [
+    ("GET /healthz HTTP/1.1", ["localhost"], 200),
+    ("GET /healthz HTTP/1.1", [], 400),
+    ("GET http://localhost/healthz HTTP/1.1", [], 400),
+    ("GET /healthz HTTP/1.1", ["localhost", "localhost"], 400),
+    ("GET /healthz HTTP/1.1", ["localhost", "evil.example"], 400),
+    ("GET /healthz HTTP/1.0", [], 200),
+    ("GET /healthz HTTP/1.0", ["evil.example"], 421),
+    ("GET http://willi.example:8025/healthz HTTP/1.1", ["localhost"], 200),
+    ("GET HTTP://localhost/healthz?x=y HTTP/1.0", [], 200),
+    ("GET http://localhost HTTP/1.0", [], 200),
+    ("GET http://localhost/nowhere HTTP/1.0", [], 404),
+    ("GET http://evil.example/healthz HTTP/1.0", [], 421),
+])  # fmt: skip
+def test_a_request_names_its_host_once(
+    willi: Willi, status: Status, request_line: str, hosts: list[str], code: int
+):
+    lines = [request_line, *(f"Host: {host}" for host in hosts), "", ""]
+    with Client(status.port) as client:
+        client.send("\r\n".join(lines).encode())
+        assert client.read_to_end().startswith(b"HTTP/1.1 %d " % code)
 
 
 def test_another_site_may_lead_here_and_not_have_a_browser_ask(willi: Willi, status: Status):
@@ -452,11 +499,33 @@ def test_what_is_no_request_ends_the_connection_and_nothing_else(willi: Willi, s
     assert "Traceback" not in willi.text
 
 
-def test_those_who_only_connect_keep_nobody_else_out(willi: Willi, status: Status):
-    idle = [Client(status.port) for _ in range(10)]
-    assert status.get("/readyz").status == 200
-    for client in idle:
-        client.close()
+@pytest.mark.parametrize("octets", [b"", b"GET /", b"GET / HTTP/1.1\r\nHost: localhost\r\n"])
+def test_connections_that_ask_nothing_keep_no_other_waiting(willi: Willi, status: Status, octets: bytes):
+    idle = [Client(status.port) for _ in range(300)]
+    try:
+        for client in idle:
+            client.send(octets)
+        for _ in range(3):
+            assert status.get("/healthz").status == 200  # within 10 s, the limit of each of the others
+    finally:
+        for client in idle:
+            client.close()
+
+
+def test_connections_that_do_not_read_keep_no_other_waiting(willi: Willi, status: Status):
+    """The page is larger than a socket takes whose reader does nothing."""
+    deaf = []
+    try:
+        for _ in range(300):
+            one = socket.socket()
+            one.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1)
+            one.connect((HOST, status.port))
+            one.sendall(b"GET /style.css HTTP/1.0\r\n\r\n")
+            deaf.append(one)
+        assert status.get("/healthz").status == 200
+    finally:
+        for one in deaf:
+            one.close()
 
 
 # Lookup

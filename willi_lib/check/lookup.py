@@ -12,8 +12,9 @@ from willi_lib.mappings import MappingError, open_mappings
 from willi_lib.routing import Mapping
 from willi_lib.routing.csv_file import CsvError, CsvFile
 from willi_lib.routing.mysql import Mysql
+from willi_lib.text import visible
 
-from .report import GOOD, WRONG, printable
+from .report import GOOD, WRONG
 
 
 def lookup(settings: Settings, addresses: Sequence[str]) -> int:
@@ -26,7 +27,7 @@ def lookup(settings: Settings, addresses: Sequence[str]) -> int:
             if isinstance(mapping, CsvFile):
                 mapping.load()
     except (MappingError, CsvError) as error:
-        print(error)
+        print("\n".join(map(visible, str(error).split("\n"))))
         return WRONG
     worst = max([_lookup_one(settings, mappings, address) for address in addresses])
     for mapping in mappings:
@@ -37,9 +38,9 @@ def lookup(settings: Settings, addresses: Sequence[str]) -> int:
 
 def _lookup_one(settings: Settings, mappings: Sequence[Mapping], address: str) -> int:
     steps, result = show(mappings, settings, address)
-    print(printable(address))
+    print(visible(address))
     for mapping, key, answer, seconds in steps:
         time = f"  ({seconds * 1000:.1f} ms)" if seconds is not None else ""
-        print(printable(f"  {mapping}  {key}  {answer}{time}"))
-    print(printable(f"  {result}"))
+        print(visible(f"  {mapping}  {key}  {answer}{time}"))
+    print(visible(f"  {result}"))
     return GOOD if result.startswith("route: ") else WRONG

@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Literal, TextIO
 
+from willi_lib.text import visible
+
 GOOD, WRONG = 0, 1
 COLOURS = {"ok": "\x1b[32m", "warn": "\x1b[33m", "wrong": "\x1b[1;31m"}  # green, yellow, bold red
 PLAIN = "\x1b[0m"
@@ -77,7 +79,7 @@ class Report:
 
     def faults(self, text: str, advice: str = "") -> None:
         """Each line is wrong, and names its subject itself: `file:line: why`."""
-        for line in text.splitlines():
+        for line in text.split("\n"):
             subject, _, what = line.partition(": ")
             self.wrong(subject, what, advice)
 
@@ -149,9 +151,4 @@ def _line(finding: Finding, colours: bool) -> str:
     if colours:
         level = f"{COLOURS[finding.level]}{level}{PLAIN}"
     advice = f" -> {finding.advice}" if finding.advice else ""
-    return f"{level} {printable(f'{finding.subject}: {finding.what}{advice}')}"
-
-
-def printable(text: str) -> str:
-    """What a server said must not reach the terminal as a control sequence."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+    return f"{level} {visible(f'{finding.subject}: {finding.what}{advice}')}"

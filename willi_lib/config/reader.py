@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from willi_lib.routing import Policy
+from willi_lib.text import visible
 
 from .lines import EQUALS, SECTIONS, Entry, Fault, Section, parse
 from .settings import ALL_KEYS, MAPPING_KEYS, POLICY_KEYS, TOP_KEYS, TYPE, TYPES, Key, MappingSettings, Settings
@@ -28,11 +29,11 @@ NO_MAPPING = (
 
 
 class ConfigError(Exception):
-    """The file cannot be used; one line for each of its faults."""
+    """The file cannot be used; one line for each of its faults, with what it quotes made visible."""
 
     def __init__(self, faults: list[str]) -> None:
-        super().__init__("\n".join(faults))
-        self.faults = faults
+        self.faults = [visible(fault) for fault in faults]
+        super().__init__("\n".join(self.faults))
 
 
 def load(path: str) -> Settings:

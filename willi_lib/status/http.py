@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Callable, Iterable, Sequence
 from http import HTTPStatus
 from ipaddress import ip_address
@@ -16,7 +17,6 @@ from typing import Any, NamedTuple
 from urllib.parse import parse_qs
 
 import gevent
-from gevent.pool import Pool
 from gevent.pywsgi import WSGIHandler, WSGIServer
 
 from willi_lib import log
@@ -25,11 +25,13 @@ from . import metrics, page, view
 from .overview import Asked
 from .totals import FRESH, Totals
 
-MAX_CONNECTIONS = 20  # at the same time; the next ones wait
+MAX_CONNECTIONS = 200  # at the same time; one more ends the oldest. gevent accepts up to 100 before it serves one
 TIME_LIMIT = 10.0  # seconds for a connection, which is one request
 MAX_REQUEST = 16 << 10  # octets
 MAX_ADDRESS = 400  # characters to look up; a real one has 320 at most
 METHODS = ("GET", "HEAD")
+HOST_AND_PORT = re.compile(r"(?P<name>\[[0-9a-f:.]+\]|[0-9a-z_.-]+)(:[0-9]{0,5})?")  # in lower case
+WHOLE_URL = re.compile(r"(?i)https?://(?P<host>[^/]*)(?P<path>/.*)?")
 HEADERS = [
     (
         "Content-Security-Policy",
@@ -90,25 +92,30 @@ class Application:
     def _answer(self, environ: Environ) -> Answer:
         if environ["REQUEST_METHOD"] not in METHODS:
             return Answer("GET and HEAD only\n", status=HTTPStatus.METHOD_NOT_ALLOWED)
-        if not self._is_ours(environ.get("HTTP_HOST")):
+        host, path = environ.get("HTTP_HOST"), environ["PATH_INFO"]
+        if "," in (host or "") or (host is None and environ.get("SERVER_PROTOCOL") == "HTTP/1.1"):
+            return Answer("One Host header, please.\n", status=HTTPStatus.BAD_REQUEST)  # RFC 9112 §3.2
+        if whole := WHOLE_URL.fullmatch(path):  # which counts in the place of Host, RFC 9112 §3.2.2
+            host, path = whole["host"], whole["path"] or "/"
+        if host is not None and not self._is_ours(host):
             why = "This name is not one of ours. Use an address, localhost, or `domain` of willi.conf.\n"
             return Answer(why, status=HTTPStatus.MISDIRECTED_REQUEST)
         if _is_drawn_in(environ):
             return Answer("Not from another site.\n", status=HTTPStatus.FORBIDDEN)
-        route = self._routes.get(environ["PATH_INFO"])
+        route = self._routes.get(path)
         return route(environ) if route else Answer("not found\n", status=HTTPStatus.NOT_FOUND)
 
-    def _is_ours(self, host: str | None) -> bool:
-        """Whether a Host header may have come from somebody who meant us. No browser leaves it out."""
-        if host is None:
+    def _is_ours(self, host: str) -> bool:
+        """Whether the host of a URL means us: an address, which no name server can lead here, or a name of ours."""
+        parts = HOST_AND_PORT.fullmatch(host.lower())
+        if parts is None:
+            return False
+        if parts["name"].removesuffix(".") in self._names:
             return True
-        name = host.strip().lower()
-        name = name[1:].partition("]")[0] if name.startswith("[") else name.partition(":")[0]
         try:
-            ip_address(name)
+            return ip_address(parts["name"].strip("[]")).version == (6 if parts["name"].startswith("[") else 4)
         except ValueError:
-            return name.removesuffix(".") in self._names
-        return True
+            return False
 
     def _page(self, environ: Environ) -> Answer:
         question = parse_qs(environ.get("QUERY_STRING", ""), keep_blank_values=True)
@@ -213,15 +220,33 @@ class Handler(WSGIHandler):
 
     def handle_error(self, kind: Any, error: Any, trace: Any) -> None:
         """The client has gone, its time is over, or its body is nonsense: our own errors stay in `Application`."""
-        if not issubclass(kind, OSError | ValueError | gevent.Timeout):
+        if not issubclass(kind, OSError | ValueError | gevent.Timeout | gevent.GreenletExit):
             super().handle_error(kind, error, trace)
+
+
+class Connections:
+    """All that are open. One too many ends the oldest, so that none has to wait for others that say or read nothing."""
+
+    def __init__(self) -> None:
+        self._open: dict[gevent.Greenlet[..., object], None] = {}
+
+    def spawn(self, serve: Callable[..., object], *arguments: object) -> gevent.Greenlet[..., object]:
+        """Serve one more."""
+        if len(self._open) >= MAX_CONNECTIONS:
+            oldest = next(iter(self._open))
+            del self._open[oldest]
+            oldest.kill(block=False)
+        greenlet = gevent.spawn(serve, *arguments)
+        self._open[greenlet] = None
+        greenlet.link(lambda ended: self._open.pop(ended, None))
+        return greenlet
 
 
 def make_servers(sockets: Iterable[Any], application: Application) -> list[WSGIServer]:
     """Not started yet."""
-    pool = Pool(MAX_CONNECTIONS)
+    spawn: Any = Connections().spawn
     named = {"SERVER_NAME": "willi"}  # else gevent asks the DNS
     return [
-        WSGIServer(one, application, spawn=pool, log=None, error_log=None, handler_class=Handler, environ=named)
+        WSGIServer(one, application, spawn=spawn, log=None, error_log=None, handler_class=Handler, environ=named)
         for one in sockets
     ]

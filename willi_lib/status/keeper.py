@@ -12,7 +12,7 @@ from typing import NoReturn
 
 from willi_lib import log
 from willi_lib.config import Address, Settings
-from willi_lib.listeners import bind, needed_for
+from willi_lib.listeners import PATIENCE, CannotBind, bind, needed_for
 from willi_lib.reports import Links, Report, send
 
 HAND_OVER = b"hand over"
@@ -22,6 +22,7 @@ HANG_TIMEOUT = 60.0  # seconds without one, after which it is killed
 END_TIMEOUT = 15.0  # seconds to hand over, or to end at all
 FIRST_DELAY, LONGEST_DELAY = 1.0, 60.0  # seconds before one is replaced that soon died; doubled each time
 LONG_LIFE = 60.0  # seconds
+BIND_INTERVAL = 10.0  # seconds between tries to listen
 INTERVAL = 1.0  # seconds between the facts of the master, if they have not changed
 
 Become = Callable[[socket.socket, bool], NoReturn]  # with its end of the channel, and whether it has a predecessor
@@ -72,6 +73,7 @@ class Keeper:
         self._bound: dict[Address, socket.socket] = {}
         self._process: _Process | None = None
         self._leaving: list[_Process] = []
+        self._fault = ""  # why the address cannot be had
         self._settings: Settings | None = None  # that the process should have
         self._delay = 0.0
         self._replace_at = 0.0
@@ -85,9 +87,16 @@ class Keeper:
         """All of them."""
         return list(self._bound.values())
 
-    def open(self, settings: Settings) -> None:
-        """Listen where the file wants it, too. Raises CannotBind."""
-        self._bound |= bind(status_addresses(settings), self._bound)
+    def open(self, settings: Settings, patience: float = PATIENCE) -> None:
+        """Listen where the file wants it, too. No mail waits for an address that cannot be had: it is tried again."""
+        try:
+            self._bound |= bind(status_addresses(settings), self._bound, patience)
+        except CannotBind as error:
+            if str(error) != self._fault:
+                log.warn("There is no status for now", error=str(error))
+            self._fault = str(error)
+        else:
+            self._fault = ""
 
     def close_others(self, settings: Settings) -> None:
         """Close what is for another file."""
@@ -169,6 +178,11 @@ class Keeper:
     def _start(self) -> None:
         settings = self._settings
         assert settings
+        if not self.sockets_for(settings):
+            self.open(settings, patience=0.0)
+        if not self.sockets_for(settings):
+            self._replace_at = monotonic() + BIND_INTERVAL
+            return
         has_predecessor = any(process.end_by is None for process in self._leaving)
         try:
             self._process = _Process(
@@ -183,7 +197,7 @@ class Keeper:
         """What the master knows, when it has changed and each second."""
         now = monotonic()
         due = facts != self._told or now - self._told_at >= INTERVAL
-        if self._process and due and send(self.links.to_reports, {"master": facts}):
+        if self._all and due and send(self.links.to_reports, {"master": facts}):
             self._told, self._told_at = facts, now
 
     def end(self, at_once: bool = False) -> None:

@@ -10,6 +10,8 @@ import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from willi_lib.text import visible
+
 from . import words
 from .overview import Event, Host, Overview, Table
 
@@ -197,7 +199,7 @@ def _event(event: Event, now: float) -> Line:
 
 def _cell(text: str, width: int) -> str:
     """Exactly so many columns, a blank at the end included."""
-    text = cut(words.visible(text), width - 1)
+    text = cut(visible(text), width - 1)
     return text + " " * (width - columns(text))
 
 

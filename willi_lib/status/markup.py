@@ -18,7 +18,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from html import escape
 
-from .words import visible
+from willi_lib.text import visible
 
 ELEMENTS = {
     "a", "bdi", "body", "caption", "code", "dd", "div", "dl", "dt", "form", "g", "h1", "h2", "h3", "head",

@@ -67,4 +67,5 @@ def _show_life(master: gevent.socket.socket) -> None:
     with suppress(OSError):  # it is dead, and `_hear` has noticed
         while True:
             master.send(SIGN_OF_LIFE)
+            log.flush()
             gevent.sleep(PULSE)

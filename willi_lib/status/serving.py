@@ -34,8 +34,7 @@ class Serving:
     def __init__(self, settings: Settings, sockets: Sequence[stdlib_socket.socket], links: Links) -> None:
         self._links = links
         self._totals = Totals(time())
-        host = settings.status_listen.host if settings.status_listen else ""
-        application = Application(self._totals, filter(None, (settings.domain, host)), self._ask)
+        application = Application(self._totals, [settings.domain], self._ask)
         self._servers = make_servers(sockets, application)
         self._numbers = count(1)
         self._asked: dict[int, AsyncResult[tuple[list[Any], str]]] = {}

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import unicodedata
 from collections.abc import Callable
 from datetime import datetime, timezone
+
+from willi_lib.text import visible
 
 from .overview import CertificateState, Event, Host, Limit, Overview, Table
 
@@ -13,30 +14,7 @@ SOON = 30 * DAY  # a certificate that ends so soon should have been renewed alre
 AT_ONCE = 14 * DAY  # as for the problems of an overview
 NEAR = 0.8  # of a limit: look at it before clients are turned away
 FOR_ALL = "max_connections"  # the other limits are for a client each, and one that runs into its own is no trouble
-MAX_MARKS = 2  # combining marks on one letter; more of them climb over the lines above
-LETTERS = {"\n": r"\n", "\r": r"\r", "\t": r"\t"}
 LAST_SECOND = 253402300799.0  # of the year 9999: datetime knows no later one
-
-
-def visible(text: str) -> str:
-    r"""What cannot be seen is written as in the log: \n, \x1b, \u202e.
-
-    So no control sequence reaches a terminal, and no text is turned around or hidden.
-    """
-    if text.isascii() and text.isprintable():
-        return text
-    shown, marks = [], 0
-    for character in text:
-        marks = marks + 1 if unicodedata.combining(character) else 0
-        shown.append(character if character.isprintable() and marks <= MAX_MARKS else _escape(character))
-    return "".join(shown)
-
-
-def _escape(character: str) -> str:
-    code = ord(character)
-    if code <= 0xFF:
-        return LETTERS.get(character, f"\\x{code:02x}")
-    return f"\\u{code:04x}" if code <= 0xFFFF else f"\\U{code:08x}"
 
 
 def shorten(text: str, most: int) -> str:

@@ -1,0 +1,37 @@
+"""Text of a file, a client or an upstream as it may be shown: by the log, `check`, `lookup`, `top` and the page."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+
+MAX_MARKS = 2  # combining marks on one letter; more of them climb over the lines above
+_LETTERS = {"\n": r"\n", "\r": r"\r", "\t": r"\t"}
+# Printable by Python's tables, and yet nothing is seen: fillers, selectors, the empty braille pattern (Unicode's
+# Default_Ignorable_Code_Point, of which str.isprintable() knows only a part).
+_UNSEEN = re.compile(
+    "[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u2800\u3164\ufe00-\ufe0f\uffa0\U000e0000-\U000e0fff]"
+)
+
+
+def visible(text: str) -> str:
+    r"""What cannot be seen is escaped: \n, \x1b, \u202e.
+
+    So no control sequence reaches a terminal, no text is turned around or hidden, and two words that look the same
+    are the same.
+    """
+    if text.isascii() and text.isprintable():
+        return text
+    shown, marks = [], 0
+    for character in text:
+        marks = marks + 1 if unicodedata.combining(character) else 0
+        is_seen = character.isprintable() and marks <= MAX_MARKS and not _UNSEEN.match(character)
+        shown.append(character if is_seen else _escape(character))
+    return "".join(shown)
+
+
+def _escape(character: str) -> str:
+    code = ord(character)
+    if code < 0x80:
+        return _LETTERS.get(character, f"\\x{code:02x}")
+    return f"\\u{code:04x}" if code <= 0xFFFF else f"\\U{code:08x}"
