@@ -330,12 +330,26 @@ def _is_the_same(sent: Sent, stored: Stored) -> bool:
     return stored.content == wanted or (sent.chunked and stored.content == wanted + b"\r\n")
 
 
+class _Told:
+    """A log whose lines the player gets."""
+
+    def __init__(self, player: Player) -> None:
+        self._player = player
+
+    def octets(self, level: str, line: str) -> bytes:
+        self._player.tell(level, line)
+        return b""
+
+    def send(self, octets: bytes) -> None:
+        """It has it already."""
+
+
 @contextmanager
 def _in_place_of(player: Player, threshold: int) -> Iterator[None]:
     """Upstreams are the player's, and so is the log."""
     sink, connect = log._sink, upstream_module._connect
-    before = sink.write, sink.threshold
-    sink.write, sink.threshold = player.tell, threshold
+    before = sink.target, sink.threshold
+    sink.target, sink.threshold = _Told(player), threshold
     upstream_module._connect = player.connect  # type: ignore[assignment]
     patience = upstream_module.QUIT_TIMEOUT, upstream_module.LAST_WORDS_TIMEOUT
     if not player._script.is_patient:
@@ -345,7 +359,7 @@ def _in_place_of(player: Player, threshold: int) -> Iterator[None]:
     finally:
         upstream_module._connect = connect
         upstream_module.QUIT_TIMEOUT, upstream_module.LAST_WORDS_TIMEOUT = patience
-        sink.write, sink.threshold = before
+        sink.target, sink.threshold = before
 
 
 def check_session(script: Script) -> Story:
