@@ -16,7 +16,8 @@ import pytest
 from tests.support.dns import DnsServer, Fault
 from tests.support.loopback import HOST, free_port
 from willi_lib import dns as module
-from willi_lib.dns import MAX_ENTRIES, TEMPUNAVAIL, UNAVAILABLE, Cache, DnsFailed, Resolver
+from willi_lib.dns import MAX_ENTRIES, Cache, DnsFailed, Resolver
+from willi_lib.smtp.syntax import TEMPUNAVAIL, UNAVAILABLE
 
 CLIENT, CLIENT6 = "192.0.2.1", "2001:db8::1"
 TIMEOUT = 0.5  # seconds; long for a server on this host

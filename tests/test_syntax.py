@@ -30,6 +30,7 @@ from willi_lib.smtp.syntax import (
     split_command,
     xclient_address,
     xclient_lines,
+    xclient_name,
     xclient_port,
     xtext,
 )
@@ -355,15 +356,19 @@ def test_attributes_of_xclient_are_decoded_by_upper_case_name():
 
 @pytest.mark.parametrize("argument", [
     b"", b" ", b"NAME", b"NAME=", b"NAME=a ADDR", b"HELO=" + b"x" * 256, b"HELO=+0A", b"HELO=a+20b+0D", b"HELO=+C3+BC",
-    b"HELO=+FF", b"HELO=\xff", b"HELO=+1B[m", b"HELO=+7F",
+    b"HELO=+FF", b"HELO=\xff", b"HELO=+1B[m", b"HELO=+7F", b"ADDR=192.0.2.1 ADDR=192.0.2.2", b"HELO=a helo=a",
+    b"NAME=a+2", b"NAME=a+", b"NAME=+", b"NAME=a+2x", b"NAME=a+XYb", b"NAME=a+2db", b"NAME=a++2B", b"NAME=a=b",
+    b"ADDR=192.0.2.1 NAME=a+2", b"NAME=a+2 ADDR=192.0.2.1", b"HELO=+2", b"HELO=x+4", b"LOGIN=+Z1", b"PORT=2+5",
+    b"ADDR=IPV6:2001:db8::1+", b"=x", b"NAME==x",
 ])  # fmt: skip
 def test_a_bad_attribute_of_xclient_is_refused(argument):
     assert refusal(parse_xclient, argument) == replies.BAD_XCLIENT
 
 
 @pytest.mark.parametrize(("text", "address"), [
-    ("192.0.2.1", "192.0.2.1"), ("IPV6:2001:DB8:0::1", "2001:db8::1"), ("ipv6:::1", "::1"), ("[UNAVAILABLE]", None),
-    ("[tempunavail]", None),
+    ("192.0.2.1", "192.0.2.1"), ("IPV6:2001:DB8:0::1", "2001:db8::1"), ("ipv6:::1", "::1"), ("[UNAVAILABLE]", ""),
+    ("[tempunavail]", ""), ("IPV6:::ffff:192.0.2.1", "192.0.2.1"), ("IPV6:::FFFF:c000:201", "192.0.2.1"),
+    ("IPV6:0:0:0:0:0:ffff:192.0.2.1", "192.0.2.1"),
 ])  # fmt: skip
 def test_an_address_of_xclient_is_normalised(text, address):
     assert xclient_address(text) == address
@@ -373,6 +378,16 @@ def test_an_address_of_xclient_is_normalised(text, address):
                                   "IPV6:fe80::1%eth0", "[192.0.2.1]", "٣.0.0.1"])  # fmt: skip
 def test_a_bad_address_of_xclient_is_refused(text):
     assert refusal(xclient_address, text) == replies.BAD_XCLIENT
+
+
+@pytest.mark.parametrize("text", ["c.example", "a_b.example", "[UNAVAILABLE]", "[tempunavail]"])
+def test_a_name_of_xclient_is_a_host_name_or_says_that_there_is_none(text):
+    assert xclient_name(text).lower() == text.lower()
+
+
+@pytest.mark.parametrize("text", ["", "a b", "-a.example", "192.0.2.1", "[UNKNOWN]", "a..b", "x" * 255])
+def test_a_bad_name_of_xclient_is_refused(text):
+    assert refusal(xclient_name, text) == replies.BAD_XCLIENT
 
 
 def test_a_port_of_xclient_is_a_number_up_to_65535():

@@ -29,13 +29,11 @@ from gevent.resolver import ares, cares
 
 from . import log
 from .certificate_files import file_signature
-from .smtp.syntax import is_host_name
+from .smtp.syntax import TEMPUNAVAIL, UNAVAILABLE, is_host_name
 
 RESOLV_CONF = Path("/etc/resolv.conf")
 RESOLV_CONF_INTERVAL = 5.0  # seconds between looks at it
 
-UNAVAILABLE = "[UNAVAILABLE]"  # this address has no valid name (XCLIENT_README)
-TEMPUNAVAIL = "[TEMPUNAVAIL]"  # nobody could tell in time
 NAME_TTL = 600.0  # seconds a client's name is kept
 FAILURE_TTL = 10.0  # seconds that a failure to find a name is kept, so that a dead resolver is not asked by everyone
 ADDRESS_TTL = 10.0  # seconds an upstream's addresses are kept: c-ares does not tell their TTL

@@ -20,6 +20,7 @@ from .session_log import SessionLog
 from .smtp import reply as replies
 from .smtp.reply import Reject, Reply
 from .smtp.syntax import (
+    UNAVAILABLE,
     Path,
     parse_bdat,
     parse_helo,
@@ -28,6 +29,7 @@ from .smtp.syntax import (
     parse_xclient,
     split_command,
     xclient_address,
+    xclient_name,
     xclient_port,
 )
 from .smtp.wire import BadFraming, LineTooLong, TimeLimit, TlsFailed, Wire, WireError
@@ -276,12 +278,12 @@ class Session:
             return replies.BAD_XCLIENT
         client = self.client
         address = xclient_address(attributes["ADDR"]) if "ADDR" in attributes else None
-        port = xclient_port(attributes["PORT"]) if "PORT" in attributes else None
-        if address:
-            client.address, client.port = address, port or 0
-            client.name = self.service.resolver.start_name_of(address)
-        if "NAME" in attributes:
-            name = attributes["NAME"]
+        port = xclient_port(attributes.get("PORT", UNAVAILABLE))
+        name = xclient_name(attributes["NAME"]) if "NAME" in attributes else None
+        if address is not None:  # "": not known, and then the proxy's own must not stand for it
+            client.address, client.port = address, port
+            client.name = self.service.resolver.start_name_of(address) if address else lambda: UNAVAILABLE
+        if name is not None:
             client.name = lambda: name
         self.start_over()
         return self.service.greeting

@@ -21,13 +21,13 @@ from time import monotonic
 from . import log
 from .config import Settings
 from .counts import XCLIENT, Counts
-from .dns import TEMPUNAVAIL, Address, DnsFailed, Resolver
+from .dns import Address, DnsFailed, Resolver
 from .routing import Policy, Route, Server
 from .smtp import proxy_protocol
 from .smtp import reply as replies
 from .smtp.body import END_OF_DATA
 from .smtp.reply import BadReply, Reject, Reply
-from .smtp.syntax import parse_features, xclient_lines
+from .smtp.syntax import TEMPUNAVAIL, UNAVAILABLE, parse_features, xclient_lines
 from .smtp.wire import Clock, PeerGone, Wire, WireError
 from .tls import CertificateError, client_context
 
@@ -37,8 +37,11 @@ LAST_WORDS_TIMEOUT = 0.1  # seconds for the rest of a reply of which the beginni
 ONE_WRITE = 64 << 10  # octets up to which copying the end of a message costs less than a second write
 
 
-# Two words at the least: a client's own words in a refusal, its HELO or the name of its address, have no space.
-_NOT_AUTHORIZED = re.compile(rb"(?:insufficient|not|no|lacks?|without|missing) authori[sz]", re.IGNORECASE)
+TOLD = (220, 250)  # answers to XCLIENT that say that the upstream knows the client now
+BAD_VALUE = (501, 504)  # answers to XCLIENT that say that a value is not taken
+
+# Postfix's words, and nothing besides: what an upstream says of a client may have any words in it.
+_NOT_AUTHORIZED = re.compile(rb"(?:5\.7\.\d+ )?(?:Error: )?insufficient authorization\.?", re.IGNORECASE)
 
 
 class UpstreamFailed(Exception):
@@ -57,8 +60,8 @@ class Refused(Exception):
 class Client:
     """Who the client is, as far as the upstream may know."""
 
-    address: str
-    port: int
+    address: str  # "": not known, as a proxy in front of us says
+    port: int  # 0: not known
     own: Callable[[], tuple[str, int]]  # address and port at which it reached us; an IPv6 address has two fields more
     name: Callable[[], str] = lambda: TEMPUNAVAIL  # waits for DNS, at most until dns_timeout after the accept
     helo: str = ""
@@ -67,6 +70,8 @@ class Client:
 
     def __str__(self) -> str:
         """`address:port` for the log, an IPv6 address in brackets."""
+        if not self.address:
+            return "unknown"
         return f"[{self.address}]:{self.port}" if ":" in self.address else f"{self.address}:{self.port}"
 
 
@@ -318,6 +323,8 @@ class Connector:
             upstream = Upstream(wire, server, route)
             try:
                 if route.policy.send_proxy != "no":
+                    if not client.address:
+                        raise UpstreamFailed("send_proxy: the address of the client is not known")
                     wire.write(_proxy_header(route.policy, client))
                     wire.flush()
                 self._expect_greeting(upstream)
@@ -350,12 +357,13 @@ class Connector:
         name = client.helo if told else self._settings.domain
         upstream.knows_client = told
         self._hello(upstream, name, sid)
+        was_offered = "XCLIENT" in upstream.features
         if self._wants_tls(upstream, client):
             self._start_tls(upstream)
             self._hello(upstream, name, sid)
         elif policy.upstream_tls == "require":
             raise UpstreamFailed("STARTTLS is required and not offered")
-        if policy.xclient != "no" and self._send_xclient(upstream, client, sid):
+        if policy.xclient != "no" and self._send_xclient(upstream, client, sid, was_offered):
             upstream.knows_client = True
             self._hello_for(upstream, client, client.helo)
         elif not client.esmtp:
@@ -413,67 +421,118 @@ class Connector:
         if upstream.wire.pending():  # in clear it has been dropped; in the records of its handshake nobody has looked
             raise UpstreamFailed(f"{upstream.server}: spoke before EHLO")
 
-    def _send_xclient(self, upstream: Upstream, client: Client, sid: str) -> bool:
-        """Tell the upstream who the client is. False: it was not told, and may remain so.
+    def _send_xclient(self, upstream: Upstream, client: Client, sid: str, was_offered: bool) -> bool:
+        """Tell the upstream who the client is. False: it was not told, and `xclient` allows that.
 
+        was_offered: by the first EHLO, before STARTTLS.
         Raises Refused, Reject, UpstreamFailed.
         """
-        required = upstream.route.policy.xclient == "require"
-        if "XCLIENT" not in upstream.features:
-            upstream.xclient = "not_offered"
-            if required:
-                log.error("XCLIENT is required and not offered", sid=sid, upstream=str(upstream.server))
-                raise Reject(replies.XCLIENT_NEEDED)
+        offer = _xclient_offer(upstream, client, sid, was_offered)
+        if offer is None:
             return False
-        upstream.xclient_offer = upstream.features["XCLIENT"]
-        attributes = _attributes(upstream.xclient_offer, client)
-        if upstream.wire.pending():  # DNS may have taken seconds
+        upstream.xclient_offer = offer
+        listed = offer.upper().split()
+        name = client.name() if "NAME" in listed else ""  # which may have to wait for DNS
+        if upstream.wire.pending():
             raise UpstreamFailed(f"{upstream.server}: spoke out of turn, or hung up, before XCLIENT")
-        answer = _ask_all(upstream, xclient_lines(attributes))
-        if answer and answer.code == 501:
-            # The client's HELO is the one value that the client chooses: it must not keep the address from being told.
-            attributes = [attribute for attribute in attributes if attribute[0] != "HELO"]
-            answer = _ask_all(upstream, xclient_lines(attributes))
-        if answer is None or answer.positive:
-            upstream.xclient = "accepted" if answer else "not_offered"
-            return answer is not None
-        if not _is_about_us(answer):
-            upstream.xclient = "client_refused"
-            raise Refused(answer)
-        upstream.xclient = "refused"
-        log.error("XCLIENT refused", sid=sid, upstream=str(upstream.server), error=str(answer))
-        if required:
-            raise Reject(replies.XCLIENT_NEEDED)
-        return False
+        required = upstream.route.policy.xclient == "require"
+        half_told = False
+        for attributes in _attempts(listed, client, name, may_hide_address=not required):
+            answer, half = _ask_all(upstream, xclient_lines(attributes))
+            half_told |= half
+            if answer is None or answer.code not in BAD_VALUE:
+                break
+        if answer is None:
+            return False
+        if answer.code not in TOLD:
+            return _judge_refusal(upstream, client, answer, half_told, sid)
+        upstream.xclient = "accepted"
+        if client.address and ("ADDR", UNAVAILABLE) in attributes:
+            fields = {"sid": sid, "client": str(client), "upstream": str(upstream.server)}
+            log.warn("XCLIENT: the upstream does not take this address, and was told none", **fields)
+        return True
 
 
-def _ask_all(upstream: Upstream, lines: Sequence[bytes]) -> Reply | None:
-    """Ask one after the other, up to the first that is refused; the last answer, which is kept for `check`."""
-    answer = None
+def _xclient_offer(upstream: Upstream, client: Client, sid: str, was_offered: bool) -> str | None:
+    """What the upstream lists behind XCLIENT; None: it does not offer it. Raises Reject if that must not be."""
+    offer = upstream.features.get("XCLIENT")
+    fault = ""
+    if "ADDR" not in (offer or "").upper().split():
+        upstream.xclient = "not_offered"
+        fault = "not offered" if offer is None else f"no ADDR in {offer!r}"
+    elif not client.address:
+        fault = "the address of the client is not known"
+    if fault and upstream.route.policy.xclient == "require":
+        raise _xclient_needed(upstream, sid, fault)
+    if offer is None and was_offered and not upstream.knows_client:
+        raise _xclient_needed(upstream, sid, "offered before STARTTLS, and not any more")
+    return offer
+
+
+def _attempts(listed: list[str], client: Client, name: str, may_hide_address: bool) -> Iterator[list[tuple[str, str]]]:
+    """The attributes that the upstream listed, in the order to send them: ADDR ends our authority.
+
+    Then with less and less that it may not like: HELO and NAME are what a client chooses, and a server
+    without IPv6 takes no IPv6 address. None of that may make our own address of the client's.
+    """
+    helo = [("PROTO", "ESMTP" if client.esmtp else "SMTP"), ("HELO", client.helo)]
+    address = f"IPV6:{client.address}" if ":" in client.address else client.address or UNAVAILABLE
+    known = [("PORT", str(client.port or UNAVAILABLE)), ("ADDR", address)]
+    unknown = [("PORT", UNAVAILABLE), ("ADDR", UNAVAILABLE)]
+    attempts = [[*helo, ("NAME", name), *known]]
+    for endpoint in (known, unknown) if may_hide_address else (known,):
+        attempts += [[helo[0], ("NAME", one), *endpoint] for one in (name, UNAVAILABLE)]
+    asked: list[list[tuple[str, str]]] = []
+    for attempt in attempts:
+        attributes = [attribute for attribute in attempt if attribute[0] in listed]
+        if attributes not in asked:
+            asked.append(attributes)
+            yield attributes
+
+
+def _ask_all(upstream: Upstream, lines: Sequence[bytes]) -> tuple[Reply | None, bool]:
+    """Ask one after the other, up to the first that is refused.
+
+    The last answer, which is kept for `check`, and whether others before it were accepted.
+    """
+    answer, asked = None, 0
     for line in lines:
         answer = upstream.ask(line)
-        if not answer.positive:
+        if answer.code not in TOLD:
             break
+        asked += 1
     upstream.xclient_answer = answer
-    return answer
+    return answer, 0 < asked < len(lines)
+
+
+def _judge_refusal(upstream: Upstream, client: Client, answer: Reply, half_told: bool, sid: str) -> bool:
+    """False: XCLIENT is refused to us, and the mail may go on without. Raises Refused, Reject, UpstreamFailed."""
+    if answer.code < 400:
+        raise UpstreamFailed(f"{upstream.server}: XCLIENT: {answer}")
+    if not _is_about_us(answer):
+        upstream.xclient = "client_refused"
+        raise Refused(answer)
+    upstream.xclient = "refused"
+    if upstream.route.policy.xclient == "require" or half_told:
+        raise _xclient_needed(upstream, sid, str(answer))
+    # Where all that was left of the client's is an IPv4 address, it is not the client that is not taken.
+    if answer.code in BAD_VALUE and "." not in client.address and not upstream.knows_client:
+        raise _xclient_needed(upstream, sid, str(answer))
+    log.error("XCLIENT refused", sid=sid, upstream=str(upstream.server), error=str(answer))
+    return False
+
+
+def _xclient_needed(upstream: Upstream, sid: str, why: str) -> Reject:
+    """The refusal of mail that would go on in our own name."""
+    log.error("XCLIENT failed, and the mail must not go without", sid=sid, upstream=str(upstream.server), error=why)
+    return Reject(replies.XCLIENT_NEEDED)
 
 
 def _is_about_us(answer: Reply) -> bool:
     """Whether a refusal of XCLIENT says that we may not use it, not that the client is unwelcome."""
-    return 500 <= answer.code <= 504 or (answer.code == 550 and bool(_NOT_AUTHORIZED.search(b" ".join(answer.lines))))
-
-
-def _attributes(offered: str, client: Client) -> list[tuple[str, str]]:
-    """The XCLIENT attributes that the upstream listed, in the order to send them: ADDR ends our authority."""
-    listed = offered.upper().split()
-    values = [
-        ("PROTO", "ESMTP" if client.esmtp else "SMTP"),
-        ("HELO", client.helo),
-        ("NAME", client.name() if "NAME" in listed else ""),  # which may have to wait for DNS
-        ("PORT", str(client.port)),
-        ("ADDR", f"IPV6:{client.address}" if ":" in client.address else client.address),
-    ]
-    return [attribute for attribute in values if attribute[0] in listed]
+    return 500 <= answer.code <= 504 or (
+        answer.code == 550 and _NOT_AUTHORIZED.fullmatch(b" ".join(answer.lines)) is not None
+    )
 
 
 def _proxy_header(policy: Policy, client: Client) -> bytes:

@@ -49,6 +49,7 @@ from .session import Session, new_session_id
 from .smtp import proxy_protocol
 from .smtp import reply as replies
 from .smtp.reply import Reply
+from .smtp.syntax import canonical
 from .smtp.wire import Clock, PeerGone, Wire, WireError, give_way
 from .tls import CertificateError, server_context
 from .upstream import Client, Connector
@@ -103,7 +104,7 @@ class Listener(StreamServer):
             connection.setblocking(False)
             connection.send(replies.TOO_MANY_CONNECTIONS.octets)
             connection.close()
-            log.warn("Connection refused, no file descriptors left", client=address[0])
+            log.warn("Connection refused, no file descriptors left", client=_plain(address[0]))
             self._counts.add(REFUSED, "no_descriptors")
         except BlockingIOError:
             pass  # another worker had one, and was quicker
@@ -303,6 +304,7 @@ class Worker:
     def _serve(self, connection: Socket, address: tuple[str, int]) -> None:
         """One connection, in its own greenlet."""
         self._connections += 1
+        address = _plain(address[0]), address[1]
         sid = new_session_id()
         try:
             self._serve_limited(sid, connection, address)
@@ -340,9 +342,9 @@ class Worker:
 
     def _admit(self, sid: str, wire: Wire, connection: Socket, address: tuple[str, int]) -> None:
         """Find out who it is, and whether that client may have one more connection."""
-        peer, port = address[0].partition("%")[0].removeprefix("::ffff:"), address[1]
-        client = Client(peer, port, own=connection.getsockname)
-        checks = is_in(peer, self._settings.proxy_protocol_hosts) and not self._read_proxy_header(wire, client)
+        client = Client(*address, own=connection.getsockname)
+        balancer = is_in(client.address, self._settings.proxy_protocol_hosts)
+        checks = balancer and not self._read_proxy_header(wire, client)
         trusted = is_in(client.address, self._settings.xclient_hosts)
         if trusted or checks:  # a proxy in front brings many clients; a refused health check would turn them all away
             self._talk(sid, wire, client, may_xclient=trusted)
@@ -416,6 +418,11 @@ def _read_again(csv_file: CsvFile) -> None:
 def _log_unraisable(bug: sys.UnraisableHookArgs) -> None:
     """An exception in a callback from C, such as for a server name of a TLS client that is no text."""
     log.warn("Exception ignored", where=repr(bug.object), error=f"{bug.exc_type.__name__}: {bug.exc_value}")
+
+
+def _plain(address: str) -> str:
+    """Without a zone; an IPv4 client of a socket for both families is an IPv4 client."""
+    return str(canonical(address.partition("%")[0])) if ":" in address else address
 
 
 def is_in(address: str, networks: Sequence[IPv4Network | IPv6Network]) -> bool:

@@ -115,9 +115,9 @@ def test_xclient_that_is_not_offered_is_off_or_is_refused(tmp_path: Path, carefu
     [facts] = of_host(configure(tmp_path, line, "xclient = no"), careful)
     assert "XCLIENT is off" in facts.what
     careful.extensions = XCLIENT
-    careful.answers[b"XCLIENT"] = reply("550 5.7.0 not authorized")
+    careful.answers[b"XCLIENT"] = reply("550 5.7.0 Error: insufficient authorization")
     _, problem = of_host(configure(tmp_path, line), careful)
-    assert problem.level == "warn" and "550 5.7.0 not authorized" in problem.what
+    assert problem.level == "warn" and "550 5.7.0 Error: insufficient authorization" in problem.what
     [problem] = of_host(configure(tmp_path, line, "xclient = require"), careful)
     assert problem.level == "wrong" and "xclient = try" in problem.advice
 

@@ -149,12 +149,8 @@ def test_a_value_that_postfix_would_not_take_is_left_out(
     assert list(attributes(line)) == [*told, b"NAME", b"PORT", b"ADDR"]
 
 
-@pytest.mark.parametrize("verdict", [b"220 mx.example ESMTP", b"501 5.5.4 Bad ADDR syntax"])
-def test_a_helo_that_the_upstream_does_not_take_cannot_hide_the_client(
-    verdict: bytes, willi: Willi, upstream: ScriptedUpstream
-):
-    willi.tolerate("XCLIENT refused")
-    upstream.answers[b"XCLIENT"] = [b"501 5.5.4 Bad HELO syntax\r\n", verdict + b"\r\n"]
+def test_a_helo_that_the_upstream_does_not_take_cannot_hide_the_client(willi: Willi, upstream: ScriptedUpstream):
+    upstream.answers[b"XCLIENT"] = [b"501 5.5.4 Bad HELO syntax\r\n"]
     with greeted(willi, b"EHLO bad_helo") as client:
         assert deliver(client) == QUEUED
     [first, second] = [line for line in upstream.connection().commands if line.startswith(b"XCLIENT")]
@@ -162,6 +158,129 @@ def test_a_helo_that_the_upstream_does_not_take_cannot_hide_the_client(
     rest = attributes(first)
     del rest[b"HELO"]
     assert attributes(second) == rest
+
+
+# What an upstream may not take of a client's, and what it is told then. In the order in which it is tried.
+NO_HELO = [(b"127.0.0.7", b"client.example")]
+NO_NAME = [*NO_HELO, (b"127.0.0.7", b"[UNAVAILABLE]")]
+NO_ADDRESS = [*NO_NAME, (b"[UNAVAILABLE]", b"client.example")]
+NOTHING = [*NO_ADDRESS, (b"[UNAVAILABLE]", b"[UNAVAILABLE]")]
+
+
+@pytest.mark.parametrize("code", [b"501", b"504"], ids=bytes.decode)
+@pytest.mark.parametrize("told", [NO_HELO, NO_NAME, NO_ADDRESS, NOTHING], ids=len)
+def test_no_value_that_the_upstream_does_not_take_gives_the_client_our_own_name(
+    told: list[tuple[bytes, bytes]], code: bytes, start_willi: StartWilli, upstream: ScriptedUpstream, dns: DnsServer
+):
+    dns.host("client.example", "127.0.0.7")
+    upstream.answers[b"XCLIENT"] = [code + b" 5.5.4 Bad syntax\r\n"] * len(told)
+    willi = start_willi(server=upstream.server, dns=dns)
+    with greeted(willi, source="127.0.0.7") as client:
+        assert deliver(client) == QUEUED
+    first, *others = [attributes(line) for line in upstream.commands if line.startswith(b"XCLIENT")]
+    assert (first[b"HELO"], first[b"NAME"], first[b"ADDR"]) == (b"c.example", b"client.example", b"127.0.0.7")
+    assert [(one[b"ADDR"], one[b"NAME"]) for one in others] == told
+    assert not any(b"HELO" in one for one in others)
+    warned = willi.lines(lvl="warn", msg="XCLIENT: the upstream does not take this address, and was told none")
+    assert len(warned) == (told in (NO_ADDRESS, NOTHING))
+
+
+def ipv6_client(willi: Willi, port: int) -> Client:
+    client = Client(port, host="::1")
+    assert client.read_reply().code == 220
+    say(client, b"EHLO c.example")
+    return client
+
+
+@pytest.mark.parametrize(
+    ("xclient", "takes_unavailable", "answer"),
+    [("try", True, QUEUED), ("try", False, NEEDED), ("require", True, NEEDED), ("require", False, NEEDED)],
+)
+def test_an_upstream_without_ipv6_does_not_hear_ipv6_clients_as_willi(
+    xclient: str, takes_unavailable: bool, answer: str, start_willi: StartWilli, upstream: ScriptedUpstream,
+    dns: DnsServer,
+):  # fmt: skip
+    port = free_port("127.0.0.1")
+    refusals = 2 if takes_unavailable else 10  # with HELO and without; there is no NAME
+    upstream.answers[b"XCLIENT"] = [b"501 5.5.4 Bad ADDR syntax: IPV6:::1\r\n"] * refusals
+    willi = start_willi(server=upstream.server, dns=dns, listen=f"[::1]:{port}", probe=False, xclient=xclient)
+    willi.tolerate("XCLIENT failed")
+    with ipv6_client(willi, port) as client:
+        if answer == QUEUED:
+            assert deliver(client) == QUEUED
+        else:
+            assert say(client, MAIL, BOB, b"QUIT") == [SENDER_KEPT, NEEDED, "221 2.0.0 Bye"]
+    assert (MAIL in upstream.commands) == (answer == QUEUED)
+    told = attributes([line for line in upstream.commands if line.startswith(b"XCLIENT")][-1])
+    assert told[b"ADDR"] == (b"[UNAVAILABLE]" if xclient == "try" else b"IPV6:::1")
+
+
+def test_a_postfix_without_ipv6_takes_the_mail_of_an_ipv6_client_without_trusting_it(
+    start_willi: StartWilli, postfix: Postfix
+):
+    port = free_port("127.0.0.1")
+    willi = start_willi(server=postfix.server, listen=f"[::1]:{port}", probe=False)
+    with ipv6_client(willi, port) as client:
+        assert deliver(client, b"RCPT TO:<xclient6@b.example>").startswith("250 2.0.0 Ok: queued as ")
+        assert say(client, MAIL, b"RCPT TO:<x@other.example>")[1].startswith("454 4.7.1 ")  # it is not in mynetworks
+    assert " [unknown])" in postfix.wait_for_message("xclient6@b.example").received
+
+
+def test_an_upstream_that_takes_half_of_what_it_is_told_hears_no_mail(
+    start_willi: StartWilli, upstream: ScriptedUpstream, dns: DnsServer
+):
+    """The rest of it is ours: the name of the client, and the address of Willi."""
+    name = ".".join(["n" * 60] * 4)
+    dns.host(name, "127.0.0.7")
+    upstream.answers[b"XCLIENT"] = [b"220 ok\r\n", b"550 5.7.0 Error: insufficient authorization\r\n"]
+    willi = start_willi(server=upstream.server, dns=dns)
+    willi.tolerate("XCLIENT failed")
+    with greeted(willi, b"EHLO " + b"h" * 255, source="127.0.0.7") as client:
+        assert say(client, MAIL, BOB) == [SENDER_KEPT, NEEDED]
+    assert MAIL not in upstream.commands
+
+
+@pytest.mark.parametrize("answer", ["221 2.0.0 bye", "211 2.0.0 ok", "251 2.0.0 ok"])
+def test_only_220_and_250_say_that_the_client_is_known(answer: str, willi: Willi, upstream: ScriptedUpstream):
+    upstream.answers[b"XCLIENT"] = reply(answer)
+    willi.tolerate(upstream.server)
+    with greeted(willi) as client:
+        assert say(client, MAIL, BOB) == [SENDER_KEPT, NO_ANSWER]
+    assert MAIL not in upstream.commands
+
+
+def test_a_250_to_xclient_is_a_yes_too(willi: Willi, upstream: ScriptedUpstream):
+    upstream.answers[b"XCLIENT"] = reply("250 2.0.0 ok")  # nginx takes it for one
+    with greeted(willi) as client:
+        assert deliver(client) == QUEUED
+    assert upstream.connection().commands[2] == b"EHLO c.example"
+
+
+@pytest.mark.parametrize("second_ehlo", ["250 upstream.example / PIPELINING", "502 5.5.2 what?"])
+def test_where_xclient_is_gone_after_starttls_the_mail_does_not_go_in_our_own_name(
+    second_ehlo: str, start_willi: StartWilli, certificates: Authority, upstream: ScriptedUpstream
+):
+    upstream.tls = certificates.issue("mx.example").server_context()
+    first = reply("250 upstream.example / STARTTLS / XCLIENT NAME ADDR")
+    upstream.answers[b"EHLO"] = [first, reply(second_ehlo)]
+    willi = start_willi(server=upstream.server, upstream_tls="always")
+    willi.tolerate("XCLIENT failed")
+    with greeted(willi) as client:
+        assert say(client, MAIL, BOB) == [SENDER_KEPT, NEEDED]
+    assert MAIL not in upstream.commands
+    assert willi.wait_for_log(lvl="error")["error"] == "offered before STARTTLS, and not any more"
+
+
+@pytest.mark.parametrize("offer", [b"XCLIENT", b"XCLIENT LOGIN", b"XCLIENT NAME HELO PROTO PORT"], ids=bytes.decode)
+def test_where_xclient_is_required_it_has_to_take_the_address(
+    offer: bytes, start_willi: StartWilli, upstream: ScriptedUpstream
+):
+    upstream.extensions = (*EXTENSIONS, offer)
+    willi = start_willi(server=upstream.server, xclient="require")
+    willi.tolerate("XCLIENT failed")
+    with greeted(willi) as client:
+        assert say(client, MAIL, BOB) == [SENDER_KEPT, NEEDED]
+    assert MAIL not in upstream.commands
 
 
 # NAME
@@ -236,7 +355,14 @@ def test_a_refusal_of_ourselves_is_logged_and_the_mail_goes_on(
     assert b"EHLO c.example" not in upstream.commands
 
 
-@pytest.mark.parametrize("refusal", ["550 5.7.1 your client is blocked", "554 5.7.1 no", "421 4.7.0 go", "450 4.7.1 x"])
+@pytest.mark.parametrize(
+    "refusal",
+    [
+        "550 5.7.1 your client is blocked", "554 5.7.1 no", "421 4.7.0 go", "450 4.7.1 x",
+        "550 5.7.1 Client host [127.0.0.1] is not authorized to send mail here; see https://rbl.example",
+        "550 5.7.1 your network has insufficient authorization, says rbl.example",
+    ],
+)
 @pytest.mark.parametrize("step", [b"XCLIENT", b"EHLO c.example"], ids=["XCLIENT", "EHLO"])
 def test_another_refusal_is_the_verdict_on_the_client(
     refusal: str, step: bytes, willi: Willi, upstream: ScriptedUpstream
@@ -273,7 +399,9 @@ def test_an_upstream_that_dies_at_xclient_has_failed(answer: Action, willi: Will
         assert say(client, MAIL, BOB) == [SENDER_KEPT, NO_ANSWER]
 
 
-@pytest.mark.parametrize("answer", [reply("503 5.5.1 no"), reply("550 5.7.0 not authorized"), None], ids=str)
+@pytest.mark.parametrize(
+    "answer", [reply("503 5.5.1 no"), reply("550 5.7.0 Error: insufficient authorization"), None], ids=str
+)
 def test_where_xclient_is_required_nothing_goes_without(
     answer: Action | None, start_willi: StartWilli, upstream: ScriptedUpstream
 ):

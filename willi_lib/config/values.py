@@ -10,14 +10,17 @@ import re
 import socket
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from ipaddress import IPv4Network, IPv6Network, ip_address, ip_interface
+from ipaddress import IPv4Network, IPv6Network, ip_interface
 from pathlib import Path
 from typing import Any, TypeVar, get_args
+
+from willi_lib.smtp.syntax import canonical
 
 T = TypeVar("T")
 
 ALIASES = {"warning": "warn", "sql": "mysql"}
 EXTENSIONS = ("SMTPUTF8", "CHUNKING", "8BITMIME")
+MAPPED_PREFIX = 96  # bits of ::ffff:0:0/96, in which IPv4 addresses are written as IPv6
 TIMES = {"s": 1, "m": 60, "h": 3600}  # in seconds
 SIZES = {"": 1, "kb": 1000, "mb": 1000**2, "kib": 1024, "mib": 1024**2}  # in octets
 
@@ -124,7 +127,7 @@ def socket_address(text: str) -> Address:
     if address is None or not re.search(":[0-9]+$", text):
         raise wrong(text, form)
     try:
-        return Address(address.host and str(ip_address(address.host)), address.port)
+        return Address(address.host and str(canonical(address.host)), address.port)
     except ValueError:
         raise wrong(text, f"{form}, an IP address, not a name") from None
 
@@ -143,7 +146,7 @@ def _host_and_port(text: str) -> Address | None:
     match = re.fullmatch(r"(?:\[([0-9A-Fa-f:.]+)\]|([^\s:\[\]/@]*))(?::([0-9]{1,5}))?", text)
     if match is None or int(match[3] or 0) > 65535:
         return None
-    return Address(str(ip_address(match[1])) if match[1] else match[2], int(match[3] or 0))
+    return Address(str(canonical(match[1])) if match[1] else match[2], int(match[3] or 0))
 
 
 def network(text: str) -> IPv4Network | IPv6Network:
@@ -153,6 +156,9 @@ def network(text: str) -> IPv4Network | IPv6Network:
         raise wrong(text, "must be like 192.0.2.1, 192.0.2.0/24 or 2001:db8::/32") from None
     if int(interface.ip) != int(interface.network.network_address):
         raise wrong(text, f"has bits behind its prefix; did you mean '{interface.network}'?")
+    mapped = getattr(interface.ip, "ipv4_mapped", None)
+    if mapped and interface.network.prefixlen >= MAPPED_PREFIX:  # such a client is an IPv4 client everywhere in Willi
+        return IPv4Network((mapped, interface.network.prefixlen - MAPPED_PREFIX))
     return interface.network
 
 

@@ -298,7 +298,8 @@ def _parse_server(entry: str) -> Server:
 def _parse_host(text: str) -> str:
     if ":" in text or text[-1].isdigit():  # else no address: trying takes longer than all the rest
         with suppress(ValueError):
-            return str(ip_address(text))
+            address = ip_address(text)
+            return str(getattr(address, "ipv4_mapped", None) or address)
     return _parse_name(text)
 
 

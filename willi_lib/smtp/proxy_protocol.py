@@ -11,6 +11,8 @@ import struct
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv6Address, ip_address
 
+from .syntax import canonical
+
 MAX_V1_LINE = 107  # octets with CRLF, section 2.1
 MAX_V2_BLOCK = 2048  # octets after the first 16. The field can say 65,535; addresses and the usual TLVs take under 600
 
@@ -65,7 +67,7 @@ def parse(buffer: bytes) -> tuple[Endpoints | None, int] | None:
 
 
 def build_v1(endpoints: Endpoints) -> bytes:
-    """The header as a line of text (section 2.1). Addresses of two families go as IPv6."""
+    """The header as a line of text (section 2.1)."""
     source, destination = _of_one_family(endpoints)
     family = "TCP4" if source.version == 4 else "TCP6"
     ports = f"{endpoints.source_port} {endpoints.destination_port}"
@@ -73,7 +75,7 @@ def build_v1(endpoints: Endpoints) -> bytes:
 
 
 def build_v2(endpoints: Endpoints) -> bytes:
-    """The binary header (section 2.2), without TLVs. Addresses of two families go as IPv6."""
+    """The binary header (section 2.2), without TLVs."""
     source, destination = _of_one_family(endpoints)
     family = _V2_TCP4 if source.version == 4 else _V2_TCP6
     form = _V2_ADDRESSES[family]
@@ -168,23 +170,12 @@ def _crc32c(octets: bytes) -> int:
 
 
 def _as_text(address: Address) -> str:
-    return str(_unmapped(address))
-
-
-def _unmapped(address: Address) -> Address:
-    """IPv4 written as IPv6, which a socket for both families gives, as IPv4."""
-    return address.ipv4_mapped or address if isinstance(address, IPv6Address) else address
+    return str(getattr(address, "ipv4_mapped", None) or address)
 
 
 def _of_one_family(endpoints: Endpoints) -> tuple[Address, Address]:
-    """The two addresses, without zones; if only one is IPv6, the other one is mapped."""
-    source, destination = (
-        _unmapped(ip_address(text.partition("%")[0])) for text in (endpoints.source, endpoints.destination)
-    )
+    """The two addresses, without zones, in the family of the client: a server without IPv6 takes no other for IPv4."""
+    source, destination = (canonical(text.partition("%")[0]) for text in (endpoints.source, endpoints.destination))
     if source.version == destination.version:
         return source, destination
-    return _mapped(source), _mapped(destination)
-
-
-def _mapped(address: Address) -> IPv6Address:
-    return address if isinstance(address, IPv6Address) else IPv6Address(f"::ffff:{address}")
+    return source, IPv4Address("0.0.0.0") if source.version == 4 else IPv6Address(f"::ffff:{destination}")

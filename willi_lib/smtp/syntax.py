@@ -7,10 +7,10 @@ and whatever else could make the upstream see another command than we did.
 
 from __future__ import annotations
 
-import ipaddress
 import re
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
+from ipaddress import IPv4Address, IPv6Address, ip_address
 from typing import Literal, NamedTuple
 
 from . import reply as replies
@@ -36,7 +36,10 @@ _HELO = re.compile(rb"[\x21-\x7e]{1,%d}" % MAX_HELO)
 _HOST_NAME = re.compile(r"(?=.{1,253}\Z)(?!-)[0-9A-Za-z_-]{1,63}(?<!-)(?:\.(?!-)[0-9A-Za-z_-]{1,63}(?<!-))*")
 _XTEXT_PLAIN = frozenset(range(0x21, 0x7F)) - frozenset(b"+=")  # RFC 3461 §4
 _XTEXT_AS_IS = re.compile(b"[%s]*" % re.escape(bytes(sorted(_XTEXT_PLAIN))))
+_XTEXT = re.compile(rb"(?:[%s]|\+[0-9A-F]{2})*" % re.escape(bytes(sorted(_XTEXT_PLAIN))))
 _XTEXT_CODE = re.compile(rb"\+([0-9A-F]{2})")
+
+UNAVAILABLE, TEMPUNAVAIL = "[UNAVAILABLE]", "[TEMPUNAVAIL]"  # in XCLIENT: there is none; nobody could tell in time
 
 MAX_REMEMBERED = 4096  # octets of an EHLO reply; real ones have a few hundred
 Body = Literal["7BIT", "8BITMIME"]
@@ -199,6 +202,16 @@ def _features(ehlo: Reply) -> Mapping[str, str]:
     return features
 
 
+def canonical(text: str) -> IPv4Address | IPv6Address:
+    """An IP address; what is IPv4 written as IPv6 (::ffff:192.0.2.1) is IPv4. Raises ValueError, also for a zone."""
+    address = ip_address(text)
+    if isinstance(address, IPv4Address):
+        return address
+    if address.scope_id:
+        raise ValueError(text)
+    return address.ipv4_mapped or address
+
+
 def xtext(text: str) -> bytes:
     """Encode as xtext (RFC 3461 §4): upper-case hex for what is not printable ASCII, and for + and =."""
     octets = text.encode()
@@ -208,7 +221,9 @@ def xtext(text: str) -> bytes:
 
 
 def from_xtext(octets: bytes) -> str:
-    """Decode xtext. Raises Reject."""
+    """Decode xtext. Raises Reject for what is none."""
+    if not _XTEXT.fullmatch(octets):
+        raise Reject(replies.BAD_XCLIENT)
     plain = _XTEXT_CODE.sub(lambda match: bytes((int(match[1], 16),)), octets)
     try:
         return plain.decode("utf-8")
@@ -219,37 +234,47 @@ def from_xtext(octets: bytes) -> str:
 def parse_xclient(argument: bytes) -> dict[str, str]:
     """Attributes of an XCLIENT command by upper-case name, decoded (XCLIENT_README).
 
-    Raises Reject.
+    Raises Reject, also for an attribute that is there twice: which of them is the client's?
     """
-    attributes = {}
+    attributes: dict[str, str] = {}
     for word in argument.split():
-        name, equals, value = word.partition(b"=")
-        text = from_xtext(value)
-        if not equals or not value or len(text) > MAX_HELO or not text.isprintable() or not text.isascii():
+        key, _, value = word.partition(b"=")
+        name, text = key.decode("ascii", "replace").upper(), from_xtext(value)
+        fits = 0 < len(text) <= MAX_HELO and text.isprintable() and text.isascii()
+        if not (name and fits) or name in attributes:
             raise Reject(replies.BAD_XCLIENT)
-        attributes[name.decode("ascii", "replace").upper()] = text
+        attributes[name] = text
     if not attributes:
         raise Reject(replies.BAD_XCLIENT)
     return attributes
 
 
-def xclient_address(text: str) -> str | None:
-    """The address in XCLIENT's ADDR, normalised; None: [UNAVAILABLE]. Raises Reject."""
-    if text.upper() in ("[UNAVAILABLE]", "[TEMPUNAVAIL]"):
-        return None
+def xclient_address(text: str) -> str:
+    """The address in XCLIENT's ADDR, normalised, a mapped one as IPv4; "": [UNAVAILABLE]. Raises Reject."""
+    if text.upper() in (UNAVAILABLE, TEMPUNAVAIL):
+        return ""
+    is_ipv6 = text[:5].upper() == "IPV6:"
+    bare = text[5:] if is_ipv6 else text
     try:
-        if "%" in text:  # a zone, for ipaddress
-            raise ValueError
-        if text[:5].upper() == "IPV6:":
-            return str(ipaddress.IPv6Address(text[5:]))
-        return str(ipaddress.IPv4Address(text))
+        if is_ipv6 != (":" in bare):  # IPv6 without its word, or the word without IPv6
+            raise ValueError(text)
+        return str(canonical(bare))
     except ValueError:
         raise Reject(replies.BAD_XCLIENT) from None
 
 
+def xclient_name(text: str) -> str:
+    """The host name in XCLIENT's NAME, [UNAVAILABLE] or [TEMPUNAVAIL]. Raises Reject."""
+    if text.upper() in (UNAVAILABLE, TEMPUNAVAIL):
+        return text.upper()
+    if not is_host_name(text):  # an upstream would refuse it, and with it the address
+        raise Reject(replies.BAD_XCLIENT)
+    return text
+
+
 def xclient_port(text: str) -> int:
     """The port in XCLIENT's PORT; 0: [UNAVAILABLE]. Raises Reject."""
-    if text.upper() == "[UNAVAILABLE]":
+    if text.upper() == UNAVAILABLE:
         return 0
     if not (text.isdigit() and len(text) <= 5 and int(text) <= 65535):
         raise Reject(replies.BAD_XCLIENT)
