@@ -14,9 +14,13 @@ trap 'rm -rf --one-file-system "$home"' EXIT
 failed=()
 summary=()
 
-# The path of a Python of this version: in PATH, or where pyenv puts it.
+# The path of a Python of this version that runs: in PATH, or where pyenv puts it.
 find_python() {
-    command -v "python$1" || compgen -G "${PYENV_ROOT:-$HOME/.pyenv}/versions/$1.*/bin/python$1" | tail -n 1
+    local path
+    for path in "python$1" "${PYENV_ROOT:-$HOME/.pyenv}/versions/$1".*"/bin/python$1"; do
+        "$path" -c "" 2>/dev/null && command -v "$path" && return
+    done
+    return 1
 }
 
 # $1: Python, $2: directory of its virtual environment. A test that lacks something says so and is skipped.
