@@ -302,7 +302,7 @@ def test_relative_names_do_not_depend_on_the_working_directory(load, directory, 
     load("", "[mappings]\n[[m]]\ntype = csv\nfile = map.csv\n")
     monkeypatch.chdir("/")
     (mapping,) = config.load(str(directory / "willi.conf")).mappings
-    assert mapping == CsvSettings("m", Policy(), f"{directory}/map.csv")
+    assert mapping == CsvSettings("m", Policy(), f"{directory}/willi.conf:4", f"{directory}/map.csv")
 
 
 @pytest.mark.parametrize(

@@ -5,17 +5,19 @@ from __future__ import annotations
 import csv
 import io
 import os
+import resource
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.test_routing import ADDRESSES, DOMAINS
-from willi_lib.routing import LookupFailed, Policy, Route, fold_pattern, parse_servers
+from tests.test_routing import ADDRESSES, DOMAINS, Table
+from willi_lib.routing import UNSURE, LookupFailed, NoRoute, Policy, Route, find_route, fold_pattern, parse_servers
 from willi_lib.routing import csv_file as module
-from willi_lib.routing.csv_file import CALM, MAX_FAULTS, PAUSE_LINES, CsvError, CsvFile
+from willi_lib.routing.csv_file import CALM, MAX_FAULTS, PAUSE_LINES, RETRY, CsvError, CsvFile, Held
 
 HEADER = "pattern;server;tls_verify\n"
 
@@ -300,7 +302,15 @@ def rewrite(file: Path, content: str) -> None:
 def rename(file: Path, content: str) -> None:
     new = file.with_suffix(".new")
     new.write_text(content)
+    while new.stat().st_ctime_ns == new.stat().st_mtime_ns:  # until the kernel's clock ticks
+        new.chmod(0o600)
     new.replace(file)
+
+
+def recreate(file: Path, content: str) -> None:
+    os.link(file, file.with_suffix(".old"))  # so that its inode is not used again
+    file.unlink()
+    file.write_text(content)
 
 
 def rename_with_the_old_time(file: Path, content: str) -> None:
@@ -318,8 +328,22 @@ def link_to_another(file: Path, content: str) -> None:
     link.replace(file)
 
 
+def rewrite_with_the_old_time(file: Path, content: str) -> None:
+    before = file.stat()
+    file.write_text(content)
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
 @pytest.mark.parametrize(
-    ("write", "seconds"), [(rename, 2), (rename_with_the_old_time, 2), (link_to_another, 2), (rewrite, CALM)]
+    ("write", "seconds"),
+    [
+        (rename, 2),
+        (rename_with_the_old_time, 2),
+        (recreate, CALM),
+        (link_to_another, CALM),
+        (rewrite, CALM),
+        (rewrite_with_the_old_time, CALM),
+    ],
 )
 def test_a_new_content_is_noticed_and_replaces_the_old_one(file, clock, write, seconds):
     mapping = read(file, HEADER + "a.example;mx1\nb.example;mx1\n")
@@ -353,7 +377,7 @@ def test_a_file_that_is_made_anew_and_written_slowly_is_read_when_it_is_complete
     os.link(file, file.with_suffix(".old"))  # so that its inode is not used again
     file.unlink()
     file.write_text(HEADER + "a.example;mx2\n")
-    assert not mapping.changed()
+    assert looks(mapping, clock, CALM - 2) is None
     append(file, "b.example;mx2")
     assert looks(mapping, clock) == CALM
 
@@ -396,17 +420,18 @@ def test_a_bad_line_keeps_the_old_table_and_is_told_once(file, clock):
     assert find(mapping, "b.example") == to("mx2")
 
 
-def test_a_file_that_vanishes_keeps_the_old_table_is_told_once_and_may_return(file, clock):
+def test_a_file_that_vanishes_keeps_the_old_table_and_may_return(file, clock):
     mapping = read(file, HEADER + "b.example;mx1\n")
     file.unlink()
-    assert looks(mapping, clock) == 2
-    with pytest.raises(CsvError) as failure:
-        mapping.load()
-    assert str(failure.value) == f"{file}: No such file or directory"
-    assert find(mapping, "b.example") == to("mx1")
-    assert looks(mapping, clock) is None
+    for seconds in (2, RETRY, RETRY):
+        assert looks(mapping, clock) == seconds
+        with pytest.raises(CsvError) as failure:
+            mapping.load()
+        assert str(failure.value) == f"{file}: No such file or directory"
+        assert failure.value.passing
+        assert find(mapping, "b.example") == to("mx1")
     file.write_text(HEADER + "b.example;mx2\n")
-    assert looks(mapping, clock) == 2
+    assert looks(mapping, clock) == CALM
     mapping.load()
     assert find(mapping, "b.example") == to("mx2")
 
@@ -466,21 +491,162 @@ def test_a_file_written_while_it_is_read_keeps_the_old_table_and_is_read_when_it
     assert find(mapping, "b.example") == to("mx2")
 
 
-def test_a_long_reading_pauses_and_the_old_table_answers_to_its_end(file):
+def test_a_long_reading_pauses_and_the_old_table_answers_to_its_end(file, clock):
     answers: list[Route | None] = []
     mapping = read(file, HEADER + "b.example;mx1\n", pause=lambda: answers.append(find(mapping, "b.example")))
     file.write_text(HEADER + "b.example;mx2\n" + "# comment\n" * 3 * PAUSE_LINES)
+    assert looks(mapping, clock) == CALM
     mapping.load()
     assert answers == [to("mx1")] * 3
     assert find(mapping, "b.example") == to("mx2")
 
 
-def test_a_file_that_has_become_empty_does_not_replace_a_table(tmp_path: Path):
-    file = tmp_path / "map.csv"
-    file.write_text("pattern;server\nb.example;mx1\n")
-    mapping = CsvFile("csv:x", str(file), Policy())
-    mapping.load()
-    file.write_text("pattern;server\n")
+def test_a_file_that_has_become_empty_does_not_replace_a_table(file, clock):
+    mapping = read(file, HEADER + "b.example;mx1\n")
+    file.write_text(HEADER)
+    assert looks(mapping, clock) == CALM
     with pytest.raises(CsvError, match="no patterns any more"):
         mapping.load()
     assert len(mapping) == 1
+    assert looks(mapping, clock) is None
+
+
+def test_a_file_that_is_truncated_between_look_and_load_is_not_read(file, clock):
+    mapping = read(file, HEADER + "a.example;mx1\nb.example;mx1\n")
+    rename(file, HEADER + "a.example;mx2\nb.example;mx2\n")
+    assert looks(mapping, clock) == 2
+    file.write_text(HEADER + "a.example;mx3\n")
+    with pytest.raises(CsvError) as failure:
+        mapping.load()
+    assert str(failure.value) == f"{file}: written while it was read"
+    assert find(mapping, "b.example") == to("mx1")
+    assert looks(mapping, clock) == CALM
+
+
+class Descriptors:
+    """All that this process may have are taken."""
+
+    def __enter__(self) -> None:
+        self.limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+        used = max(int(one.name) for one in Path("/proc/self/fd").iterdir())
+        resource.setrlimit(resource.RLIMIT_NOFILE, (used + 1, self.limits[1]))
+        self.taken = []
+        with suppress(OSError):
+            while True:
+                self.taken.append(os.open(os.devnull, os.O_RDONLY))
+
+    def __exit__(self, *_: object) -> None:
+        for descriptor in self.taken:
+            os.close(descriptor)
+        resource.setrlimit(resource.RLIMIT_NOFILE, self.limits)
+
+
+def test_a_file_that_could_not_be_read_just_now_is_tried_again(file, clock):
+    mapping = read(file, HEADER + "b.example;mx1\n")
+    rename(file, HEADER + "b.example;mx2\n")
+    for seconds in (2, RETRY):
+        assert looks(mapping, clock) == seconds
+        with Descriptors(), pytest.raises(CsvError) as failure:
+            mapping.load()
+        assert (str(failure.value), failure.value.passing) == (f"{file}: Too many open files", True)
+        assert find(mapping, "b.example") == to("mx1")
+    assert looks(mapping, clock) == RETRY
+    mapping.load()
+    assert find(mapping, "b.example") == to("mx2")
+
+
+def test_too_little_memory_leaves_the_old_table_and_is_tried_again(file, clock):
+    def run_out() -> None:
+        raise MemoryError
+
+    mapping = read(file, HEADER + "b.example;mx1\n", pause=run_out)
+    rename(file, HEADER + "b.example;mx2\n" + "# comment\n" * PAUSE_LINES)
+    for seconds in (2, RETRY):
+        assert looks(mapping, clock) == seconds
+        with pytest.raises(CsvError) as failure:
+            mapping.load()
+        assert (str(failure.value), failure.value.passing) == (f"{file}: not enough memory to read it", True)
+    assert find(mapping, "b.example") == to("mx1")
+
+
+# What is no definite "no"
+
+
+def test_an_empty_table_never_says_a_definite_no(file):
+    full = Table("full", {"c.example": to("mx2")})
+    empty = read(file, HEADER)
+    with pytest.raises(LookupFailed) as failure:
+        find_route([empty, full], "ann@b.example")
+    assert (str(failure.value), failure.value.told) == (f"csv:{file}: {UNSURE}", True)
+    assert find_route([empty, full], "ann@c.example") == to("mx2")
+
+
+def test_a_first_table_whose_file_is_still_written_says_no_definite_no_before_it_is_read_again(file, clock):
+    mapping = read(file, HEADER + "a.example;mx1\n")
+    with pytest.raises(NoRoute):
+        find_route([mapping], "ann@b.example")
+    append(file, "c.example;mx1")
+    assert not mapping.changed()
+    with pytest.raises(LookupFailed):
+        find_route([mapping], "ann@b.example")
+    assert find_route([mapping], "ann@a.example") == to("mx1")
+    assert looks(mapping, clock) == CALM
+    mapping.load()
+    with pytest.raises(NoRoute):
+        find_route([mapping], "ann@b.example")
+
+
+# A worker that starts beside others
+
+
+def follow(file: Path, held: CsvFile) -> CsvFile:
+    """As such a worker would."""
+    mapping = CsvFile(f"csv:{file}", str(file), Policy())
+    assert held.stamp
+    mapping.follow(Held(held.stamp, len(held)))
+    return mapping
+
+
+def test_a_file_that_others_hold_is_read_at_once(file, clock):
+    mapping = follow(file, read(file, HEADER + "b.example;mx1\n"))
+    assert looks(mapping, clock) == 0
+    mapping.load()
+    assert find(mapping, "b.example") == to("mx1")
+
+
+@pytest.mark.parametrize(("write", "seconds"), [(rename, 2), (rewrite, CALM)])
+def test_a_file_that_others_hold_is_waited_for_as_they_do(file, clock, write, seconds):
+    mapping = follow(file, read(file, HEADER + "b.example;mx1\n"))
+    write(file, HEADER + "b.example;mx2\n")
+    assert looks(mapping, clock) == seconds
+    with pytest.raises(LookupFailed):
+        find(mapping, "b.example")
+    mapping.load()
+    assert find(mapping, "b.example") == to("mx2")
+
+
+def test_an_empty_file_is_not_taken_beside_those_that_hold_a_full_one(file, clock):
+    mapping = follow(file, read(file, HEADER + "b.example;mx1\n"))
+    rename(file, HEADER)
+    assert looks(mapping, clock) == 2
+    with pytest.raises(CsvError, match="no patterns any more") as failure:
+        mapping.load()
+    assert not failure.value.passing
+    with pytest.raises(LookupFailed):
+        find(mapping, "b.example")
+
+
+def test_a_file_that_has_vanished_is_waited_for_beside_those_that_hold_it(file, clock):
+    mapping = follow(file, read(file, HEADER + "b.example;mx1\n"))
+    file.unlink()
+    assert looks(mapping, clock) == 2
+    with pytest.raises(CsvError) as failure:
+        mapping.load()
+    assert failure.value.passing
+
+
+def test_a_missing_file_is_told_with_the_line_that_names_it(file):
+    with pytest.raises(CsvError) as failure:
+        CsvFile("csv:map", str(file), Policy(), where="/etc/willi.conf:7").load()
+    assert str(failure.value) == f"/etc/willi.conf:7: file: cannot read {file}: No such file or directory"
+    assert not failure.value.passing

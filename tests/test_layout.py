@@ -19,7 +19,7 @@ FLOORS = [
     {"routing"},
     {"config", "log", "text", "systemd", "reload", "scoreboard", "limits", "memory", "dns", "tls", "counts"}
     | {"reports", "privileges"},
-    {"mappings", "upstream", "listeners", "child", "certificate_files"},
+    {"mappings", "mapping_watch", "news", "upstream", "listeners", "child", "certificate_files"},
     {"relay", "lookup"},
     {"dispatch"},
     {"service", "session_log"},
@@ -38,7 +38,9 @@ WORLD = {
     "ssl", "subprocess", "sys", "syslog", "threading", "time",
 }  # fmt: skip
 # `dns` asks c-ares by way of gevent; `check` is a process of its own and patches it as the worker does.
-KNOW_GEVENT = {"smtp.wire", "dns", "routing.mysql", "routing.database", "check", "worker", "reporter", "status"}
+KNOW_GEVENT = {
+    "smtp.wire", "dns", "routing.mysql", "routing.database", "mapping_watch", "check", "worker", "reporter", "status",
+}  # fmt: skip
 
 
 def modules() -> dict[str, Path]:

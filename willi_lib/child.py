@@ -1,28 +1,34 @@
 """One worker as the master sees it: a process, its socket, its row.
 
 The worker says READY by that socket when it could serve, or what is wrong, and ends; the master
-answers GO. It says LEAVING if somebody else has told it to end. The end of the socket tells a worker
-that the master is dead.
+answers GO. It says LEAVING if somebody else has told it to end, and NEWS of its mappings. Each of these
+is a packet. The end of the socket tells a worker that the master is dead.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum, auto
 from time import monotonic
 
 from .config import Settings
+from .news import News
 from .scoreboard import Scoreboard
 
 READY = b"ready"
 GO = b"go"
 LEAVING = b" leaving"
-MAX_WORDS = 100_000  # octets of what a worker says is wrong
+NEWS = b"news "  # and JSON
+MAX_WORDS = 100_000  # octets of a packet: what a worker says is wrong
+MAX_PACKETS = 100  # that are heard in one go
+# Exit statuses of a worker that could not start: a fault, one that may pass, a database that is down.
+FAULT, TRY_AGAIN, DATABASE_DOWN = 1, 4, 5
 DRAIN_MARGIN = 15.0  # seconds after drain_timeout, in which a worker says goodbye
 
 
@@ -42,6 +48,7 @@ class Generation:
 
     settings: Settings
     board: Scoreboard
+    news: News = field(default_factory=News)
 
 
 class Child:
@@ -55,9 +62,9 @@ class Child:
         self.generation = generation
         self.row = row
         self.state = State.STARTING
-        self.words = b""  # what it said
+        self.words = b""  # what it said of itself
         self.since = self.started = monotonic()  # of its state, of the process
-        self.channel, theirs = socket.socketpair()
+        self.channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             self.pid = os.fork()
             if self.pid == 0:
@@ -68,11 +75,13 @@ class Child:
 
     def listen(self) -> None:
         """Hear what it has to say."""
-        try:
-            while len(self.words) < MAX_WORDS and (octets := self.channel.recv(65536)):
-                self.words += octets
-        except (BlockingIOError, ConnectionError):
-            pass  # nothing more for now; its end is for waitpid to tell
+        with suppress(BlockingIOError, ConnectionError):  # nothing more for now; its end is for waitpid to tell
+            for _ in range(MAX_PACKETS):
+                packet = self.channel.recv(MAX_WORDS)
+                if packet.startswith(NEWS):
+                    self.generation.news.take(json.loads(packet[len(NEWS) :]))
+                elif packet and len(self.words) < MAX_WORDS:
+                    self.words += packet
         if self.state is State.STARTING and self.words == READY:
             self._turn(State.READY)
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from .config import Settings
 from .counts import CACHE_HITS, Counts
-from .routing import Mapping, Route, Step, ask, conclude, keys_of, search
+from .routing import LookupFailed, Mapping, NoRoute, Route, Step, ask, conclude, keys_of, search
 from .smtp import reply as replies
 from .smtp.reply import Reject
 from .smtp.syntax import Path, parse_rcpt
@@ -22,17 +22,17 @@ def route_of(mappings: Sequence[Mapping], settings: Settings, recipient: Path, c
     """Raises NoRoute, LookupFailed. A bare postmaster is the postmaster of our own domain."""
     address = _whole(recipient, settings)
     keys = keys_of(address, settings.recipient_delimiter)
-    step = None
+    steps: list[Step] = []
     for mapping in mappings:
         began = monotonic()
         for step in ask(mapping, keys):
+            steps.append(step)
             if step.origin == "cache":
                 counts.add(CACHE_HITS, mapping.name)
-        assert step
-        counts.looked_up(monotonic() - began, mapping.name, _outcome(step))
-        if step.is_last:
+        counts.looked_up(monotonic() - began, mapping.name, _outcome(steps[-1]))
+        if steps[-1].is_last:
             break
-    return conclude(step, address)
+    return conclude(steps, address)
 
 
 def _whole(recipient: Path, settings: Settings) -> str:
@@ -53,14 +53,15 @@ def show(mappings: Sequence[Mapping], settings: Settings, address: str) -> Shown
         recipient = parse_rcpt(b"TO:<" + address.encode("utf-8", "replace") + b">", smtputf8=True)
     except Reject as refusal:
         return [], f"refused: {refusal.reply}"
-    steps: list[list[Any]] = []
+    steps: list[Step] = []
+    shown: list[list[Any]] = []
     began = monotonic()
-    step = None
     for step in search(mappings, _whole(recipient, settings), settings.recipient_delimiter):
-        is_slow = step.origin or step.failure is not None  # not a table in memory
-        steps.append([step.mapping, step.key, _answer(step), monotonic() - began if is_slow else None])
+        is_slow = step.origin not in ("", "unsure") or step.failure is not None  # not a table in memory
+        steps.append(step)
+        shown.append([step.mapping, step.key, _answer(step), monotonic() - began if is_slow else None])
         began = monotonic()
-    return steps, _result(step)
+    return shown, _result(steps)
 
 
 def _answer(step: Step) -> str:
@@ -69,9 +70,13 @@ def _answer(step: Step) -> str:
     return f"{step.route or '-'}{REMEMBERED.get(step.origin, '')}"
 
 
-def _result(step: Step | None) -> str:
-    if step and step.failure is not None:
-        return f"the search ends here, the client gets {replies.LOOKUP_FAILED}"
-    if step and step.route:
-        return f"route: {step.route}, tls_verify = {'true' if step.route.tls_verify else 'false'}"
-    return f"no mapping matches, the client gets {replies.NO_ROUTE}"
+def _result(steps: Sequence[Step]) -> str:
+    try:
+        route = conclude(steps, "")
+    except NoRoute:
+        return f"no mapping matches, the client gets {replies.NO_ROUTE}"
+    except LookupFailed as failure:
+        if steps[-1].failure:
+            return f"the search ends here, the client gets {replies.LOOKUP_FAILED}"
+        return f"no mapping matches; {failure}: the client gets {replies.LOOKUP_FAILED}"
+    return f"route: {route}, tls_verify = {'true' if route.tls_verify else 'false'}"

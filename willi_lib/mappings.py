@@ -40,7 +40,7 @@ def _open(
         name = f"static:{mapping.name}"
         return Static(name, Route(mapping.server, mapping.tls_verify, mapping.policy, name))
     if isinstance(mapping, CsvSettings):
-        return CsvFile(f"csv:{mapping.file}", mapping.file, mapping.policy, pause)
+        return CsvFile(f"csv:{mapping.file}", mapping.file, mapping.policy, pause, mapping.where)
     name = f"mysql:{mapping.name}"
     if others_can_read(mapping.password_file):
         tell(Notice("warn", "Every user of this machine can read the password file", name, mapping.password_file))

@@ -19,9 +19,10 @@ from typing import NoReturn
 
 from . import log, systemd
 from .certificate_files import CertificateFiles
-from .child import Child, Generation, State
-from .config import ConfigError, Settings
+from .child import DATABASE_DOWN, TRY_AGAIN, Child, Generation, State
+from .config import ConfigError, MysqlSettings, Settings
 from .listeners import CannotBind, Listeners, bind
+from .news import News, Reload
 from .reload import write_answer
 from .reports import Links, Report
 from .scoreboard import Row, Scoreboard
@@ -38,6 +39,7 @@ GENERATIONS = 4  # at the same time: one that serves, one that starts, two that 
 DESCRIPTORS_PER_SESSION = 2  # the client and the upstream
 SPARE_DESCRIPTORS = 64  # listeners, log, database, DNS
 RELOAD_FAILED = "Reload failed, nothing has changed"
+RELOAD_WAITS = "Reload waits for a database, since new workers would remember no answers"
 NOT_REPLACED = "Cannot replace a worker"
 
 
@@ -47,6 +49,10 @@ class Unusable(Exception):
 
 class CannotStart(Exception):
     """The workers could not start, and that is no fault of the file: another time they may."""
+
+
+class DatabaseDown(Exception):
+    """An automatic reload has to wait: new workers remember none of the answers that the old ones have."""
 
 
 def block_signals() -> None:
@@ -74,10 +80,11 @@ def run_alone(settings: Settings) -> None:
     board = _board_for(settings)
     board.give(0)
     from . import worker  # not before: it brings gevent
+    from .mapping_watch import Start
     from .status import serving as status
 
     try:
-        serving = worker.Worker(settings, listeners.sockets, Row(board, 0), links)
+        serving = worker.Worker(settings, listeners.sockets, Row(board, 0), links, News().take, Start())
     except worker.STARTUP_FAULTS as faults:
         raise Unusable(str(faults)) from None
     log.info("Ready", listen=str(listeners), pid=os.getpid())
@@ -179,7 +186,9 @@ class Master:
         self._facts = Facts()
         self._children: list[Child] = []
         self._certificates = CertificateFiles()
-        self._reload_asked = False
+        self._wanted: Reload = ""  # a reload that has not begun yet
+        self._reload: Reload = ""  # the last one that has
+        self._waits_since: float | None = None  # for a database, with an automatic reload
         self._reload_began = 0.0
         self._stopping = False
         self._delay = 0.0  # before the next dead worker is replaced
@@ -205,9 +214,9 @@ class Master:
 
     def _on_signal(self, number: int) -> None:
         if number == signal.SIGHUP:
-            if not self._reload_asked and (self._candidate or not self._has_room()):
+            if self._wanted != "asked" and (self._candidate or not self._has_room()):
                 log.info("Reload waits for workers that still start or drain", workers=len(self._children))
-            self._reload_asked = True
+            self._wanted = "asked"
         elif number in (signal.SIGTERM, signal.SIGINT):
             self._stop()
 
@@ -289,7 +298,7 @@ class Master:
             elif child.state in (State.STARTING, State.READY):  # a replacement that comes too late
                 child.kill()
         self._current, self._candidate = generation, None
-        self._delay = 0.0
+        self._delay, self._waits_since = 0.0, None
         self._certificates.are_served()
         self._listeners.close_others(settings.listen)
         self._status.follow(settings)
@@ -306,17 +315,18 @@ class Master:
             return
         if self._certificates.have_changed(self._current.settings):
             log.info("A certificate has changed")
-            self._reload_asked = True
-        if not self._reload_asked or not self._has_room():
+            self._wanted = self._wanted or ("asked" if self._waits_too_long() else "automatic")
+        if not self._wanted or not self._has_room():
             return
-        self._reload_asked = False
+        self._reload, self._wanted = self._wanted, ""
         self._certificates.will_be_read(self._current.settings)  # or tried: willi.conf may have a fault
         self._reload_began = monotonic()
         log.info("Reloading")
         systemd.notify_reloading()
         try:
             settings = self._read_again()
-            self._begin(Generation(settings, _board_for(settings, self._current.board)))
+            board, news = _board_for(settings, self._current.board), News(self._current.news.tables)
+            self._begin(Generation(settings, board, news))
         except (ConfigError, CannotBind, CannotStart) as faults:
             self._give_up(str(faults))
         except Exception:  # noqa: BLE001 -- systemd must hear READY again
@@ -340,6 +350,11 @@ class Master:
             raise kind(faults)
         self._listeners.close_others(self._current.settings.listen)
         self._status.close_others(self._current.settings)
+        if kind is DatabaseDown:
+            self._waits_since = self._waits_since or monotonic()
+            log.warn(RELOAD_WAITS, error=faults)
+            systemd.notify("READY=1", f"STATUS={RELOAD_WAITS}: {faults}")
+            return
         first_fault = faults.partition("\n")[0]
         self._facts.reload_failed(first_fault)
         for fault in faults.split("\n"):
@@ -352,6 +367,12 @@ class Master:
             write_answer(self._reload_began, faults)
         except OSError as error:
             log.warn("Cannot write down what became of the reload", error=str(error))
+
+    def _waits_too_long(self) -> bool:
+        """Whether nothing is remembered any more for which an automatic reload would wait."""
+        databases = [one for one in self._current.settings.mappings if isinstance(one, MysqlSettings)]
+        longest = max([one.cache_ttl + one.stale_ttl for one in databases], default=0.0)
+        return self._waits_since is not None and monotonic() - self._waits_since > longest
 
     # -- one child after the other
 
@@ -377,9 +398,12 @@ class Master:
             links = self._status.links
             links.close_readers()
             from . import worker  # not before: it brings gevent
+            from .mapping_watch import Start
 
+            alone = not any(child.state is State.SERVING for child in self._children)
+            start = Start(self._current.news.tables, alone, self._reload if generation is self._candidate else "")
             row = Row(generation.board, number)
-            status = worker.run(generation.settings, self._listeners.sockets, row, links, channel)
+            status = worker.run(generation.settings, self._listeners.sockets, row, links, channel, start)
         except BaseException:  # noqa: BLE001 -- the stack below is the master's
             log.bug("Internal error")
         finally:
@@ -434,7 +458,8 @@ class Master:
         if child.state is State.KILLED or (child.state is State.DRAINING and status == 0):
             return
         if child.faults:
-            self._mourn_start(child, child.faults, Unusable)
+            kinds: dict[int, type[Exception]] = {TRY_AGAIN: CannotStart, DATABASE_DOWN: DatabaseDown}
+            self._mourn_start(child, child.faults, kinds.get(status, Unusable))
         elif child.state is State.STARTING or child.generation is self._candidate:
             self._mourn_start(child, f"worker {ended}", CannotStart)
         else:

@@ -15,6 +15,7 @@ monkey.patch_all(ssl=False)
 
 import errno
 import gc
+import json
 import os
 import signal
 import socket as stdlib_socket
@@ -31,18 +32,20 @@ from gevent.event import Event
 from gevent.server import StreamServer
 
 from . import log
-from .child import GO, LEAVING, READY
+from .child import DATABASE_DOWN, FAULT, GO, LEAVING, MAX_WORDS, NEWS, READY, TRY_AGAIN
 from .config import Settings
 from .counts import REFUSED, Counts
 from .dns import Resolver
 from .limits import OPEN, RATE, Limits
+from .mapping_watch import DatabaseDown, MappingWatch, Start
 from .mappings import MappingError, open_mappings
 from .memory import Memory
+from .news import Message
 from .privileges import drop_privileges
 from .reporter import Reporter
 from .reports import Links
-from .routing.csv_file import CsvError, CsvFile
-from .routing.mysql import Mysql, Notice
+from .routing.csv_file import CsvError
+from .routing.mysql import Notice
 from .scoreboard import Row
 from .service import Service
 from .session import Session, new_session_id
@@ -56,8 +59,8 @@ from .upstream import Client, Connector
 
 ACCEPT_PAUSE = 1.0  # seconds without a descriptor: trying all the time would take the CPU from those who may free one
 PROXY_HEADER_TIMEOUT = 3.0  # seconds; the least that its specification allows
-CSV_INTERVAL = 2.0  # seconds between looks at the CSV files
-MANY_PATTERNS = 100  # of a CSV file: if it loses more than half of so many, the administrator should look
+MAPPING_INTERVAL = 1.0  # seconds between looks at the mappings
+TELL_TIMEOUT = 1.0  # seconds for the master to take a packet
 PULSE = 1.0  # seconds between two signs of life
 LAST_WORDS_TIMEOUT = 5.0  # seconds for sessions that are ended at drain_timeout to say so
 REASONS = {  # why a connection is refused: the limits that do it
@@ -136,19 +139,22 @@ class Listener(StreamServer):
 
 
 def run(
-    settings: Settings, sockets: Sequence[stdlib_socket.socket], row: Row, links: Links, channel: stdlib_socket.socket
-) -> int:
+    settings: Settings, sockets: Sequence[stdlib_socket.socket], row: Row, links: Links,
+    channel: stdlib_socket.socket, start: Start,
+) -> int:  # fmt: skip
     """A worker of the master's, from READY and GO to its end; the exit status."""
     master = gevent.socket.socket(fileno=channel.detach())
     try:
-        worker = Worker(settings, sockets, row, links)
+        worker = Worker(settings, sockets, row, links, lambda message: _tell(master, message), start)
         gevent.signal_handler(signal.SIGTERM, worker.end)  # a second one changes nothing: systemd sends it to all
         signal.setitimer(signal.ITIMER_REAL, 0)
         master.sendall(READY)
         go = master.recv(len(GO))
     except STARTUP_FAULTS as faults:
-        master.sendall(str(faults).encode("utf-8", "backslashreplace"))
-        return 1
+        master.sendall(str(faults).encode("utf-8", "backslashreplace")[:MAX_WORDS])
+        if isinstance(faults, DatabaseDown):
+            return DATABASE_DOWN
+        return TRY_AGAIN if isinstance(faults, CsvError) and faults.passing else FAULT
     except ConnectionError:
         go = b""
     if go != GO:
@@ -158,6 +164,12 @@ def run(
     watcher.kill()
     log.finish()
     return 0
+
+
+def _tell(master: gevent.socket.socket, message: Message) -> None:
+    """A message that is lost costs a line of the log, or some seconds of a worker that starts."""
+    with suppress(OSError, gevent.Timeout), gevent.Timeout(TELL_TIMEOUT):
+        master.sendall(NEWS + json.dumps(message).encode())
 
 
 def _say_leaving(master: gevent.socket.socket) -> None:
@@ -170,18 +182,20 @@ class Worker:
     """Everything that one process holds."""
 
     def __init__(
-        self, settings: Settings, sockets: Sequence[stdlib_socket.socket], row: Row, links: Links
-    ) -> None:
+        self, settings: Settings, sockets: Sequence[stdlib_socket.socket], row: Row, links: Links,
+        tell: Callable[[Message], None], start: Start,
+    ) -> None:  # fmt: skip
         """Loads all tables and certificates, and becomes `user`: whatever is wrong is wrong before the first client.
 
+        tell: hears what there is to say of the CSV files.
         Raises MappingError, CsvError, CertificateError.
         """
         self._settings = settings
         resolver = self._resolver = Resolver(settings.dns_timeout)
         resolver.serve_all_sockets()
         self._mappings = open_mappings(settings, pause=give_way, tell=_log_notice)
-        for csv_file in self._csv_files():
-            csv_file.load()
+        self._mapping_watch = MappingWatch(self._mappings, tell)
+        self._mapping_watch.load(start)
         counts = self._counts = Counts()
         self._service = Service(
             settings,
@@ -248,7 +262,7 @@ class Worker:
         """
         for server in self._servers:
             server.start()
-        helpers = [gevent.spawn(self._watch_csv_files), gevent.spawn(self._show_life)]
+        helpers = [gevent.spawn(self._watch_mappings), gevent.spawn(self._show_life)]
         helpers += [gevent.spawn(self._report), gevent.spawn(self._resolver.follow_resolv_conf)]
         answering = gevent.spawn(self._reporter.answer_questions)
         self._asked_to_end.wait()
@@ -257,9 +271,7 @@ class Worker:
         self._drain()
         gevent.killall(helpers)
         self._reporter.finish()
-        for mapping in self._mappings:
-            if isinstance(mapping, Mysql):
-                mapping.close()
+        self._mapping_watch.close()
 
     def _drain(self) -> None:
         for server in self._servers:
@@ -284,20 +296,10 @@ class Worker:
         """Apart from `_show_life`: whatever happens to the reports, the worker is alive."""
         self._reporter.report(lambda: len(self._sessions))
 
-    def _csv_files(self) -> list[CsvFile]:
-        return [mapping for mapping in self._mappings if isinstance(mapping, CsvFile)]
-
-    def _watch_csv_files(self) -> None:
-        """Read a CSV file again when it has changed; a bad one leaves the old table in force."""
+    def _watch_mappings(self) -> None:
         while True:
-            gevent.sleep(CSV_INTERVAL)
-            for csv_file in self._csv_files():
-                try:
-                    if csv_file.changed():
-                        _read_again(csv_file)
-                except CsvError as error:
-                    for fault in error.faults:
-                        log.error("CSV file not read, the old table stays", mapping=csv_file.name, error=fault)
+            gevent.sleep(MAPPING_INTERVAL)
+            self._mapping_watch.look()
 
     # -- connections
 
@@ -404,15 +406,6 @@ class Worker:
             wire.write(refusal.octets)
         wire.hang_up(linger)
         wire.clock.close()
-
-
-def _read_again(csv_file: CsvFile) -> None:
-    """Raises CsvError."""
-    before = len(csv_file)
-    csv_file.load()
-    shrunk = before >= MANY_PATTERNS and len(csv_file) < before / 2  # perhaps its end is missing
-    tell = log.warn if shrunk else log.info
-    tell("CSV file read again", mapping=csv_file.name, patterns=len(csv_file), before=before)
 
 
 def _log_unraisable(bug: sys.UnraisableHookArgs) -> None:

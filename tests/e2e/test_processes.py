@@ -172,11 +172,11 @@ def test_a_replacement_that_cannot_start_says_why_and_is_tried_again(
     good = willi.csv.read_text()
     willi.csv.write_text("pattern;server\nb.example;;;\n")
     os.kill(willi.workers[0], signal.SIGKILL)
-    fault = willi.wait_for_log(msg="Cannot replace a worker")
+    fault = willi.wait_for_log(msg="Cannot replace a worker", seconds=60)
     assert fault["error"].startswith(f"{willi.csv}:2: ")
     assert deliver(greeted(willi)) == QUEUED  # the other worker has its old table
     willi.csv.write_text(good)
-    wait_until(lambda: len(willi.workers) == 2, "two workers again")
+    wait_until(lambda: len(willi.workers) == 2, "two workers again", 90)
 
 
 def test_a_worker_that_hangs_is_killed_and_replaced(start_willi: StartWilli, upstream: ScriptedUpstream):

@@ -11,6 +11,7 @@ import ssl
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 from pathlib import Path
@@ -26,6 +27,8 @@ from tests.support.promise import greeted, in_data, in_envelope
 from tests.support.talk import BOB, MAIL, OK, QUEUED, chunk, content, deliver
 from tests.support.upstream import Ended, ScriptedUpstream
 
+LOOKUP_FAILED = "451 4.3.0 Cannot look up this address now"
+NO_ROUTE = "554 5.7.1 Relay access denied"
 GOODBYE = "421 4.3.2 Service is shutting down, try again"
 FAILED = "Reload failed, nothing has changed"
 
@@ -199,7 +202,7 @@ def test_a_broken_csv_file_changes_nothing(start_willi: StartWilli, upstream: Sc
     workers = willi.workers
     willi.csv.write_text("pattern;server\nb.example;host;perhaps\n")
     willi.signal(signal.SIGHUP)
-    assert willi.wait_for_log(msg=FAILED)["error"].startswith(f"{willi.csv}:2: ")
+    assert willi.wait_for_log(msg=FAILED, seconds=60)["error"].startswith(f"{willi.csv}:2: ")
     assert deliver(greeted(willi)) == QUEUED
     still_serves(willi, workers)
 
@@ -231,6 +234,123 @@ def test_an_address_that_is_taken_changes_nothing(willi: Willi):
     still_serves(willi, workers)
     with pytest.raises(ConnectionRefusedError):
         socket.create_connection((HOST, free), 5)
+
+
+# Tables
+
+
+HEAD = "pattern;server;tls_verify\n"
+TABLE_FAULT = "CSV file not read, the old table stays"
+ANN = b"RCPT TO:<ann@z.example>"  # whose line is the last one
+
+
+@pytest.fixture
+def tabled(start_willi: StartWilli, upstream: ScriptedUpstream) -> Willi:
+    """One worker, a table of two lines, and quick looks."""
+    route = f"127.0.0.1:{upstream.port};false\n"
+    prefix = in_a_hurry(**{"csv_file.CALM": 2.0, "csv_file.RETRY": 0.5, "csv_file.START_PATIENCE": 4.0})
+    willi = start_willi(csv=f"{HEAD}b.example;{route}z.example;{route}", workers=1, prefix=prefix)
+    for text in (FAILED, TABLE_FAULT, "Worker ended by itself", "Cannot replace"):
+        willi.tolerate(text)
+    return willi
+
+
+def make_empty(willi: Willi) -> None:
+    willi.replace_csv(HEAD)
+
+
+def truncate(willi: Willi) -> None:
+    willi.csv.write_text(HEAD)
+
+
+def halve(willi: Willi) -> None:
+    willi.replace_csv(willi.csv.read_text().partition("z.example")[0] + "z.exa")
+
+
+def remove(willi: Willi) -> None:
+    willi.csv.unlink()
+
+
+def close_directory(willi: Willi) -> None:
+    willi.csv.rename(willi.csv.with_suffix(".away"))
+    willi.csv.mkdir()
+
+
+def replace_worker(willi: Willi) -> None:
+    (old,) = willi.workers
+    os.kill(old, signal.SIGKILL)
+    wait_until(lambda: len(willi.workers) == 1 and willi.workers != [old], "another worker", 60)
+
+
+def reload(willi: Willi) -> None:
+    willi.signal(signal.SIGHUP)
+    willi.wait_for_log(msg=FAILED, seconds=60)
+
+
+def answer(willi: Willi, recipient: bytes) -> str:
+    with willi.connect() as client:
+        client.command(b"EHLO c.example")
+        client.command(MAIL)
+        return str(client.command(recipient))
+
+
+@pytest.mark.parametrize("spoil", [make_empty, truncate, halve, remove, close_directory])
+@pytest.mark.parametrize("start", [reload, replace_worker])
+def test_a_new_worker_takes_no_table_that_is_worse_than_the_one_that_serves(
+    start: Callable[[Willi], None], spoil: Callable[[Willi], None], tabled: Willi
+):
+    whole = tabled.csv.read_text()
+    spoil(tabled)
+    tabled.wait_for_log(msg=TABLE_FAULT, seconds=60)
+    assert answer(tabled, ANN) == "250 2.0.0 ok"
+    start(tabled)
+    expected = "250 2.0.0 ok" if start is reload else LOOKUP_FAILED  # of the only worker nothing is left
+    assert answer(tabled, ANN) == expected
+    if tabled.csv.is_dir():
+        tabled.csv.rmdir()
+    tabled.replace_csv(whole)
+    wait_until(lambda: answer(tabled, ANN) == "250 2.0.0 ok", "the whole table", 60)
+    wait_until(lambda: answer(tabled, b"RCPT TO:<ann@c.example>") == NO_ROUTE, 'a definite "no"', 60)
+
+
+@pytest.mark.parametrize("start", [lambda willi: willi.signal(signal.SIGHUP), replace_worker], ids=["reload", "kill"])
+def test_a_new_worker_waits_for_a_file_that_is_being_written(start: Callable[[Willi], None], tabled: Willi):
+    whole = tabled.csv.read_text()
+    first, last = whole[: whole.index("z.example")], whole[whole.index("z.example") :]
+    with tabled.csv.open("w") as file:
+        file.write(first)
+        file.flush()
+        start(tabled)
+        for _ in range(6):
+            file.write("# still writing\n")
+            file.flush()
+            assert answer(tabled, ANN)[:3] in ("250", "451")
+            threading.Event().wait(0.4)  # less than CALM
+        file.write(last)
+    wait_until(lambda: answer(tabled, ANN) == "250 2.0.0 ok", "the whole table", 60)
+
+
+def test_each_fault_of_a_table_is_logged_once_by_all_workers_together(
+    start_willi: StartWilli, upstream: ScriptedUpstream
+):
+    prefix = in_a_hurry(**{"csv_file.RETRY": 0.5})
+    willi = start_willi(csv=f"{HEAD}b.example;{upstream.server};false\n", workers=4, prefix=prefix)
+    willi.tolerate(TABLE_FAULT)
+    willi.replace_csv(f"{HEAD}b.example;;\nc.example;a b\n")
+    willi.wait_for_log(msg=TABLE_FAULT, count=2)
+    willi.replace_csv(f"{HEAD}b.example;mx.example\n")
+    willi.wait_for_log(msg="CSV file read again")
+    willi.csv.unlink()
+    willi.wait_for_log(msg=TABLE_FAULT, count=3)
+    threading.Event().wait(3.0)  # some more tries of all four
+    errors = [line["error"] for line in willi.lines(msg=TABLE_FAULT)]
+    line = [number for number, text in enumerate(willi.config.read_text().splitlines(), 1) if "file =" in text]
+    assert errors == [
+        f"{willi.csv}:2: no server: a line is pattern;server;tls_verify",
+        f"{willi.csv}:3: 'a b': not a host name",
+        f"{willi.config}:{line[0]}: file: cannot read {willi.csv}: No such file or directory",
+    ]
+    assert len(willi.lines(msg="CSV file read again")) == 1
 
 
 # Certificates
@@ -282,9 +402,9 @@ def test_a_certificate_whose_reload_failed_for_another_reason_is_not_forgotten(
     renewed = certificates.issue("renewed-too.example")
     for new, name in ((renewed.cert, cert), (renewed.key, key)):
         Path(shutil.copy(new, tmp_path / "new")).replace(name)
-    willi.wait_for_log(msg=FAILED)
+    willi.wait_for_log(msg=FAILED, seconds=60)
     willi.csv.write_text(table)
-    willi.wait_for_log(msg="Reloaded", seconds=15)
+    willi.wait_for_log(msg="Reloaded", seconds=60)
     assert certificate_of(willi) not in (old, b"")
 
 

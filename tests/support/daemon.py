@@ -71,8 +71,8 @@ def run_willi(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
 
 def in_a_hurry(**constants: float) -> list[str]:
     """A prefix for the command: changes constants, as `master.TICK`, in the program that is run."""
-    modules = "from willi_lib import master, certificate_files\nfrom willi_lib.status import keeper"
-    lines = ["import runpy, sys", modules]
+    modules = ["from willi_lib import certificate_files, master", "from willi_lib.routing import csv_file"]
+    lines = ["import runpy, sys", *modules, "from willi_lib.status import keeper"]
     program = "\n".join([*lines, *(f"{name} = {value}" for name, value in constants.items()), ""])
     run = "sys.argv = sys.argv[2:]; sys.path.insert(0, ''); runpy.run_path(sys.argv[0], run_name='__main__')"
     return [PYTHON, "-c", f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{program}{run}"]
@@ -144,6 +144,8 @@ class Willi:
         """As an administrator should: a new file, renamed. It is read within five seconds."""
         new = self.csv.with_suffix(".new")
         new.write_text(text, encoding="utf-8")
+        while new.stat().st_ctime_ns == new.stat().st_mtime_ns:  # else it could be one that is written in place
+            new.chmod(0o644)
         new.replace(self.csv)
 
     # Processes

@@ -155,6 +155,8 @@ class Reader:
         if self.faults:
             return []
         del values["type"]
+        if kind == "csv":
+            values["where"] = f"{self.path}:{lines['file']}"
         own_policy = replace(policy, **{name: values.pop(name) for name in POLICY_KEYS if name in values})
         return [TYPES[kind](name=section.name, policy=own_policy, **values)]
 

@@ -137,6 +137,7 @@ class CsvSettings:
 
     name: str
     policy: Policy
+    where: str  # `willi.conf:12`, the line that names the file
     file: str = key(None, str, is_path=True)
 
 

@@ -15,13 +15,15 @@ from typing import Literal, NamedTuple, Protocol
 from unicodedata import normalize
 
 DEFAULT_PORT = 25
+UNSURE = "the table is empty, or its file is being written"
 MAX_HOST_NAME = 253  # characters, RFC 1035 §2.3.4 without length octets
 
 UpstreamTls = Literal["auto", "always", "require", "never"]
 Xclient = Literal["try", "require", "no"]
 SendProxy = Literal["no", "v1", "v2"]
-# Of an answer: "" a table in memory; stale: too old, but there is no other.
-Origin = Literal["", "asked", "cache", "stale"]
+# Of an answer: "" a table in memory; unsure: one that is empty or may be half a file, so that its "no" is not definite;
+# stale: too old, but there is no other.
+Origin = Literal["", "unsure", "asked", "cache", "stale"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,19 +151,19 @@ def find_route(mappings: Sequence[Mapping], recipient: str, delimiter: str = "")
     Raises NoRoute, or LookupFailed from the first mapping that fails: the search
     ends there, since a later, more general mapping might send the mail elsewhere.
     """
-    last = None
-    for last in search(mappings, recipient, delimiter):  # noqa: B007 -- `search` knows where to end
-        pass
-    return conclude(last, recipient)
+    return conclude(list(search(mappings, recipient, delimiter)), recipient)
 
 
-def conclude(last: Step | None, recipient: str) -> Route:
-    """The route that a search has come to with its last step. Raises NoRoute, LookupFailed."""
-    if last is not None and last.failure is not None:
-        raise LookupFailed(f"{last.mapping}: {last.failure}", last.failure.told)
-    if last is None or last.route is None:
-        raise NoRoute(recipient)
-    return last.route
+def conclude(steps: Sequence[Step], recipient: str) -> Route:
+    """The route that a search has come to. Raises NoRoute, LookupFailed."""
+    if steps and (failure := steps[-1].failure):
+        raise LookupFailed(f"{steps[-1].mapping}: {failure}", failure.told)
+    if steps and (route := steps[-1].route):
+        return route
+    for step in steps:
+        if step.origin == "unsure":
+            raise LookupFailed(f"{step.mapping}: {UNSURE}", told=True)
+    raise NoRoute(recipient)
 
 
 # Keys

@@ -13,49 +13,88 @@ from __future__ import annotations
 
 import codecs
 import csv
+import errno
 import io
 import os
 from array import array
 from collections.abc import Callable, Iterator, Sequence
+from math import inf
 from pathlib import Path
 from time import monotonic, time
+from typing import NamedTuple
 
 from willi_lib.routing import Answer, LookupFailed, Policy, Route, fold_pattern, parse_servers, parse_tls_verify
 
 HEADER = "pattern;server;tls_verify"
 MAX_FAULTS = 10  # reported of one file
 CALM = 10.0  # seconds a file that is written in place must rest: half of it would have recipients refused
+RETRY = 10.0  # seconds until a file that could not be read is tried again
+START_PATIENCE = 30.0  # seconds in which a file must be ready for a worker that starts, if it may wait
 PAUSE_LINES = 2000  # some milliseconds of work
+NO_PATTERNS = "no patterns any more; write a new file beside it and rename that, or take the mapping out of willi.conf"
+# Before the first table, these are mistakes in willi.conf; later, and all others, they may be over the next time.
+MISTAKES = frozenset((errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.ELOOP, errno.ENAMETOOLONG))
 
-Stamp = tuple[int, int, int, int]  # the inode first
+
+class Stamp(NamedTuple):
+    """Differs when the file does. A write sets both times to the same value."""
+
+    device: int
+    inode: int
+    size: int
+    written: int  # nanoseconds
+    changed: int  # also by rename, chmod and the like; nobody can set it back
+
+    @classmethod
+    def of(cls, status: os.stat_result) -> Stamp:
+        return cls(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+
+
+class Held(NamedTuple):
+    """What the workers that serve have of a file: a whole table."""
+
+    stamp: Stamp
+    patterns: int
 
 
 class CsvError(Exception):
-    """The file cannot be used; one fault per line of the text."""
+    """The file cannot be used; one fault per line of the text.
 
-    def __init__(self, *faults: str) -> None:
+    passing: nothing is wrong with the file as far as we know, it could not be read just now.
+    """
+
+    def __init__(self, *faults: str, passing: bool = False) -> None:
         super().__init__("\n".join(faults))
         self.faults = faults
+        self.passing = passing
 
 
 class CsvFile:
     """A mapping held in memory as a whole. It answers once `load` has succeeded."""
 
-    def __init__(self, name: str, file: str, policy: Policy, pause: Callable[[], None] = lambda: None) -> None:
+    def __init__(
+        self, name: str, file: str, policy: Policy,
+        pause: Callable[[], None] = lambda: None, where: str = "",
+    ) -> None:  # fmt: skip
         """name: for the log, "csv:/path".
 
         pause: called every few milliseconds of a long `load`; `find` answers meanwhile.
+        where: the line of willi.conf that names the file.
         """
         self.name = name
         self.file = file
+        self.stamp: Stamp | None = None  # of the file that the table is from
         self.loaded_at: float | None = None  # seconds since 1970
         self.fault = ""  # of the last `load`, if the old table had to stay
         self._policy = policy
         self._pause = pause
+        self._where = where
         self._table: dict[str, Route] | None = None
-        self._tried: Stamp | None = None  # the file when `load` last read it
+        self._held: int | None = None  # the patterns of the last whole table, ours or that of other workers
+        self._unsure_until = 0.0  # monotonic: the first table may be half a file that is just being written
+        self._unsure = False
         self._seen: Stamp | None = None  # the file when we last looked
-        self._calm_at = 0.0  # monotonic: when it may be read if it stays like this
+        self._due = 0.0  # monotonic: when it is to be read if it stays like this
 
     def __len__(self) -> int:
         """The number of patterns."""
@@ -69,56 +108,71 @@ class CsvFile:
         """The answers for exactly these keys. They raise LookupFailed before the first `load`."""
         for key in keys:
             if self._table is None:
-                raise LookupFailed("not read yet")
-            yield Answer(self._table.get(key))
+                raise LookupFailed(self.fault or "not read yet", told=True)
+            yield Answer(self._table.get(key), "unsure" if self._unsure else "")
+
+    def follow(self, held: Held) -> None:
+        """Begin beside workers that hold a whole table: `load` only when `changed` says so, as they do."""
+        self._held, self._seen = held.patterns, held.stamp
 
     def changed(self) -> bool:
-        """Whether it is time to `load`; to be asked every few seconds.
+        """Whether it is time to `load`; to be asked every second or two.
 
         A new file that took this name by a rename is complete, and read if the next look finds it the same.
         One that is written in place may be half of what it will be, and cut at a line end it would look
-        perfect: it is read when it has rested for `CALM`. A failed `load` counts as well, so that a bad or
-        vanished file is told once, not at every look.
+        perfect: it is read when it has rested for `CALM`. What is wrong with a file is told once, not at every
+        look; what could not be read is tried again.
         """
-        before, self._seen = self._seen, self._stamp()
+        before, self._seen = self._seen, self._look()
         if self._seen != before:
-            in_place = before and self._seen and before[0] == self._seen[0]
-            self._calm_at = monotonic() + (CALM if in_place else 0.0)
+            is_complete = self._seen is None or _was_renamed(before, self._seen)
+            self._due = monotonic() + (0.0 if is_complete else CALM)
+            self._unsure = self._unsure or (not is_complete and monotonic() < self._unsure_until)
             return False
-        return self._seen != self._tried and monotonic() >= self._calm_at
+        return monotonic() >= self._due
 
     def load(self) -> None:
-        """Read the file; all of it replaces the old table, or, after CsvError, nothing does."""
+        """Read the file that `changed` saw; all of it replaces the old table, or, after CsvError, nothing does."""
+        is_first, self._due = self._held is None, monotonic() + RETRY
         try:
             table = self._parse(self._read())
-            if self._table and not table:
-                raise CsvError(f"{self.file}: no patterns any more; write a new file beside it and rename that")
+            if self._held and not table:
+                raise CsvError(f"{self.file}: {NO_PATTERNS}")
+        except MemoryError:
+            self.fault = f"{self.file}: not enough memory to read it"
+            raise CsvError(self.fault, passing=True) from None
         except CsvError as error:
             self.fault = error.faults[0]
+            self._due = self._due if error.passing else inf
             raise
-        self._table, self.loaded_at, self.fault = table, time(), ""
+        self._table, self._held, self.stamp = table, len(table), self._seen
+        self.loaded_at, self.fault, self._due = time(), "", inf
+        self._unsure, self._unsure_until = not table, monotonic() + CALM if is_first else 0.0
 
-    def _stamp(self) -> Stamp | None:
+    def _look(self) -> Stamp | None:
         try:
-            status = Path(self.file).stat()
+            return Stamp.of(Path(self.file).stat())
         except OSError:
             return None  # `load` will say why
-        return status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
     def _read(self) -> bytes:
-        self._tried = self._seen = self._stamp()
+        """Raises CsvError."""
         try:
             with Path(self.file).open("rb") as file:
-                before = os.fstat(file.fileno())
+                stamp = Stamp.of(os.fstat(file.fileno()))
                 octets = file.read()
-                after = os.fstat(file.fileno())
+                after = Stamp.of(os.fstat(file.fileno()))
         except OSError as failure:
-            raise CsvError(f"{self.file}: {failure.strerror}") from failure
-        if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
-            raise CsvError(f"{self.file}: written while it was read")
+            subject = f"{self._where}: file: cannot read {self.file}" if self._where else self.file
+            passing = self._held is not None or failure.errno not in MISTAKES
+            raise CsvError(f"{subject}: {failure.strerror}", passing=passing) from None
+        self._seen = self._seen or stamp
+        if stamp != self._seen or (stamp.size, stamp.written) != (after.size, after.written):  # not of a later rename
+            raise CsvError(f"{self.file}: written while it was read", passing=True)
         return octets
 
     def _parse(self, octets: bytes) -> dict[str, Route]:
+        """Raises CsvError."""
         lines = enumerate(io.BytesIO(octets.removeprefix(codecs.BOM_UTF8)), 1)
         self._skip_header(lines)
         builder = _Builder(self.name, self._policy)
@@ -187,6 +241,15 @@ class _Builder:
         route = Route(parse_servers(server), tls_verify, self._policy, self._mapping)
         self._routes[rest] = self._unique.setdefault(route, route)
         return self._routes[rest]
+
+
+def _was_renamed(before: Stamp | None, now: Stamp) -> bool:
+    """Whether another file has taken the name, and has not been written to since.
+
+    A file that was removed and is created again is another one, too; but its times are equal.
+    """
+    other = before is None or (before.device, before.inode) != (now.device, now.inode)
+    return other and now.changed != now.written
 
 
 def _fold(pattern: str, rest: str) -> str:

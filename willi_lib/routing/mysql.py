@@ -20,7 +20,7 @@ import gevent
 from gevent.event import AsyncResult
 
 from willi_lib.routing import Answer, LookupFailed, Route
-from willi_lib.routing.database import Down, TooSlow
+from willi_lib.routing.database import NOBODY, Down, TooSlow
 
 RETRY_INTERVAL = 5.0  # seconds between sessions that wait for a database that is down ...
 QUICK_RETRY = 1.0  # ... and between tries if they cost nobody any time, as with a refused connection ...
@@ -126,6 +126,16 @@ class Mysql:
         if self._outage:
             return Condition(False, self._outage.failed, self._outage.why, len(self._entries))
         return Condition(True, self._answered, "", len(self._entries))
+
+    def why_down(self) -> str:
+        """Ask the database, whatever is known of it; empty if it answers."""
+        try:
+            self._database.ask(NOBODY)
+        except (TooSlow, LookupFailed):
+            return ""
+        except Down as why:
+            return str(why)
+        return ""
 
     def _answer(self, key: str, deadline: float) -> Answer:
         now = monotonic()

@@ -1,0 +1,99 @@
+"""The mappings of one worker over time: CSV files that are read at its start and when they change."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from time import monotonic
+
+import gevent
+
+from . import log, news
+from .mappings import MappingError
+from .routing import Mapping as AnyMapping
+from .routing import csv_file as csv
+from .routing.csv_file import CsvError, CsvFile, Held
+from .routing.mysql import Mysql
+
+ANSWERS_LOST = "Reload while a database is down, the answers that were remembered are lost"
+START_LOOK = 0.25  # seconds between looks of a worker that starts
+
+
+@dataclass(frozen=True)
+class Start:
+    """How a worker starts."""
+
+    held: Mapping[str, Held] = field(default_factory=dict)  # by file: the tables of the workers that serve
+    alone: bool = False  # there were such workers, and none is left
+    reload: news.Reload = ""
+
+
+class DatabaseDown(MappingError):
+    """An automatic reload would forget the answers that the workers remember. The text is for the log."""
+
+
+class MappingWatch:
+    """Reads and looks; `tell` hears what the other workers should know."""
+
+    def __init__(self, mappings: Sequence[AnyMapping], tell: Callable[[news.Message], None]) -> None:
+        self._csv_files = [mapping for mapping in mappings if isinstance(mapping, CsvFile)]
+        self._databases = [mapping for mapping in mappings if isinstance(mapping, Mysql)]
+        self._tell = tell
+
+    def load(self, start: Start) -> None:
+        """Read all CSV files. Raises CsvError, DatabaseDown.
+
+        Beside workers that serve nothing is taken that is worse than what they have: no empty table, none that is
+        being written, and none that cannot be read just now. If no such worker is left, we serve without that table
+        until it can be read, which means 451.
+        """
+        for database in self._databases if start.reload else ():
+            if why := database.why_down():
+                if start.reload == "automatic":
+                    raise DatabaseDown(f"{database.name}: {why}")
+                log.warn(
+                    "Reload while a database is down, remembered answers are lost", mapping=database.name, error=why
+                )
+        for csv_file in self._csv_files:
+            held = start.held.get(csv_file.file)
+            if held:
+                csv_file.follow(held)
+            try:
+                self._load(csv_file, bool(held), 0.0 if held and start.alone else csv.START_PATIENCE)
+            except CsvError as error:
+                if not (held and start.alone):
+                    raise
+                self._tell(news.of_fault(csv_file, error))
+
+    def _load(self, csv_file: CsvFile, follows: bool, patience: float) -> None:
+        """Wait as long as that for a file that is not ready. Raises CsvError."""
+        deadline = monotonic() + patience
+        fault = CsvError(f"{csv_file.file}: still being written", passing=True)
+        while True:
+            try:
+                if csv_file.changed() or not (follows or csv_file.fault):
+                    csv_file.load()
+                    self._tell(news.of_table(csv_file))
+                    return
+            except CsvError as error:
+                if not error.passing:
+                    raise
+                fault = error
+            if monotonic() >= deadline:
+                raise fault
+            gevent.sleep(START_LOOK)
+
+    def look(self) -> None:
+        """To be called every second or two: read a CSV file again when it has changed; a bad one changes nothing."""
+        for csv_file in self._csv_files:
+            try:
+                if csv_file.changed():
+                    csv_file.load()
+                    self._tell(news.of_table(csv_file))
+            except CsvError as error:
+                self._tell(news.of_fault(csv_file, error))
+
+    def close(self) -> None:
+        """Take leave of the databases."""
+        for database in self._databases:
+            database.close()

@@ -1,0 +1,63 @@
+"""What workers tell the master of their CSV files, and what the log says of it: each fact once, not by every worker.
+
+The master needs it, too: a worker that starts must not take a table that is worse than what others hold.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from . import log
+from .routing.csv_file import CsvError, CsvFile, Held, Stamp
+
+MAX_FAULT = 1000  # characters
+MANY_PATTERNS = 100  # of a CSV file: if it loses more than half of so many, the administrator should look
+
+Message = dict[str, Any]
+Reload = Literal["", "asked", "automatic"]  # by SIGHUP, or for a changed certificate
+
+
+def of_table(csv_file: CsvFile) -> Message:
+    """It was read."""
+    return {"mapping": csv_file.name, "file": csv_file.file, "stamp": csv_file.stamp, "patterns": len(csv_file)}
+
+
+def of_fault(csv_file: CsvFile, error: CsvError) -> Message:
+    """It could not be read."""
+    return {"mapping": csv_file.name, "faults": [fault[:MAX_FAULT] for fault in error.faults]}
+
+
+class News:
+    """Of the workers that have read the same willi.conf."""
+
+    def __init__(self, held: dict[str, Held] | None = None) -> None:
+        """held: the tables of the workers before them."""
+        self.tables: dict[str, Held] = {}  # that they hold, by file
+        self._before = held or {}
+        self._faults: dict[str, list[str]] = {}  # by mapping
+
+    def take(self, message: Message) -> None:
+        """Note what is told of a table, and log it if it is new."""
+        if "faults" in message:
+            self._take_faults(message["mapping"], list(message["faults"]))
+        else:
+            held = Held(Stamp(*message["stamp"]), message["patterns"])
+            self._take_table(message["mapping"], message["file"], held)
+
+    def _take_faults(self, mapping: str, faults: list[str]) -> None:
+        if self._faults.get(mapping) == faults:
+            return
+        self._faults[mapping] = faults
+        for fault in faults:
+            log.error("CSV file not read, the old table stays", mapping=mapping, error=fault)
+
+    def _take_table(self, mapping: str, file: str, held: Held) -> None:
+        known, self.tables[file] = self.tables.get(file), held
+        was_faulty = self._faults.pop(mapping, None)
+        before = (known or self._before.get(file) or held).patterns
+        shrunk = before >= MANY_PATTERNS and held.patterns < before / 2  # perhaps its end is missing
+        if not held.patterns and known != held:
+            log.warn("CSV file has no patterns, what no other mapping has is told 451", mapping=mapping)
+        elif (known and known.stamp != held.stamp) or was_faulty or (shrunk and not known):
+            tell = log.warn if shrunk else log.info
+            tell("CSV file read again", mapping=mapping, patterns=held.patterns, before=before)
