@@ -553,6 +553,60 @@ def test_replies_that_nobody_fetches_yet_are_not_piled_up(connect):
         peer.recv(1000)
 
 
+def test_held_replies_can_be_sent_without_their_owner(connect):
+    wire, peer = connect()
+    assert not wire.holds_output
+    wire.write(b"250 Ok\r\n")
+    assert wire.holds_output
+    wire.send_held()
+    assert not wire.holds_output
+    assert peer.recv(1000) == b"250 Ok\r\n"
+
+
+@pytest.mark.parametrize("secured", [False, True], ids=["clear", "TLS"])
+def test_held_replies_that_the_kernel_does_not_take_go_out_later_in_order(connect, pair, secured):
+    wire, peer = connect.tcp()
+    if secured:
+        peer = connect.tls(pair, wire, peer)
+    expected = b""
+    while not wire.holds_output:  # until the peer's window is full
+        reply = b"250 %07d " % len(expected) + b"x" * 50_000 + b"\r\n"
+        wire.write(reply)
+        wire.send_held()
+        expected += reply
+    wire.send_held()
+    assert wire.holds_output
+    received = connect.thread(lambda: read_exactly(peer, len(expected) + 8))
+    wire.write(b"250 Ok\r\n")
+    wire.flush()
+    with connect.clock.limit(PATIENCE, "the peer"):
+        while not received.done():
+            gevent.idle()
+    assert received.result() == expected + b"250 Ok\r\n"
+
+
+def read_exactly(peer: socket.socket, size: int) -> bytes:
+    received = b""
+    while len(received) < size and (octets := peer.recv(min(65536, size - len(received)))):
+        received += octets
+    return received
+
+
+@pytest.mark.parametrize("secured", [False, True], ids=["clear", "TLS"])
+def test_held_replies_to_a_peer_that_has_gone_are_the_owners_affair(connect, pair, secured):
+    wire, peer = connect.tcp()
+    if secured:
+        connect.tls(pair, wire, peer).close()
+    peer.close()
+    wire.write(b"250 Ok\r\n")
+    wire.send_held()  # the first one makes the peer's kernel reset the connection
+    wire.write(b"250 Ok\r\n")
+    wire.send_held()
+    wire.write(b"250 Ok\r\n")
+    with pytest.raises(PeerGone):
+        wire.read_line()
+
+
 def test_content_goes_out_behind_the_lines_that_were_kept_back(connect):
     wire, peer = connect()
     wire.write(b"BDAT 4\r\n")

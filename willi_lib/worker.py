@@ -62,6 +62,7 @@ PROXY_HEADER_TIMEOUT = 3.0  # seconds; the least that its specification allows
 MAPPING_INTERVAL = 1.0  # seconds between looks at the mappings
 TELL_TIMEOUT = 1.0  # seconds for the master to take a packet
 PULSE = 1.0  # seconds between two signs of life
+HOLD = 2.0  # seconds; an answer that was kept back for its group goes out after this time, or twice it at the most
 LAST_WORDS_TIMEOUT = 5.0  # seconds for sessions that are ended at drain_timeout to say so
 REASONS = {  # why a connection is refused: the limits that do it
     replies.TOO_MANY_CONNECTIONS: "max_connections",
@@ -262,8 +263,10 @@ class Worker:
         """
         for server in self._servers:
             server.start()
-        helpers = [gevent.spawn(self._watch_mappings), gevent.spawn(self._show_life)]
-        helpers += [gevent.spawn(self._report), gevent.spawn(self._resolver.follow_resolv_conf)]
+        work = (
+            self._watch_mappings, self._show_life, self._report, self._release_answers, self._resolver.follow_resolv_conf,
+        )  # fmt: skip
+        helpers = [gevent.spawn(job) for job in work]
         answering = gevent.spawn(self._reporter.answer_questions)
         self._asked_to_end.wait()
         about_to_end()
@@ -291,6 +294,19 @@ class Worker:
             self._row.beat()
             log.flush()
             gevent.sleep(PULSE)
+
+    def _release_answers(self) -> None:
+        """Send answers that have waited for the rest of their group since the last look.
+
+        One look at all sessions now and then costs less than a timer for each group.
+        """
+        before: set[Wire] = set()
+        while True:
+            gevent.sleep(HOLD)
+            holding = {session.wire for session in self._sessions if session.wire.holds_output}
+            for wire in holding & before:
+                wire.send_held()
+            before = holding
 
     def _report(self) -> None:
         """Apart from `_show_life`: whatever happens to the reports, the worker is alive."""

@@ -12,15 +12,29 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import StartWilli
+from tests.conftest import StartUpstream, StartWilli
 from tests.support.certificates import Pair
 from tests.support.client import Client
 from tests.support.daemon import Setting, Willi, write_config
-from tests.support.loopback import HOST, ROOT, free_port
+from tests.support.loopback import HOST, PATIENCE, ROOT, free_port
 from tests.support.promise import all_at_once, greeted, in_data, in_envelope, meet, meet_in_data, resident
 from tests.support.raw import Meanwhile, Peer, RawUpstream
-from tests.support.talk import BOB, EHLO, LOST, MAIL, NO_ANSWER, QUEUED, SENDER_KEPT, chunk, content, deliver, say
-from tests.support.upstream import GREETING, VERDICT, Delay, Drip, ScriptedUpstream
+from tests.support.talk import (
+    BEN,
+    BOB,
+    EHLO,
+    LOST,
+    MAIL,
+    NO_ANSWER,
+    OK,
+    QUEUED,
+    SENDER_KEPT,
+    chunk,
+    content,
+    deliver,
+    say,
+)
+from tests.support.upstream import GREETING, MAX_HOLD, VERDICT, Delay, Drip, Hold, ScriptedUpstream
 from willi_lib.smtp.reply import Reply
 
 SHORT = {
@@ -230,6 +244,45 @@ def test_an_upstream_that_reads_slowly_is_given_up(start_willi: StartWilli, raw:
     ended.set()
     reading.join()
     sending.join()
+
+
+# Time: known answers
+
+
+HELD_AT = {  # where the upstream takes its time, and how many answers of the group are known by then
+    GREETING: 1, b"EHLO": 1, b"STARTTLS": 1, b"XCLIENT": 1, b"MAIL": 1, BOB: 1, BEN: 2, b"DATA": 3, b"BDAT": 3,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("pipelining", "tls"), [(True, False), (False, True)], ids=["group", "TLS, one by one"])
+def test_known_answers_do_not_wait_for_the_rest_of_their_group(
+    pipelining: bool, tls: bool, start_willi: StartWilli, start_upstream: StartUpstream, postfix_certificate: Pair
+):
+    """The upstream answers only when the client has what was known before, at each place."""
+    held, table = {}, ["pattern;server;tls_verify\n"]
+    for number, where in enumerate(HELD_AT):
+        upstream = start_upstream(tls=postfix_certificate.server_context())
+        upstream.extensions = (b"SIZE", b"CHUNKING", b"XCLIENT NAME ADDR", *([b"PIPELINING"] * pipelining))
+        held[where] = upstream.answers[where.replace(b"@b.", b"@%d." % number)] = Hold()
+        table.append(f"{number}.example;{upstream.server};false\n")
+    willi = start_willi(
+        csv="".join(table), upstream_tls="always", tls_cert=postfix_certificate.cert, tls_key=postfix_certificate.key
+    )
+
+    def play(number: int, where: bytes) -> None:
+        client = greeted(willi, tls)
+        client.socket.settimeout(MAX_HOLD)
+        group = b"".join(line + b"\r\n" for line in (MAIL, BOB, BEN)).replace(b"@b.", b"@%d." % number)
+        client.send(group + (b"BDAT 5 LAST\r\nhello" if where == b"BDAT" else b"DATA\r\n"))
+        known = [SENDER_KEPT, OK, OK][: HELD_AT[where]]
+        assert [str(client.read_reply()) for _ in known] == known
+        assert held[where].reached.wait(PATIENCE)
+        held[where].release()
+        rest = [client.read_reply().code for _ in range(4 - len(known))]
+        assert rest == [250] * (len(rest) - 1) + [250 if where == b"BDAT" else 354]
+        client.close()
+
+    all_at_once(lambda case: play(*case), enumerate(HELD_AT))
 
 
 # Memory

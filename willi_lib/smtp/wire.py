@@ -400,6 +400,29 @@ class Wire:
             octets, self._output = self._output, b""
             self.send(octets)
 
+    @property
+    def holds_output(self) -> bool:
+        """Whether something is kept back. Never while the owner is sending: it takes the octets away first."""
+        return bool(self._output or (self._tls and self._clear_out and self._clear_out.pending))
+
+    def send_held(self) -> None:
+        """Send what is kept back as far as the kernel takes it at once, while the owner waits for another peer.
+
+        Never waits. The owner itself finds out if the connection is broken.
+        """
+        with suppress(OSError):
+            if self._tls is None:
+                self._output = self._output[self._socket.send(self._output) :]
+                return
+            assert self._clear_out
+            if self._output:
+                octets, self._output = self._output, b""
+                self._tls.write(octets)
+            encrypted, sent = self._clear_out.read(), 0
+            with suppress(BlockingIOError):
+                sent = self._socket.send(encrypted)
+            self._clear_out.write(encrypted[sent:])
+
     def send(self, octets: bytes) -> None:
         """Send message content at once, past the trace, behind what was kept back. Raises WireError."""
         if self._output:
