@@ -9,7 +9,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from willi_lib.smtp import reply as replies
-from willi_lib.smtp.reply import MAX_REPLY_LINES, BadReply, Reject, Reply, first_reply, own, parse_reply_line
+from willi_lib.smtp.reply import (
+    MAX_REPLY_LINES,
+    BadReply,
+    Reject,
+    Reply,
+    at_rcpt,
+    first_reply,
+    is_own,
+    own,
+    parse_reply_line,
+)
 
 OWN = {name: value for name, value in vars(replies).items() if isinstance(value, Reply)}
 
@@ -136,8 +146,16 @@ def test_our_own_replies_have_an_enhanced_code_of_the_same_class(name):
     assert len(reply.octets) <= 512  # RFC 5321 §4.5.3.1.5
 
 
-def test_our_own_refusals_are_those_of_the_catalogue_that_are_permanent():
-    assert {reply for reply in OWN.values() if reply.code >= 500} == replies.OWN_REFUSALS
+def test_a_reply_in_our_words_is_not_our_own():
+    assert all(map(is_own, OWN.values()))
+    assert not any(is_own(Reply(reply.code, reply.lines)) for reply in OWN.values())
+
+
+def test_at_rcpt_no_refusal_is_a_552():
+    full = (b"5.3.4 too big", b"5.3.4 sorry")
+    assert at_rcpt(Reply(552, full)) == Reply(554, full)
+    for code in (450, 452, 550, 551, 553):
+        assert at_rcpt(Reply(code, full)) == Reply(code, full)
 
 
 def test_what_goes_wrong_inside_willi_is_temporary():

@@ -137,6 +137,14 @@ def test_a_static_mapping_matches_everything_and_signs_its_route(recipient):
         ("ann@b.example.", ("ann@b.example", "b.example")),
         ("postmaster", ("postmaster",)),
         ("Postmaster", ("postmaster",)),
+        # A capital sigma is one letter wherever it stands; a small final one is another.
+        ("ann@ΟΔΟΣ", ("ann@xn--pxavbq", "xn--pxavbq")),
+        ("ann@Οδοσ", ("ann@xn--pxavbq", "xn--pxavbq")),
+        ("ann@mx.ΟΔΟΣ.ΟΔΟΣ.", ("ann@mx.xn--pxavbq.xn--pxavbq", "mx.xn--pxavbq.xn--pxavbq")),
+        ("ann@οδος", ("ann@xn--pxavbm", "xn--pxavbm")),
+        # Joiners, and letters that this Python may not know yet
+        ("ann@\u0646\u0627\u0645\u0647\u200c\u0627\u06cc.ir", ("ann@xn--mgba3gch31f060k.ir", "xn--mgba3gch31f060k.ir")),
+        ("\u0936\u094d\u200d\u0930@\U0001faea.in", ("\u0936\u094d\u200d\u0930@xn--c39h.in", "xn--c39h.in")),
         ("ann@", ("ann@",)),
         ("ann@.", ("ann@.",)),
         ("ÄNN@b.example", ("änn@b.example", "b.example")),

@@ -13,9 +13,11 @@ from .config import Settings
 from .smtp import reply as replies
 from .smtp.body import DataReader, Stuffer
 from .smtp.reply import Reply, own
-from .smtp.wire import FOREVER, Wire
+from .smtp.wire import FOREVER, TimeLimit, Wire
 from .upstream import Refused, Upstream, UpstreamFailed
 
+SLOWEST = 100  # octets a second that a client must send ...
+PACE_TIME = 300.0  # ... over so many seconds: else a line end a second would keep a message going for ever
 LEAST_PROGRESS = 1000  # octets that renew read_timeout, as a line end does: a text line, RFC 5321 §4.5.3.1.6
 
 
@@ -28,6 +30,8 @@ class Content:
         self._progress = LEAST_PROGRESS  # octets since read_timeout was renewed
         self._waited = 0.0  # seconds for the client since then: what the upstream takes is not his
         self._patience = FOREVER  # until when at all, once it is only thrown away
+        self._pace_seconds = 0.0  # of waiting for the client ...
+        self._pace_octets = 0  # ... and what came meanwhile
 
     def read(self, most: int | None = None) -> bytes:
         """More octets, at least one. Raises WireError, so also if no line end or 1,000 octets come in time."""
@@ -37,9 +41,20 @@ class Content:
         deadline = began + self._settings.read_timeout - self._waited
         with self._client.clock.until(min(deadline, self._patience), "waiting for message content (read_timeout)"):
             octets = self._client.read_some(most)
-        self._waited += monotonic() - began
+        waited = monotonic() - began
+        self._waited += waited
         self._progress += LEAST_PROGRESS if b"\n" in octets else len(octets)
+        self.keep_pace(waited, len(octets))
         return octets
+
+    def keep_pace(self, seconds: float, octets: int = 0) -> None:
+        """Count so many seconds of waiting for the client. Raises TimeLimit if it is too slow over all."""
+        self._pace_seconds += seconds
+        self._pace_octets += octets
+        if self._pace_seconds >= PACE_TIME:
+            if self._pace_octets < SLOWEST * self._pace_seconds:
+                raise TimeLimit(f"message content: fewer than {SLOWEST} octets a second (read_timeout)")
+            self._pace_seconds, self._pace_octets = 0.0, 0
 
     def read_to_drop(self) -> None:
         """From here on nobody wants the octets, so they may not take for ever."""
@@ -73,6 +88,8 @@ class Relay:
         self._client = client
         self._content = Content(settings, client)
         self._stuffer: Stuffer | None = None  # BDAT is being turned into DATA
+        self._began = 0.0  # when a chunk began ...
+        self._ended = 0.0  # ... and when the last one was answered
 
     def data(self) -> Reply:
         """The message after DATA and 354. Raises WireError if the client does not finish it."""
@@ -85,10 +102,18 @@ class Relay:
             self.octets = reader.octets
             self._check(reader.malformed)
         self._client.unread(reader.rest)
-        return self._conclude(lambda: self.upstream.finish(octets, self._settings.data_timeout))
+        return self._finish(self.upstream.finish, octets)
 
     def chunk(self, size: int, last: bool) -> Reply:
         """One BDAT command's octets (RFC 3030 §2). Raises WireError if the client does not finish it."""
+        self._began = monotonic()
+        if self._ended:
+            self._content.keep_pace(self._began - self._ended)
+        answer = self._take_chunk(size, last)
+        self._ended = monotonic()
+        return answer
+
+    def _take_chunk(self, size: int, last: bool) -> Reply:
         self.octets += size
         self._check(malformed=False)
         if self.refusal is not None:
@@ -108,7 +133,7 @@ class Relay:
             if size:
                 self._pass_on(octets)
                 octets = b""
-        return self._conclude(lambda: self.upstream.finish_chunk(octets, self._settings.data_timeout))
+        return self._finish(self.upstream.finish_chunk, octets)
 
     def _convert_chunk(self, size: int, last: bool) -> Reply:
         """For an upstream without CHUNKING: DATA, with dots stuffed and a last line end (RFC 5321 §4.5.2)."""
@@ -125,7 +150,7 @@ class Relay:
             return self.refusal or taken
         octets = self._stuffer.finish()
         self._check(self._stuffer.malformed)
-        return self._conclude(lambda: self.upstream.finish(octets, self._settings.data_timeout))
+        return self._finish(self.upstream.finish, octets)
 
     def _begin_data(self) -> Reply:
         with self._client.clock.limit(self._settings.upstream_timeout, "asking the upstream (upstream_timeout)"):
@@ -143,6 +168,22 @@ class Relay:
             self._refuse(replies.TOO_BIG, "internal")
         elif malformed and self._rejects_bare_newlines():
             self._refuse(replies.BARE_NEWLINE, "internal")
+
+    def _finish(self, finish: Callable[[bytes, float], Reply], octets: bytes) -> Reply:
+        """Pass on the last octets; the upstream's answer to all of it.
+
+        The client waits since its last octet, and data_timeout counts from there.
+        """
+        deadline = max(self._began, self._client.received_at) + self._settings.data_timeout
+
+        def work() -> Reply:
+            seconds = deadline - monotonic()
+            if seconds <= 0:
+                raise UpstreamFailed(f"{self.upstream.server}: too slow to take the message (data_timeout)")
+            with self._client.clock.limit(seconds, "waiting for the verdict (data_timeout)"):
+                return finish(octets, seconds)
+
+        return self._conclude(work)
 
     def _conclude(self, work: Callable[[], Reply]) -> Reply:
         """The upstream's answer, or what stands in its place."""

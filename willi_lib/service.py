@@ -45,13 +45,13 @@ class Service:
         settings = self.settings
         keywords = [
             settings.domain,
+            # Early: there are probes and clients that look for "250-STARTTLS", which the last line would not be.
+            *(["STARTTLS"] if self.server_tls and not in_tls else []),
             "PIPELINING",
             f"SIZE {settings.max_message_bytes}",
             "ENHANCEDSTATUSCODES",
             *(name for name in ("8BITMIME", "SMTPUTF8", "CHUNKING") if name in settings.extensions),
         ]
-        if self.server_tls and not in_tls:
-            keywords.append("STARTTLS")
         if settings.mixed_recipients == "defer":
             keywords.append(f"LIMITS RCPTMAX={settings.max_recipients} RCPTDOMAINMAX=1")  # RFC 9422
         if may_xclient:

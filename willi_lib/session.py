@@ -22,6 +22,7 @@ from .smtp.reply import Reject, Reply
 from .smtp.syntax import (
     UNAVAILABLE,
     Path,
+    may_be_bdat,
     parse_bdat,
     parse_helo,
     parse_mail,
@@ -36,6 +37,9 @@ from .smtp.wire import BadFraming, LineTooLong, TimeLimit, TlsFailed, Wire, Wire
 from .upstream import Client, Refused, Upstream, UpstreamFailed
 
 OUT_OF_MEMORY = "out of memory"  # in the log
+# Between two messages that were accepted; what goes beyond is an error, and errors have max_errors.
+MAX_JUNK = 100  # commands and transactions that come to nothing; Postfix's smtpd_junk_command_limit
+MAX_DEFERRALS = 1000  # 4yz of our own, as for recipients over max_recipients (smtpd_recipient_overshoot_limit)
 SESSION_ID_LENGTH = 10
 SESSION_ID_LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"
 PAIRS_OF_LETTERS = [first + second for first in SESSION_ID_LETTERS for second in SESSION_ID_LETTERS]
@@ -81,6 +85,7 @@ class Session:
             sid, self.settings, service.mappings, service.connector, wire, client, service.counts
         )
         self.errors = 0  # of the client's own, since its last message
+        self.junk = self.deferrals = 0  # since then, too
         self.closing = False  # after the reply that is about to be written
         self.has_quit = False
         self.draining = False
@@ -127,7 +132,8 @@ class Session:
             self.waiting = True
             with self.clock.limit(self.settings.read_timeout, "waiting for a command (read_timeout)"):
                 line = self.wire.read_line()
-        except LineTooLong:
+        except LineTooLong as error:
+            self.closing = may_be_bdat(error.beginning)
             return self.counted(replies.LINE_TOO_LONG)
         finally:
             self.waiting = False
@@ -138,13 +144,15 @@ class Session:
         try:
             verb, argument = split_command(line)
         except Reject:
-            self.closing = line[:4].upper() == b"BDAT"  # octets follow that are no commands
+            self.closing = may_be_bdat(line)
             raise
         if verb not in VERBS:
             return replies.NOT_HTTP if verb in OTHER_PROTOCOLS else replies.UNKNOWN_COMMAND
         method, stages = VERBS[verb]
         if self.stage not in stages:
             return self.out_of_sequence(verb)
+        if verb in JUNK:
+            self.count_junk()
         return method(self, argument)
 
     def out_of_sequence(self, verb: bytes) -> Reply:
@@ -183,14 +191,23 @@ class Session:
         return answer
 
     def counted(self, answer: Reply) -> Reply:
-        """Hang up on who makes too many errors. What an upstream refuses is for the upstream to count."""
-        if answer.permanent and answer in replies.OWN_REFUSALS:
-            self.errors += 1
-            if self.errors >= self.settings.max_errors:
-                self.log.info("Too many errors", reply=str(answer))
-                self.service.counts.add(REFUSED, "max_errors")
-                return replies.TOO_MANY_ERRORS
-        return answer
+        """Hang up on a client that makes too many errors. What an upstream refuses is for the upstream to count."""
+        if not answer.positive and replies.is_own(answer):
+            if answer.permanent:
+                self.errors += 1
+            else:
+                self.deferrals += 1
+                self.errors += self.deferrals > MAX_DEFERRALS
+        if self.errors < self.settings.max_errors:
+            return answer
+        self.log.info("Too many errors", reply=str(answer))
+        self.service.counts.add(REFUSED, "max_errors")
+        return replies.TOO_MANY_ERRORS
+
+    def count_junk(self) -> None:
+        """Count a command, or a transaction, that came to nothing."""
+        self.junk += 1
+        self.errors += self.junk > MAX_JUNK
 
     def write(self, answer: Reply) -> None:
         """Write a reply. A 421 is the last word, whoever said it first (RFC 5321 §3.8)."""
@@ -298,7 +315,11 @@ class Session:
 
     def mail(self, argument: bytes) -> Reply:
         """MAIL (RFC 5321 §4.1.1.2). It is kept until a recipient says which upstream shall hear it."""
-        self.forget_transaction()  # one that failed, if any: no recipient behind a refused MAIL is one of it
+        if self.draining:  # the transaction that could go on was a failed one
+            raise ShuttingDown
+        if self.transaction:  # a failed one: no recipient behind a refused MAIL is one of it
+            self.count_junk()
+            self.forget_transaction()
         self.stage = Stage.GREETED
         try:
             mail = parse_mail(argument, self.settings.extensions)
@@ -341,6 +362,8 @@ class Session:
                 answer = self.dispatch.ask_rcpt(transaction, recipient)
         except WireError as error:  # the limit has struck in between, as in a DNS look-up
             raise UpstreamFailed(str(error)) from None
+        except Refused as refusal:  # of MAIL, or of the client
+            raise Refused(replies.at_rcpt(refusal.reply)) from None
         if not answer.positive:
             raise Refused(answer)
         return answer
@@ -356,13 +379,14 @@ class Session:
         if upstream is None or not (transaction.recipients or upstream.is_ahead(b"DATA")):
             return transaction.no_recipients()
         answer = self.guarded(lambda: self.ask_for_content(upstream))
+        if not transaction.recipients and (answer.code == 354 or answer.permanent):
+            if answer.code == 354:
+                self.drop_upstream()  # it waits for a message that the client will not send
+            return transaction.no_recipients()
         if answer.code != 354:
             if transaction.recipients and transaction.upstream:  # else `fail` has logged it
                 self.log.message(transaction, answer)
             return answer
-        if not transaction.recipients:
-            self.drop_upstream()  # it waits for a message that the client will not send
-            return transaction.no_recipients()
         transaction.relay = Relay(self.settings, self.wire, upstream)
         self.stage = Stage.CONTENT
         return answer
@@ -386,12 +410,15 @@ class Session:
         except Reject:
             self.closing = True  # how many octets follow that are no commands?
             raise
+        if not size and not last:
+            self.count_junk()
         transaction = self.transaction
         offered = "CHUNKING" in self.settings.extensions
         if not offered or transaction is None or transaction.upstream is None or not transaction.recipients:
             refusal = self.bdat_refusal(transaction) if offered else replies.NOT_IMPLEMENTED
             Content(self.settings, self.wire).skip(size)
             if offered and last and self.stage in (Stage.SENDER, Stage.CHUNKS):
+                self.count_junk()
                 self.finish_transaction(accepted=False)  # as with Postfix: a MAIL may have been sent behind it
             elif offered and transaction:
                 transaction.verdict = refusal  # later chunks and recipients would make another message
@@ -442,7 +469,7 @@ class Session:
         elif relay.failed:
             self.stage = Stage.FAILED
         if last and answer.positive:
-            self.errors = self.dispatch.in_vain = 0
+            self.errors = self.junk = self.deferrals = self.dispatch.in_vain = 0
         return answer
 
     # -- verbs: the rest
@@ -546,6 +573,7 @@ VERBS: dict[bytes, tuple[Callable[[Session, bytes], Reply], frozenset[Stage]]] =
     b"HELP": (Session.help, ANY),
     b"QUIT": (Session.quit, ANY),
 }
+JUNK = frozenset((b"EHLO", b"HELO", b"RSET", b"NOOP", b"VRFY", b"HELP"))
 OUT_OF_SEQUENCE = {
     (Stage.GREETED, b"RCPT"): replies.MAIL_FIRST,
     (Stage.GREETED, b"DATA"): replies.MAIL_FIRST,

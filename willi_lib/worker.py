@@ -263,10 +263,8 @@ class Worker:
         """
         for server in self._servers:
             server.start()
-        work = (
-            self._watch_mappings, self._show_life, self._report, self._release_answers, self._resolver.follow_resolv_conf,
-        )  # fmt: skip
-        helpers = [gevent.spawn(job) for job in work]
+        jobs = (self._watch_mappings, self._show_life, self._report, self._release_answers)
+        helpers = [gevent.spawn(job) for job in (*jobs, self._resolver.follow_resolv_conf)]
         answering = gevent.spawn(self._reporter.answer_questions)
         self._asked_to_end.wait()
         about_to_end()

@@ -202,6 +202,16 @@ def test_a_bdat_with_a_control_character_ends_the_session(willi: Willi, upstream
     assert upstream.messages == []
 
 
+@pytest.mark.parametrize("line", [b"BDAT 6" + b" " * 2040, b" " * 3000 + b"bdat 6", b"bdat\t" + b"x" * 100_000])
+def test_a_bdat_that_is_too_long_ends_the_session(line: bytes, willi: Willi, upstream: ScriptedUpstream):
+    with in_envelope(willi) as client:
+        client.send(line + b"\r\nRSET\r\n")
+        assert str(client.read_reply()) == "500 5.5.2 Line too long"
+        client.expect_eof()
+    upstream.wait_for_ends()
+    assert upstream.messages == []
+
+
 def test_a_message_may_have_exactly_the_size_limit(start_willi: StartWilli, upstream: ScriptedUpstream):
     willi = start_willi(server=upstream.server, max_message_bytes=1000)
     with in_envelope(willi) as client:

@@ -6,7 +6,21 @@ import pytest
 
 from tests.conftest import StartWilli
 from tests.support.daemon import Willi
-from tests.support.talk import BEN, BOB, EHLO, GO_ON, MAIL, OK, QUEUED, SENDER_KEPT, deliver, greeted, reply, say
+from tests.support.talk import (
+    BEN,
+    BOB,
+    EHLO,
+    GO_ON,
+    MAIL,
+    OK,
+    QUEUED,
+    SENDER_KEPT,
+    content,
+    deliver,
+    greeted,
+    reply,
+    say,
+)
 from tests.support.upstream import GREETING, ScriptedUpstream
 
 BAD_SENDER = "501 5.1.7 Bad sender address syntax"
@@ -66,11 +80,18 @@ def test_a_browser_is_sent_away(line: bytes, willi: Willi, upstream: ScriptedUps
     assert b"DATA" not in upstream.commands
 
 
-def test_commands_are_known_in_any_case_and_with_blanks_at_the_end(willi: Willi, upstream: ScriptedUpstream):
+def test_commands_are_known_in_any_case_and_with_blanks_of_any_kind(willi: Willi, upstream: ScriptedUpstream):
     with willi.connect() as client:
-        lines = b"ehlo c.example", b"Mail from:<ann@a.example>  ", b"rCPT To:<Bob@B.Example>", b"data "
-        assert say(client, *lines)[1:] == [SENDER_KEPT, OK, GO_ON]
-    assert upstream.connection().commands[1:4] == [MAIL, b"RCPT TO:<Bob@B.Example>", b"DATA"]
+        lines = [b"\t ehlo \t c.example\t", b" Mail \tfrom: \t< ann@a.example\t>  ", b"rCPT\tTo:\tBob@B.Example\t"]
+        assert say(client, *lines, b"data \t")[1:] == [SENDER_KEPT, OK, GO_ON]
+        assert content(client) == QUEUED
+        lines = [b"RSET\t", b"NOOP\t x\t", b" \tHELP\t", b"VRFY\t\tbob ", MAIL + b"\t SIZE=5\t \tBODY=8BITMIME", BOB]
+        assert [answer[:3] for answer in say(client, *lines)] == ["250", "250", "214", "252", "250", "250"]
+        client.send(b" BDAT\t 2 \r\n..\tBDAT 5\tLAST\t\r\nhello\tQUIT\t\r\n")
+        assert [client.read_reply().code for _ in range(3)] == [250, 250, 221]
+    upstream.wait_for_ends()
+    assert upstream.commands[1:4] == [MAIL, b"RCPT TO:<Bob@B.Example>", b"DATA"]
+    assert upstream.commands[4:] == [MAIL + b" SIZE=5 BODY=8BITMIME", BOB, b"BDAT 2", b"BDAT 5 LAST", b"QUIT"]
 
 
 # Paths
@@ -168,7 +189,7 @@ def test_postmaster_alone_is_the_postmaster_of_our_own_domain(start_willi: Start
 def test_a_control_octet_never_goes_upstream(start_willi: StartWilli, upstream: ScriptedUpstream):
     willi = start_willi(server=upstream.server, max_errors=200)
     with greeted(willi) as client:
-        for octet in {*range(0x20), 0x7F} - set(b"\r\n"):
+        for octet in {*range(0x20), 0x7F} - set(b"\t\r\n"):
             evil = bytes([octet])
             lines = (
                 b"RSET",

@@ -120,6 +120,20 @@ def test_non_ascii_addresses_are_passed_on(willi: Willi, upstream: ScriptedUpstr
     assert (message.mail, message.rcpts) == (UMLAUT, (bob,))
 
 
+def test_joiners_and_letters_newer_than_this_python_are_letters(start_willi: StartWilli, upstream: ScriptedUpstream):
+    farsi, new = "\u0646\u0627\u0645\u0647\u200c\u0627\u06cc.example", "\U0001faea.example"
+    names = [f"xn--{name[:-8].encode('punycode').decode()}.example" for name in (farsi, new)]
+    lines = "".join(f"{name};{upstream.server};false\n" for name in (*names, "b.example", "b.org"))
+    willi = start_willi(csv=f"pattern;server;tls_verify\n{lines}")
+    addresses = [f"bob@{farsi}", f"ben@{new}", "\u0936\u094d\u200d\u0930@b.example", "\U0001f468\u200d\U0001f469@b.org"]
+    with greeted(willi) as client:
+        for address in addresses:
+            path = address.encode()
+            assert deliver(client, b"RCPT TO:<%b>" % path, mail=b"MAIL FROM:<%b> SMTPUTF8" % path) == QUEUED
+    assert [m.recipients for m in upstream.messages] == [(address.encode(),) for address in addresses]
+    assert willi.lines(msg="Message accepted")[0]["to"] == addresses[0]
+
+
 def test_smtputf8_is_refused_if_the_upstream_lacks_it(willi: Willi, upstream: ScriptedUpstream):
     upstream.extensions = without(b"SMTPUTF8")
     with greeted(willi) as client:

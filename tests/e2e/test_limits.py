@@ -11,6 +11,7 @@ from tests.support.client import Client
 from tests.support.daemon import Willi
 from tests.support.loopback import free_port, wait_until
 from tests.support.talk import (
+    BEN,
     BOB,
     CARL,
     EHLO,
@@ -28,6 +29,7 @@ from tests.support.talk import (
 )
 from tests.support.upstream import ScriptedUpstream
 from willi_lib.dispatch import MAX_IN_VAIN
+from willi_lib.session import MAX_DEFERRALS, MAX_JUNK
 
 TOO_MANY = "421 4.3.2 Too many connections, try again later"
 TOO_MANY_FROM_YOU = "421 4.7.0 Too many connections from your address"
@@ -146,6 +148,73 @@ def test_what_the_upstream_refuses_is_for_the_upstream_to_count(start_willi: Sta
     upstream.answers[b"RCPT"] = reply("550 5.1.1 nobody")
     with greeted(start_willi(server=upstream.server, max_errors=2)) as client:
         assert say(client, MAIL, *[BOB] * 5) == [SENDER_KEPT, *["550 5.1.1 nobody"] * 5]
+
+
+def test_an_upstream_that_uses_our_words_is_not_counted(start_willi: StartWilli, upstream: ScriptedUpstream):
+    ours = "554 5.7.1 Relay access denied"
+    upstream.answers[b"RCPT"] = reply(ours)
+    with greeted(start_willi(server=upstream.server, max_errors=2)) as client:
+        assert say(client, MAIL, *[BOB] * 5) == [SENDER_KEPT, *[ours] * 5]
+
+
+JUNK = {
+    "NOOP": (b"NOOP",), "RSET": (b"RSET",), "HELP": (b"HELP",), "VRFY": (b"VRFY bob",), "EHLO": (EHLO,),
+    "HELO": (b"HELO c.example",), "MAIL": (MAIL, b"RSET"), "MAIL EHLO": (MAIL, EHLO), "BDAT": (b"BDAT 0",),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("lines", JUNK.values(), ids=JUNK.keys())
+def test_junk_beyond_its_limit_is_an_error(
+    lines: tuple[bytes, ...], start_willi: StartWilli, upstream: ScriptedUpstream
+):
+    """Each way of coming to nothing, as often as is harmless, again after a message, and then once too often."""
+    willi = start_willi(server=upstream.server, max_errors=2)
+    with greeted(willi) as client:
+        for _ in range(2):
+            if lines[0].startswith(b"BDAT"):
+                assert say(client, MAIL, BOB) == [SENDER_KEPT, OK]
+            heard = [str(answer) for _ in range(MAX_JUNK - 1) for answer in client.commands(*lines)]
+            assert all(answer.startswith("2") for answer in heard)
+            assert say(client, b"RSET")[0] == "250 2.0.0 Ok"
+            assert deliver(client) == QUEUED, "which makes up for it"
+        if lines[0].startswith(b"BDAT"):
+            assert say(client, MAIL, BOB) == [SENDER_KEPT, OK]
+        heard = [str(answer) for _ in range(MAX_JUNK + 1) for answer in client.commands(*lines)]
+        assert all(answer.startswith("2") for answer in heard)
+        client.send(b"".join(line + b"\r\n" for line in lines))
+        assert client.read_to_end().decode().split("\r\n")[-2] == TOO_MANY_ERRORS
+    assert willi.wait_for_log(msg="Too many errors")
+
+
+def test_transactions_that_fail_are_junk(start_willi: StartWilli):
+    nobody = f"127.0.0.1:{free_port()}"
+    willi = start_willi(server=nobody, max_errors=1)
+    willi.tolerate(nobody)
+    with greeted(willi) as client:  # EHLO is the first junk
+        assert say(client, *[b"NOOP"] * (MAX_JUNK - 2))[-1] == "250 2.0.0 Ok"
+        assert say(client, *[MAIL, BOB] * 2) == [SENDER_KEPT, NO_ANSWER] * 2
+        assert say(client, MAIL) == [TOO_MANY_ERRORS]
+        client.expect_eof()
+
+
+def test_transactions_that_end_with_a_refused_chunk_are_junk(start_willi: StartWilli, upstream: ScriptedUpstream):
+    upstream.answers[b"RCPT"] = reply("450 4.2.1 not now")
+    with greeted(start_willi(server=upstream.server, max_errors=1)) as client:
+        assert say(client, *[b"NOOP"] * (MAX_JUNK - 2))[-1] == "250 2.0.0 Ok"
+        assert say(client, MAIL, BOB, b"BDAT 0 LAST")[-1] == "451 4.5.1 No valid recipients, try again"
+        assert say(client, MAIL, BOB, b"BDAT 0 LAST")[-1] == TOO_MANY_ERRORS
+        client.expect_eof()
+
+
+def test_what_we_defer_is_an_error_when_it_is_far_too_much(start_willi: StartWilli, upstream: ScriptedUpstream):
+    """Else one connection could have lines written to the log for ever."""
+    willi = start_willi(server=upstream.server, max_recipients=1, max_errors=2)
+    with greeted(willi) as client:
+        assert say(client, MAIL, BOB) == [SENDER_KEPT, OK]
+        answers = {str(answer) for _ in range(10) for answer in client.commands(*[BEN] * (MAX_DEFERRALS // 10))}
+        assert answers == {"452 4.5.3 Too many recipients"}
+        assert say(client, BEN, BEN) == ["452 4.5.3 Too many recipients", TOO_MANY_ERRORS]
+        client.expect_eof()
 
 
 def test_a_message_that_is_accepted_makes_up_for_errors(start_willi: StartWilli, upstream: ScriptedUpstream):

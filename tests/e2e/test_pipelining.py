@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 
 import pytest
 
@@ -148,6 +149,31 @@ def test_data_in_a_group_without_a_valid_recipient_delivers_nothing(
         assert deliver(client) == QUEUED
     upstream.wait_for_ends()
     assert [message.content for message in upstream.messages] == [b"Subject: x\r\n\r\nhello\r\n"]
+
+
+@pytest.mark.parametrize("answer", [GO_ON, "554 5.5.1 Error: no valid recipients", "503 5.5.1 RCPT first"])
+@pytest.mark.parametrize("say_it", [say, say_together], ids=["one by one", "in a group"])
+def test_data_after_a_deferred_recipient_is_deferred(
+    say_it: Callable[..., list[str]], answer: str, willi: Willi, upstream: ScriptedUpstream
+):
+    """A client that looks at the last answer only must not take a message for refused that was greylisted."""
+    upstream.answers[BOB], upstream.answers[BEN] = reply("450 4.2.0 greylisted"), reply("550 5.1.1 no ben")
+    upstream.answers[b"DATA"] = reply(answer)
+    with greeted(willi) as client:
+        heard = say_it(client, MAIL, BOB, BEN, b"DATA")
+        assert heard[1:] == ["450 4.2.0 greylisted", "550 5.1.1 no ben", "451 4.5.1 No valid recipients, try again"]
+        assert say(client, b"DATA") == ["451 4.5.1 No valid recipients, try again"]
+    upstream.wait_for_ends()
+    assert upstream.messages == []
+
+
+def test_a_refusal_of_data_for_now_is_passed_on(willi: Willi, upstream: ScriptedUpstream):
+    upstream.answers[b"RCPT"], upstream.answers[b"DATA"] = reply("550 5.1.1 no"), reply("451 4.3.0 not now")
+    with greeted(willi) as client:
+        assert say_together(client, MAIL, BOB, b"DATA")[1:] == ["550 5.1.1 no", "451 4.3.0 not now"]
+        upstream.answers[b"DATA"] = reply("421 4.3.2 going down")
+        assert say_together(client, b"RSET", MAIL, BOB, b"DATA")[2:] == ["550 5.1.1 no", "421 4.3.2 going down"]
+        client.expect_eof()
 
 
 @pytest.mark.parametrize("end", [b"RSET", b"QUIT", b"EHLO c.example"], ids=bytes.decode)

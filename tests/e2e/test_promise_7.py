@@ -10,7 +10,7 @@ import pytest
 from tests.conftest import StartWilli
 from tests.support.client import Client
 from tests.support.daemon import Willi
-from tests.support.loopback import PATIENCE
+from tests.support.loopback import PATIENCE, free_port
 from tests.support.postfix import Postfix
 from tests.support.promise import (
     assert_nothing_was_finished,
@@ -18,7 +18,20 @@ from tests.support.promise import (
     in_data,
     in_envelope,
 )
-from tests.support.talk import BOB, GO_ON, MAIL, OK, QUEUED, SENDER_KEPT, chunk, content, say, say_together
+from tests.support.talk import (
+    BOB,
+    CARL,
+    GO_ON,
+    MAIL,
+    NO_ANSWER,
+    OK,
+    QUEUED,
+    SENDER_KEPT,
+    chunk,
+    content,
+    say,
+    say_together,
+)
 from tests.support.upstream import VERDICT, Ended, Hold, ScriptedUpstream
 
 GOODBYE = "421 4.3.2 Service is shutting down, try again"
@@ -49,8 +62,11 @@ def test_clients_without_a_transaction_are_told_421(willi: Willi, upstream: Scri
     assert upstream.wait_for_ends() == [Ended.QUIT] * 2
 
 
-def test_answers_that_a_slow_client_has_not_read_yet_are_not_cut_off(willi: Willi):
+def test_answers_that_a_slow_client_has_not_read_yet_are_not_cut_off(
+    start_willi: StartWilli, upstream: ScriptedUpstream
+):
     """One of them might be the 250 to a message, which would come a second time."""
+    willi = start_willi(server=upstream.server, max_errors=1_000_000)
     client = greeted(willi)
     for option in (socket.SO_RCVBUF, socket.SO_SNDBUF):
         client.socket.setsockopt(socket.SOL_SOCKET, option, 64 << 10)
@@ -129,6 +145,27 @@ def test_a_failed_transaction_ends_with_its_client(willi: Willi, upstream: Scrip
     lost = "451 4.4.2 Lost the server for this recipient, try again"
     assert say_together(client, b"DATA", b"RSET") == [lost, "250 2.0.0 Ok"]
     is_sent_away(client)
+
+
+def test_a_failed_transaction_may_try_other_recipients_and_no_other_transaction(
+    start_willi: StartWilli, upstream: ScriptedUpstream
+):
+    nobody = f"127.0.0.1:{free_port()}"
+    willi = start_willi(csv=f"pattern;server;tls_verify\nb.example;{upstream.server}\nc.example;{nobody}\n")
+    willi.tolerate(nobody)
+    clients = []
+    for _ in range(2):
+        client = greeted(willi)
+        assert say(client, MAIL, CARL) == [SENDER_KEPT, NO_ANSWER]
+        clients.append(client)
+    goes_on, new = clients
+    terminate(willi)
+    new.send(MAIL + b"\r\n" + BOB + b"\r\nDATA\r\n")
+    is_sent_away(new)
+    assert say(goes_on, BOB, b"DATA") == [OK, GO_ON]
+    assert content(goes_on) == QUEUED
+    is_sent_away(goes_on)
+    assert len(upstream.messages) == 1
 
 
 def test_nobody_new_is_let_in(willi: Willi):

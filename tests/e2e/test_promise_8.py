@@ -168,7 +168,7 @@ def test_the_time_an_upstream_takes_is_not_the_clients(start_willi: StartWilli, 
 
 
 def test_a_client_that_does_not_read_its_replies_is_given_up(start_willi: StartWilli, upstream: ScriptedUpstream):
-    willi = start_willi(server=upstream.server, **SHORT)
+    willi = start_willi(server=upstream.server, max_errors=1_000_000, **SHORT)
     client = greeted(willi)
     client.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
     before = resident(willi)
@@ -399,7 +399,7 @@ def answer_until(peer: Peer, where: str) -> None:
 
 def test_pipelined_commands_without_end_take_no_memory(start_willi: StartWilli, upstream: ScriptedUpstream):
     """Their replies are read, so that nothing keeps the client from sending more."""
-    willi = start_willi(server=upstream.server)
+    willi = start_willi(server=upstream.server, max_errors=1_000_000)
     client = greeted(willi)
     before = resident(willi)
     lines = b"NOOP\r\nRSET\r\nVRFY x\r\n" * 1000
@@ -412,7 +412,7 @@ def test_pipelined_commands_without_end_take_no_memory(start_willi: StartWilli, 
 
 
 def test_endless_recipients_take_no_memory(start_willi: StartWilli, upstream: ScriptedUpstream):
-    willi = start_willi(server=upstream.server, max_recipients=100)
+    willi = start_willi(server=upstream.server, max_recipients=100, max_errors=1_000_000)
     client = greeted(willi)
     assert say(client, MAIL) == [SENDER_KEPT]
     before = resident(willi)

@@ -29,6 +29,12 @@ def willi(start_willi: StartWilli, upstream: ScriptedUpstream, pairs: list[Pair]
     )
 
 
+def test_starttls_is_listed_where_it_is_not_the_last_line(willi: Willi):
+    """Probes and simple clients look for "250-STARTTLS"."""
+    with greeted(willi) as client:
+        assert b"STARTTLS" in client.command(EHLO).lines[:-1]
+
+
 def names_shown(client: Client) -> set[str]:
     """The names in the certificate that Willi has shown."""
     assert isinstance(client.socket, ssl.SSLSocket)

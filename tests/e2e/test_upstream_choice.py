@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 
 from tests.conftest import StartUpstream, StartWilli
@@ -170,6 +172,24 @@ def test_a_refused_data_reaches_the_client_word_for_word(answer: str, willi: Wil
     with greeted(willi) as client:
         assert say(client, MAIL, BOB, b"DATA", b"DATA") == [SENDER_KEPT, OK, answer, GO_ON]
         assert content(client) == QUEUED
+
+
+@pytest.mark.parametrize("say_it", [say, say_together], ids=["one by one", "in a group"])
+def test_a_552_to_mail_is_a_554_at_rcpt(
+    say_it: Callable[..., list[str]], willi: Willi, upstream: ScriptedUpstream
+):
+    """There it would mean too many recipients, and the message would come again for days (RFC 5321 §4.5.3.1.10)."""
+    upstream.answers[MAIL] = reply("552 5.3.4 too big / 5.3.4 by far")
+    with greeted(willi) as client:
+        assert say_it(client, MAIL, BOB, BEN)[1:] == ["554 5.3.4 too big / 5.3.4 by far"] * 2
+    line = willi.wait_for_log(msg="Message rejected")
+    assert (line["reply"], line["error_src"]) == ("554 5.3.4 too big / 5.3.4 by far", "upstream")
+
+
+def test_a_552_to_rcpt_is_passed_on(willi: Willi, upstream: ScriptedUpstream):
+    upstream.answers[BOB] = reply("552 5.2.2 mailbox full")
+    with greeted(willi) as client:
+        assert say(client, MAIL, BOB) == [SENDER_KEPT, "552 5.2.2 mailbox full"]
 
 
 def test_the_354_is_the_upstreams_own(willi: Willi, upstream: ScriptedUpstream):

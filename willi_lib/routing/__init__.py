@@ -235,14 +235,15 @@ def _fold_local_part(local: str) -> str:
 def _fold_domain(domain: str) -> str:
     """Lower case, A-labels, no dot at the end. What has no A-label stays, in lower case.
 
-    The mapping is that of RFC 5895. Python's `idna` codec is IDNA 2003 for ever: there
+    The mapping is that of RFC 5895, letter by letter as in UTS #46: Python's lower() makes another letter of a capital
+    sigma at the end of a word. Python's `idna` codec is IDNA 2003 for ever: there
     `straße.example` means `strasse.example`, which may be somebody else's.
     """
     if domain.isascii():
         return domain.lower().removesuffix(".")
-    mapped = normalize("NFC", normalize("NFKC", domain).lower()).replace("\u3002", ".").removesuffix(".")
-    name = ".".join(map(_a_label, mapped.split(".")))
-    return name if _DOMAIN.fullmatch(name) else domain.lower().removesuffix(".")
+    lower = normalize("NFKC", domain).replace("Σ", "σ").lower()
+    name = ".".join(map(_a_label, normalize("NFC", lower).replace("\u3002", ".").removesuffix(".").split(".")))
+    return name if _DOMAIN.fullmatch(name) else domain.replace("Σ", "σ").lower().removesuffix(".")
 
 
 def _a_label(label: str) -> str:

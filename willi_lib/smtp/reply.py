@@ -96,6 +96,16 @@ def own(code: int, enhanced: str, text: str) -> Reply:
     return Reply(code, (f"{enhanced} {text}".strip().encode("ascii"),))
 
 
+def at_rcpt(refusal: Reply) -> Reply:
+    """A refusal of MAIL as the answer to RCPT, where 552 would mean "send the rest later" (RFC 5321 §4.5.3.1.10)."""
+    return Reply(554, refusal.lines) if refusal.code == 552 else refusal
+
+
+def is_own(answer: Reply) -> bool:
+    """Whether it is one of those below: that very value, since an upstream may use the same words."""
+    return id(answer) in _OWN
+
+
 # 2yz
 RESET = own(250, "2.0.0", "Ok")
 NOOP = own(250, "2.0.0", "Ok")
@@ -155,4 +165,4 @@ NO_ROUTE = own(554, "5.7.1", "Relay access denied")
 MAIL_LOOP = own(554, "5.4.6", "Mail loops back to me")
 UNKNOWN_PARAMETER = own(555, "5.5.4", "MAIL or RCPT parameter not recognized")  # RFC 5321 §4.1.1.11
 
-OWN_REFUSALS = frozenset(value for value in list(globals().values()) if isinstance(value, Reply) and value.permanent)
+_OWN = frozenset(id(value) for value in list(globals().values()) if isinstance(value, Reply))

@@ -1,8 +1,8 @@
 """Command lines, paths, parameters and the like: the only crossing between octets and text.
 
 Grammar: RFC 5321 §4.1.2, widened where well-known servers are wider (each place says so),
-since the upstream has the last word on an address. Never widened: control octets, spaces,
-and whatever else could make the upstream see another command than we did.
+since the upstream has the last word on an address. Never widened: control octets, blanks
+inside an address, and whatever else could make the upstream see another command than we did.
 """
 
 from __future__ import annotations
@@ -21,15 +21,19 @@ MAX_HELO = 255  # octets, RFC 5321 §4.5.3.1.2; Postfix refuses longer XCLIENT v
 MAX_XCLIENT_LINE = 512  # octets with CRLF, XCLIENT_README
 POSTMASTER = "postmaster"  # the one recipient without a domain, RFC 5321 §4.5.1
 
-_CONTROL = re.compile(rb"[\x00-\x1f\x7f]")
+_CONTROL = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f]")  # but for the tab, which is a blank
+# Of what RFC 6531 §3.3 allows in an address: C1 controls, line and paragraph separators, and bidirectional controls.
+# Not what this Python cannot print: the joiners of Persian and Hindi, and letters newer than its tables.
+_NEVER_IN_ADDRESS = re.compile("[\x80-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 _ATOM = rb'[^\x00-\x20\x7f"()<>\[\]:;@\\,]'  # atext, dots anywhere (Postfix takes a..b@c too), and non-ASCII
 _LOCAL_PART = rb'(?:%s+|"(?:[^\x00-\x1f\x7f"\\]|\\[\x20-\x7e])*")' % _ATOM
 _DOMAIN = rb"(?:[0-9A-Za-z._\x80-\xff-]+|\[[0-9A-Za-z.:-]+\])"
 _ADDRESS = rb"%s(?:@(%s))?" % (_LOCAL_PART, _DOMAIN)
 _SOURCE_ROUTE = rb"(?:@%s(?:,@%s)*:)?" % (_DOMAIN, _DOMAIN)  # to be ignored, RFC 5321 §4.1.1.3
 _PATH = re.compile(
-    # A space after the colon and a path without brackets are common; Postfix takes both.
-    rb" ?(?:<(?:%s(?P<path>%s))?>|(?P<bare>%s))(?: +(?P<parameters>.*))?" % (_SOURCE_ROUTE, _ADDRESS, _ADDRESS)
+    # Blanks around the address and a path without brackets are common; Postfix takes both.
+    rb"[ \t]*(?:<[ \t]*(?:%s(?P<path>%s))?[ \t]*>|(?P<bare>%s))(?:[ \t]+(?P<parameters>.*))?"
+    % (_SOURCE_ROUTE, _ADDRESS, _ADDRESS)
 )
 _PARAMETER = re.compile(rb"([0-9A-Za-z][0-9A-Za-z-]*)(?:=([\x21-\x3c\x3e-\x7e]+))?")
 _HELO = re.compile(rb"[\x21-\x7e]{1,%d}" % MAX_HELO)
@@ -78,14 +82,19 @@ class Mail(NamedTuple):
 
 
 def split_command(line: bytes) -> tuple[bytes, bytes]:
-    """Verb in upper case, and argument; both may be empty.
+    """Verb in upper case, and argument; both may be empty. Blanks around them count for nothing (as with Postfix).
 
     Raises Reject for control octets, which must never reach the upstream.
     """
     if _CONTROL.search(line):
         raise Reject(replies.CONTROL_CHARACTER)
-    verb, _, argument = line.partition(b" ")
-    return verb.upper(), argument.rstrip(b" ")
+    verb, *argument = line.split(None, 1) or (b"",)
+    return verb.upper(), argument[0].rstrip() if argument else b""
+
+
+def may_be_bdat(line: bytes) -> bool:
+    """Whether a line that begins so may be BDAT, behind which come octets that are no commands."""
+    return b"BDAT".startswith(line.lstrip()[:4].upper())
 
 
 def parse_helo(argument: bytes) -> str:
@@ -148,10 +157,11 @@ def _make_path(octets: bytes, smtputf8: bool, refusal: Reply) -> Path:
         address = octets.decode("utf-8")
     except UnicodeDecodeError:
         raise Reject(refusal) from None
-    if not smtputf8 and not address.isascii():
-        raise Reject(replies.NEEDS_SMTPUTF8)
-    if not address.isprintable():  # C1 controls, line separators: nothing a terminal or log should meet
-        raise Reject(refusal)
+    if not address.isascii():
+        if not smtputf8:
+            raise Reject(replies.NEEDS_SMTPUTF8)
+        if _NEVER_IN_ADDRESS.search(address):
+            raise Reject(refusal)
     quoted_end = address.rfind('"')
     at = address.rfind("@")
     return Path(address, address[at + 1 :] if at > quoted_end else None)
@@ -173,7 +183,8 @@ def _parse_parameters(octets: bytes) -> dict[str, str]:
 
 def parse_bdat(argument: bytes) -> tuple[int, bool]:
     """Size of the chunk in octets, and whether it is the LAST (RFC 3030 §2). Raises Reject."""
-    size, _, last = argument.partition(b" ")
+    size, *words = argument.split() or (b"",)
+    last = b" ".join(words)
     if not (size.isdigit() and len(size) <= 20 and last.upper() in (b"", b"LAST")):
         raise Reject(replies.BAD_BDAT)
     return int(size), bool(last)

@@ -68,6 +68,10 @@ class TlsFailed(WireError):
 class LineTooLong(Exception):
     """The line was longer than its limit; it has been read to its end and dropped."""
 
+    def __init__(self, beginning: bytes) -> None:
+        super().__init__()
+        self.beginning = beginning  # as much as the limit
+
 
 class Clock:
     """The time limits of one greenlet, on one loop timer that is re-armed only for a nearer deadline."""
@@ -162,7 +166,7 @@ class Wire:
 
     __slots__ = (
         "_at", "_body_read", "_buffer", "_clear_in", "_clear_out", "_lines", "_output", "_readable", "_socket",
-        "_tls", "_tls_ended", "_waited", "_writable", "_write_timeout", "clock", "trace",
+        "_tls", "_tls_ended", "_waited", "_writable", "_write_timeout", "clock", "received_at", "trace",
     )  # fmt: skip
 
     def __init__(
@@ -182,6 +186,7 @@ class Wire:
         self._at = 0  # ... from here on
         self._body_read = FIRST_BODY_READ
         self._waited = 0.0  # when we last did, or gave way
+        self.received_at = 0.0  # when the latest octets came
         self._lines = 0  # since then
         self._output = b""
         self._tls: ssl.SSLObject | None = None
@@ -219,7 +224,7 @@ class Wire:
             if self.buffered:
                 _refuse_bare_newline(self._buffer[self._at :].removesuffix(b"\r"))  # its LF may be on the way
                 if len(self._buffer) - self._at > limit:
-                    return self._drop_long_line()
+                    return self._drop_long_line(limit)
             self._receive(COMMAND_READ)
         line = self._buffer[self._at : end]
         self._at = end + 2
@@ -231,7 +236,7 @@ class Wire:
         if self.trace:
             self.trace("<", line)
         if len(line) + 2 > limit:
-            raise LineTooLong
+            raise LineTooLong(line[:limit])
         return line
 
     def read_some(self, most: int | None = None) -> bytes:
@@ -294,13 +299,14 @@ class Wire:
             self._buffer, self._at = octets, 0
         return octets is not None
 
-    def _drop_long_line(self) -> bytes:
-        """Read on to the end of the line, keeping nothing of it, and raise LineTooLong."""
+    def _drop_long_line(self, limit: int) -> bytes:
+        """Read on to the end of the line, keeping only its beginning, and raise LineTooLong."""
+        beginning = self._buffer[self._at : self._at + limit]
         while True:
             end = self._buffer.find(b"\r\n", self._at)
             if end >= 0:
                 self._at = end + 2
-                raise LineTooLong
+                raise LineTooLong(beginning)
             self._buffer = b"\r" if self._buffer.endswith(b"\r") else b""
             self._at = 0
             self._receive(COMMAND_READ)
@@ -325,6 +331,7 @@ class Wire:
             octets = self._receive_now(size)
         if not octets:
             raise PeerGone("connection closed")
+        self.received_at = monotonic()
         self._buffer = self._buffer[self._at :] + octets if self.buffered else octets
         self._at = 0
 
