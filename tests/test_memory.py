@@ -19,7 +19,7 @@ memory = Memory()
 
 def run(script: str) -> None:
     done = subprocess.run(
-        [sys.executable, "-c", HEAD + script], cwd=ROOT, capture_output=True, text=True, timeout=30, check=False
+        [sys.executable, "-c", HEAD + script], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
     )
     assert done.returncode == 0, done.stderr
 

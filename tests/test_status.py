@@ -421,7 +421,7 @@ def test_who_hands_over_before_it_serves_does_not_serve_any_more(monkeypatch):
         starting = gevent.spawn(status.start)
         gevent.sleep(0)
         status.hand_over()
-        starting.get(timeout=10)
+        starting.get(timeout=60)
 
 
 def test_who_asks_for_an_address_has_no_more_time_than_the_connection():

@@ -147,7 +147,7 @@ def test_a_locale_without_unicode_is_no_fault(server: StatusServer, tmp_path: Pa
     config = configure(tmp_path, f"{HOST}:{server.port}")
     command = [PYTHON, str(ROOT / "willi.py"), "top", "-c", str(config)]
     environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
-    done = subprocess.run(command, capture_output=True, env=environment, timeout=30, check=False)
+    done = subprocess.run(command, capture_output=True, env=environment, timeout=60, check=False)
     assert (done.returncode, done.stderr) == (0, b"")
     assert b"#@#" in done.stdout  # the chart
     assert done.stdout.isascii()
@@ -184,7 +184,7 @@ def test_a_server_that_does_not_go_on_is_given_up(octets: bytes, monkeypatch: py
         def answer() -> None:
             with closing(silent.accept()[0]) as connection:
                 connection.sendall(octets)
-                connection.settimeout(10)
+                connection.settimeout(60)
                 while connection.recv(1000):
                     pass
 
@@ -192,7 +192,7 @@ def test_a_server_that_does_not_go_on_is_given_up(octets: bytes, monkeypatch: py
         thread.start()
         with pytest.raises(top.Unanswered, match=r"no answer within|timed out"):
             top.fetch(Address(HOST, silent.getsockname()[1]))
-        thread.join(10)
+        thread.join(60)
         assert not thread.is_alive()
 
 
@@ -214,7 +214,7 @@ def test_an_answer_that_drips_is_given_up_although_no_octet_is_late(monkeypatch:
         with pytest.raises(top.Unanswered, match=r"no answer within 0\.5 s"):
             top.fetch(Address(HOST, server.getsockname()[1]))
         given_up.set()
-        thread.join(10)
+        thread.join(60)
         assert not thread.is_alive()
 
 
@@ -251,10 +251,10 @@ class Terminal:
                 return self.octets.decode("utf-8", "replace")
 
     def shows(self, text: str) -> None:
-        wait_until(lambda: text in self.screen, f"{text!r} on the terminal", 20)
+        wait_until(lambda: text in self.screen, f"{text!r} on the terminal", 60)
 
     def ended(self) -> int:
-        wait_until(lambda: (self.screen, self.process.poll())[1] is not None, "the end of top", 20)
+        wait_until(lambda: (self.screen, self.process.poll())[1] is not None, "the end of top", 60)
         return self.process.returncode
 
 
@@ -266,7 +266,7 @@ def terminal(config: Path, columns: int = 100, rows: int = 30) -> Iterator[Termi
     finally:
         if opened.process.poll() is None:
             opened.process.kill()
-        opened.process.wait(10)
+        opened.process.wait(60)
         os.close(opened.master)
         os.close(opened.slave)
 

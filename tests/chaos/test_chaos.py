@@ -206,7 +206,7 @@ def check_leftovers(site: Site, memory: Mapping[int, int], usual: int) -> list[s
     faults = [f"Willi has lost a worker in the calm: {pid}" for pid in memory if pid not in site.willi.workers]
     for pid in memory.keys() & set(site.willi.workers):
         try:
-            wait_until(lambda pid=pid: not _sessions(pid, site.willi.port), f"no connection of {pid}", 30)  # type: ignore[misc]
+            wait_until(lambda pid=pid: not _sessions(pid, site.willi.port), f"no connection of {pid}", 60)  # type: ignore[misc]
         except AssertionError as error:
             faults.append(f"{error}: {_sessions(pid, site.willi.port)}")
         if len(_descriptors(pid)) > usual + MORE_DESCRIPTORS:

@@ -53,7 +53,7 @@ def s_client(willi: Willi, typed: str, *options: str) -> str:
     """What openssl says after STARTTLS when this is typed."""
     need("openssl")
     command = ["openssl", "s_client", "-connect", f"{HOST}:{willi.port}", "-starttls", "smtp", *options]
-    done = subprocess.run(command, input=typed, capture_output=True, text=True, timeout=30, check=False)
+    done = subprocess.run(command, input=typed, capture_output=True, text=True, timeout=60, check=False)
     return done.stdout + done.stderr
 
 

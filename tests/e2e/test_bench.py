@@ -179,7 +179,7 @@ def test_a_message_that_is_changed_is_a_failure(run: list[Bench], tmp_path: Path
 def test_it_leaves_nothing_when_it_is_asked_to_end(run: list[Bench], tmp_path: Path):
     need("openssl")
     bench = start(run, tmp_path, "--proxies", "Willi,direct", "--rounds", "1000000", *SHORT[2:])
-    wait_until(lambda: "round 2 " in bench.told, "the second round", seconds=30)
+    wait_until(lambda: "round 2 " in bench.told, "the second round", seconds=60)
     bench.process.send_signal(signal.SIGTERM)
     assert bench.wait() == 128 + signal.SIGTERM
     assert list(bench.results.iterdir()) == []

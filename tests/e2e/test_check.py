@@ -114,7 +114,7 @@ def on_a_terminal(path: Path, stream: str, **environment: str) -> str:
     except OSError:  # EIO: the other side is closed
         pass
     os.close(ours)
-    process.wait(60)
+    process.wait(PATIENCE)
     return octets.decode()
 
 
@@ -517,5 +517,5 @@ def test_whoever_drips_on_the_status_port_holds_nobody_up(tmp_path: Path):
         path = configure(tmp_path, "", f"status_listen = {HOST}:{server.getsockname()[1]}")
         [taken] = about(findings(path, WITHOUT_INSIGHT), "status_listen")
         over.set()
-        thread.join(5)
+        thread.join(PATIENCE)
     assert taken.level == "wrong" and "that says nothing" in taken.what

@@ -46,7 +46,7 @@ class Demo:
             assert text in self.text or self.process.poll() is None, f"ended without {text!r}"
             return text in self.text
 
-        wait_until(is_there, text, seconds=30)
+        wait_until(is_there, text, seconds=60)
 
     @property
     def willi(self) -> int:
@@ -55,7 +55,7 @@ class Demo:
 
     def wait(self) -> int:
         """The exit status; nothing is left then."""
-        status = self.process.wait(30)
+        status = self.process.wait(60)
         assert list(self.temporary.iterdir()) == []
         if "msg=Ready" in self.text:
             with pytest.raises(ProcessLookupError):
@@ -65,7 +65,7 @@ class Demo:
     def end(self) -> None:
         if self.process.poll() is None:
             self.process.terminate()
-            self.process.wait(30)
+            self.process.wait(60)
 
 
 @pytest.fixture
@@ -153,6 +153,6 @@ def test_a_reader_that_goes_away_ends_it(tmp_path: Path):
     process.stdout.readline()
     process.stdout.close()
     process.stdout = None
-    _, errors = process.communicate(timeout=30)
+    _, errors = process.communicate(timeout=60)
     assert (process.returncode, errors) == (0, b"")
     assert list(tmp_path.iterdir()) == []

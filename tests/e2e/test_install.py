@@ -25,6 +25,7 @@ from tests.support.daemon import Setting, write_config
 from tests.support.dns import DnsServer
 from tests.support.loopback import HOST, ROOT, need, wait_until
 from tests.support.machine import Layers, Machine
+from tests.support.machine import debian as make_debian
 from tests.support.mariadb import Mariadb
 from tests.support.release import build_release
 from tests.support.talk import EHLO, QUEUED, deliver, reply
@@ -83,7 +84,7 @@ def releases(layers: Layers) -> Path:
 @pytest.fixture(scope="module")
 def debian(layers: Layers) -> Path:
     """A small Debian with Python."""
-    return layers.debian()
+    return make_debian()
 
 
 @pytest.fixture(scope="module")
@@ -615,7 +616,7 @@ def test_a_master_that_hangs_or_dies_is_replaced(systemd):
         systemd.run("systemctl", "start", "willi")
         for number, name in ((1, "STOP"), (2, "KILL")):
             systemd.run("sh", "-c", f"kill -{name} {show(systemd, 'MainPID')}")
-            wait_until(partial(has_come_back, systemd, number), f"restart {number}", 30)
+            wait_until(partial(has_come_back, systemd, number), f"restart {number}", 60)
             send_message(systemd, upstream)
 
 
@@ -626,7 +627,7 @@ def test_a_port_that_is_taken_is_tried_again_until_it_is_free(systemd):
     with taken:
         assert systemd.ask("systemctl", "start", "willi").returncode != 0
         assert "cannot listen on 0.0.0.0:25" in journal(systemd)
-    wait_until(lambda: show(systemd, "ActiveState") == "active", "Willi at its port", 20)
+    wait_until(lambda: show(systemd, "ActiveState") == "active", "Willi at its port", 60)
 
 
 def test_in_its_sandbox_willi_reaches_a_database_socket_syslog_the_dns_and_keys_of_a_group(

@@ -160,7 +160,7 @@ def test_a_kept_connection_that_stays_silent_costs_one_upstream_timeout(
     willi.tolerate("asking the upstream")
     with greeted(willi) as client:
         assert deliver(client) == QUEUED
-        client.socket.settimeout(5)
+        client.socket.settimeout(60)
         assert str(client.command(MAIL)) == SENDER_KEPT
         assert client.command(BOB).code == 451
 

@@ -99,7 +99,7 @@ def test_a_route_that_changes_after_its_recipient_was_sent_ahead_changes_nothing
     here.answers[b"BDAT"] = reply("554 5.7.1 refused")
     with greeted(willi) as client:
         client.send(MAIL + b"\r\nRCPT TO:<bob@b.example>\r\nRCPT TO:<eva@c.example>\r\n")
-        assert hold.reached.wait(5)
+        assert hold.reached.wait(60)
         willi.replace_csv(csv.replace(f"c.example;{here.server}", f"c.example;{there.server}"))
         willi.wait_for_log(msg="CSV file read again")
         hold.release()

@@ -154,13 +154,11 @@ def test_clients_that_hang_up_while_the_database_is_slow_use_up_no_connection(
 
 
 def test_a_stop_does_not_wait_for_the_database(mariadb: Mariadb, routed: StartWithDatabase, upstream: ScriptedUpstream):
-    willi = routed(("b.example", upstream.server, False), timeout="60s", willi={"drain_timeout": "1s"})
+    willi = routed(("b.example", upstream.server, False), timeout="1h", willi={"drain_timeout": "1s"})
     with greeted(willi) as client, mariadb.hanging():
         assert say(client, MAIL) == [SENDER_KEPT]
         client.send(BOB + b"\r\n")
-        began = monotonic()
         willi.stop()
-        assert monotonic() - began < 5
         assert client.read_reply().code in (421, 451)
 
 
@@ -172,21 +170,18 @@ def test_a_database_that_hangs_stops_nobody_who_does_not_need_it(
     tls: bool, mariadb: Mariadb, routed: StartWithDatabase, upstream: ScriptedUpstream, certificates: Authority
 ):
     settings: dict[str, Setting] = {"tls_ca": str(certificates.ca)} if tls else {}
-    willi = routed(("b.example", upstream.server, False), timeout="2s", **settings)
+    willi = routed(("b.example", upstream.server, False), timeout="10s", **settings)
     with greeted(willi) as known, greeted(willi) as unknown, greeted(willi) as late:
         assert rcpt(known, "bob@b.example") == OK
         with mariadb.hanging():
-            began = monotonic()
-            unknown.send(MAIL + b"\r\nRCPT TO:<new@b.example>\r\n")
+            assert say(unknown, MAIL) == [SENDER_KEPT]
+            unknown.send(b"RCPT TO:<new@b.example>\r\n")
             for _ in range(20):
                 assert deliver(known) == QUEUED
-            assert monotonic() - began < 1.5, "they went on while the other one waited"
-            assert [str(unknown.read_reply()) for _ in range(2)] == [SENDER_KEPT, CANNOT_LOOK_UP]
-            assert 1.5 < monotonic() - began < 3
-            began = monotonic()
-            for number in range(50):
+            assert not unknown.has_octets(), "they went on while the other one waited"
+            assert str(unknown.read_reply()) == CANNOT_LOOK_UP
+            for number in range(50):  # it is known to hang: nobody waits again, or this would take too long
                 assert rcpt(late, f"{number}@b.example") == CANNOT_LOOK_UP
-            assert monotonic() - began < 1, "it is known to hang, and nobody waits again for 5 s"
         wait_until(lambda: rcpt(late, "new@b.example") == OK, "the first answer after it was back")
     assert len(willi.lines(msg="Database is down")) == 1
     willi.tolerate("mysql:db")
@@ -272,7 +267,7 @@ class Traffic:
 
     def wait_for_more(self, number: int, answer: str) -> None:
         before = self.count(answer)
-        wait_until(lambda: self.count(answer) >= before + number, f"{number} more {answer}", 15)
+        wait_until(lambda: self.count(answer) >= before + number, f"{number} more {answer}", 60)
 
     def count(self, answer: str) -> int:
         return Counter(answer for _, answer in list(self.answers))[answer]

@@ -69,11 +69,11 @@ def test_no_250_comes_before_the_upstreams(willi: Willi, upstream: ScriptedUpstr
     held = upstream.answers[VERDICT] = Hold()
     client = in_data(willi)
     client.send(CONTENT + b".\r\n")
-    assert held.reached.wait(10)
+    assert held.reached.wait(60)
     client.socket.settimeout(0.1)
     with pytest.raises(TimeoutError):
         client.read_reply()
-    client.socket.settimeout(10)
+    client.socket.settimeout(60)
     held.release()
     assert str(client.read_reply()) == QUEUED
 
@@ -83,11 +83,11 @@ def test_no_250_comes_before_the_upstreams_to_the_last_chunk(willi: Willi, upstr
     client = in_envelope(willi)
     assert chunk(client, CONTENT[:-3]) == "250 2.0.0 ok"
     client.send(b"BDAT 3 LAST\r\n" + CONTENT[-3:])
-    assert held.reached.wait(10)
+    assert held.reached.wait(60)
     client.socket.settimeout(0.1)
     with pytest.raises(TimeoutError):
         client.read_reply()
-    client.socket.settimeout(10)
+    client.socket.settimeout(60)
     held.release()
     assert str(client.read_reply()) == "250 2.0.0 ok"
     assert upstream.messages[0].content == CONTENT

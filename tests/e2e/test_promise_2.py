@@ -121,7 +121,7 @@ def test_a_client_that_leaves_before_354_has_sent_nothing(willi: Willi, upstream
     held = upstream.answers[b"DATA"] = Hold()
     client = in_envelope(willi)
     client.send(b"DATA\r\n" + MESSAGE[:12])
-    assert held.reached.wait(10)
+    assert held.reached.wait(60)
     client.close()
     held.release()
     assert_nothing_was_finished(upstream, MESSAGE)

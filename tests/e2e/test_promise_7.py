@@ -107,7 +107,7 @@ def test_the_verdict_is_awaited(willi: Willi, upstream: ScriptedUpstream):
     held = upstream.answers[VERDICT] = Hold()
     client = in_data(willi)
     client.send(b"hello\r\n.\r\n")
-    assert held.reached.wait(10)
+    assert held.reached.wait(PATIENCE)
     terminate(willi)
     held.release()
     assert str(client.read_reply()) == QUEUED
@@ -119,7 +119,7 @@ def test_the_next_transaction_of_a_group_is_a_new_one(willi: Willi, upstream: Sc
     held = upstream.answers[VERDICT] = Hold()
     client = in_data(willi)
     client.send(b"hello\r\n.\r\n" + MAIL + b"\r\n" + BOB + b"\r\nDATA\r\n")
-    assert held.reached.wait(10)
+    assert held.reached.wait(PATIENCE)
     terminate(willi)
     held.release()
     assert str(client.read_reply()) == QUEUED
@@ -210,7 +210,7 @@ def test_drain_timeout_ends_the_wait_for_a_verdict(start_willi: StartWilli, upst
     held = upstream.answers[VERDICT] = Hold()
     client = in_data(willi)
     client.send(b"hello\r\n.\r\n")
-    assert held.reached.wait(10)
+    assert held.reached.wait(PATIENCE)
     terminate(willi)
     is_sent_away(client)
     assert willi.wait() == 0
@@ -221,12 +221,12 @@ def test_drain_timeout_ends_the_wait_for_a_verdict(start_willi: StartWilli, upst
 def test_a_second_signal_ends_at_once_and_delivers_no_half(
     second: signal.Signals, start_willi: StartWilli, upstream: ScriptedUpstream
 ):
-    willi = start_willi(server=upstream.server, drain_timeout="60s")
+    willi = start_willi(server=upstream.server, drain_timeout="1h")
     client = in_data(willi)
     client.send(b"Subject: x\r\n\r\nhalf of it\r\n")
     terminate(willi)
     willi.signal(second)
-    assert willi.wait(5) == 0
+    assert willi.wait(PATIENCE) == 0
     assert_nothing_was_finished(upstream, b"Subject: x\r\n\r\nhalf of it\r\n")
     with pytest.raises(ConnectionError):
         client.read_reply()

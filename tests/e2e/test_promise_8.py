@@ -472,6 +472,6 @@ def test_a_log_that_nobody_reads_stops_no_mail(tmp_path: Path, upstream: Scripte
                 for _ in range(150):
                     assert deliver(client) == QUEUED
             process.terminate()
-            assert process.wait(10) == 0
+            assert process.wait(60) == 0
         finally:
             process.kill()

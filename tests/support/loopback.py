@@ -8,8 +8,8 @@ import shutil
 import socket
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
@@ -18,18 +18,31 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 HOST = "127.0.0.1"
 FIRST_CLIENT_PORT = max(20_000, int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0]))
-PATIENCE = 10.0  # seconds that a test waits for what must happen; nothing here takes one
+PATIENCE = 60.0  # seconds that a test waits for what must happen; on a quiet machine nothing here takes three
 
 T = TypeVar("T")
 
 
+_marks: deque[socket.socket] = deque(maxlen=300)  # of our last ports: one that falls out is closed
+
+
 def free_port(host: str = HOST) -> int:
-    """A TCP port that nobody has at this moment, and that the kernel gives to no client of a test beside this one."""
+    """A TCP port that no process has at this moment, that no other test is given, and that the kernel gives to no client.
+
+    What keeps the other tests off, also those of another checkout, is a name that one process can have.
+    """
     while True:
         port = random.randrange(10_000, FIRST_CLIENT_PORT)
-        with socket.socket() as probe, suppress(OSError):
-            probe.bind((host, port))
-            return port
+        mark = socket.socket(socket.AF_UNIX)
+        try:
+            mark.bind(f"\0willi-test-port-{port}")
+            with socket.socket() as probe:
+                probe.bind((host, port))
+        except OSError:
+            mark.close()
+            continue
+        _marks.append(mark)
+        return port
 
 
 def wait_until(condition: Callable[[], T | None], what: str, seconds: float = PATIENCE) -> T:

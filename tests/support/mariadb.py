@@ -142,7 +142,7 @@ class Mariadb:
             command, env=PATH, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
         try:
-            wait_until(self._is_up, "MariaDB's first answer", 30)
+            wait_until(self._is_up, "MariaDB's first answer", PATIENCE)
         except AssertionError as error:
             log = self.log_file.read_text() if self.log_file.exists() else "no log"
             self.kill()
@@ -194,7 +194,7 @@ class Mariadb:
             "mariadb-install-db", f"--defaults-file={self._options}", *self._as_account(),
             "--auth-root-authentication-method=normal", "--skip-test-db", "--skip-name-resolve",
         ]  # fmt: skip
-        done = subprocess.run(command, env=PATH, capture_output=True, text=True, timeout=60, check=False)
+        done = subprocess.run(command, env=PATH, capture_output=True, text=True, timeout=PATIENCE, check=False)
         assert done.returncode == 0, f"mariadb-install-db: {done.stdout}\n{done.stderr}"
 
     def _as_account(self) -> list[str]:

@@ -1,4 +1,4 @@
-"""The real OpenSMTPD, in a twin of this machine: own configuration, spool, mailbox and log, loopback only, no DNS."""
+"""The real OpenSMTPD, in a Debian of its own: own configuration, spool, mailbox and log, loopback only, no DNS."""
 
 from __future__ import annotations
 

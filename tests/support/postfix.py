@@ -118,7 +118,7 @@ class Postfix:
             start_new_session=True,
         )  # fmt: skip
         try:
-            wait_until(self._is_up, "Postfix's greeting", 20)
+            wait_until(self._is_up, "Postfix's greeting", PATIENCE)
         except AssertionError as error:
             log = self.log_file.read_text() if self.log_file.exists() else "no log"
             self.stop()
@@ -135,7 +135,7 @@ class Postfix:
 
     def client(self) -> smtplib.SMTP:
         """A client of this Postfix itself: to send through it."""
-        return smtplib.SMTP(HOST, self.port, local_hostname="c.example", timeout=10)
+        return smtplib.SMTP(HOST, self.port, local_hostname="c.example", timeout=PATIENCE)
 
     def stored(self, recipient: str = "") -> list[Stored]:
         """What lies in the mailbox now, for this recipient if one is named, the oldest first."""

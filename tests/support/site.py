@@ -26,8 +26,8 @@ WILLIS = {"willi1": "192.0.2.21/24", "willi2": "192.0.2.22/24"}
 UPSTREAM = "192.0.2.31"
 CLIENTS = {"mail.client.example": "198.51.100.7/24", "mail6.client.example": "2001:db8:7::7/64"}
 SENDERS = 6
-FAILOVER = 15.0  # seconds in which the floating address must have moved; two to five are usual
-UP_AGAIN = 15.0  # seconds in which HAProxy must have noticed that a Willi is back: two good checks
+FAILOVER = PATIENCE  # seconds in which the floating address must have moved; two to five are usual
+UP_AGAIN = PATIENCE  # seconds in which HAProxy must have noticed that a Willi is back: two good checks
 
 
 class Balancer:

@@ -39,7 +39,7 @@ class Sshd:
         self.log_file = home / "sshd.log"
         for name in ("host_key", "key"):
             command = ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(home / name)]
-            subprocess.run(command, check=True, timeout=30)
+            subprocess.run(command, check=True, timeout=60)
         known = f"[{HOST}]:{self.port} {(home / 'host_key.pub').read_text()}"
         (home / "known_hosts").write_text(known, encoding="ascii")
         write_users(home)
@@ -66,7 +66,7 @@ class Sshd:
 
     def stop(self) -> None:
         self.process.terminate()
-        self.process.wait(30)
+        self.process.wait(60)
 
 
 def write_users(home: Path) -> None:

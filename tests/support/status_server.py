@@ -38,7 +38,7 @@ class StatusServer:
         """Answer no more."""
         self._server.shutdown()
         self._server.server_close()
-        self._thread.join(5)
+        self._thread.join(60)
 
     def answer(self, target: str) -> tuple[str, bytes]:
         """The type and the octets for the target of a GET."""

@@ -10,7 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from tests.support.client import Client
-from tests.support.loopback import wait_until
+from tests.support.loopback import PATIENCE, wait_until
 from tests.support.talk import BOB, EHLO, MAIL
 from tests.support.upstream import ScriptedUpstream
 
@@ -18,7 +18,7 @@ CONNECT, MESSAGE = "CONNECT", "MESSAGE"  # stages; the others are verbs
 TOO_LATE = "(no answer in time)"
 COMMANDS = (("EHLO", EHLO), ("MAIL", MAIL), ("RCPT", BOB), ("DATA", b"DATA"))
 BETWEEN_MESSAGES, BEFORE_NEXT_ATTEMPT = 0.01, 0.05  # seconds
-LONGEST = 30.0  # seconds until a sender gives a message up
+LONGEST = 60.0  # seconds until a sender gives a message up
 FILLING = b"twenty-four more octets\r\n" * 200
 
 Connect = Callable[[], Client]
@@ -113,7 +113,7 @@ class Traffic:
     def failed(self) -> list[Attempt]:
         return [done for done in self.attempts if not done.accepted]
 
-    def wait_for_more(self, count: int = 30, seconds: float = 10.0) -> None:
+    def wait_for_more(self, count: int = 30, seconds: float = PATIENCE) -> None:
         """Until so many more messages were accepted."""
         enough = len(self._accepted()) + count
         wait_until(lambda: len(self._accepted()) >= enough, f"{count} more messages", seconds)

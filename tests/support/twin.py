@@ -1,6 +1,6 @@
-"""This machine a second time, with other packages: mail servers that Debian installs only in place of each other.
+"""A small Debian with a mail server that cannot be installed beside Postfix. It shares the network with us.
 
-A twin has all files of the machine until it changes one, and the change is its own. It shares the network. Its
+A twin starts with the files of the run's Debian, and what it changes is its own: nothing of this machine is in it. Its
 processes are numbered apart, and end with it, however the tests end. For root, on Debian.
 """
 
@@ -11,17 +11,19 @@ import subprocess
 import tempfile
 from pathlib import Path
 
+from tests.runner.limits import allow
 from tests.support.loopback import PATIENCE, need
+from tests.support.machine import KEPT, PATH, debian
 
 INSTALLING = 240.0  # seconds; five are usual
-PATH = "/usr/sbin:/usr/bin:/sbin:/bin"
 
 # $1: a directory of ours, at the same place in the twin; it has `files`, for what the twin changes, which is in memory.
+# $2: the Debian.
 HOLDER = """\
 files=$1/files
 mount -t tmpfs tmpfs "$files"
 mkdir "$files/upper" "$files/work" "$files/root"
-mount -t overlay -o "lowerdir=/,upperdir=$files/upper,workdir=$files/work" overlay "$files/root"
+mount -t overlay -o "lowerdir=$2,upperdir=$files/upper,workdir=$files/work" overlay "$files/root"
 mount --rbind /dev "$files/root/dev"
 mount -t proc proc "$files/root/proc"
 mkdir -p "$files/root$1"
@@ -31,31 +33,31 @@ exec chroot "$files/root" sh -c 'echo up; exec sleep infinity'
 INSTALL = """\
 printf '#!/bin/sh\\nexit 101\\n' >/usr/sbin/policy-rc.d  # no service is started
 chmod 755 /usr/sbin/policy-rc.d
-rm -f /var/lib/man-db/auto-update  # half of the time would go into an index of manual pages
-install() { apt-get -qq -o Acquire::Retries=3 install --yes --no-install-recommends "$@"; }
-# The machine may know packages that are gone by now, or may just install others.
-install "$@" || { dpkg --configure -a && apt-get -qq -o Acquire::Retries=3 update && install "$@"; }
+dpkg --install "$1"/*.deb
 """
 
 
 class Twin:
     """Files and processes. `home` is a directory that the twin and we both see at the same place."""
 
-    def __init__(self, *packages: str) -> None:
-        """packages: installed in it, and in it alone."""
-        need("unshare", "nsenter", "mount", "apt-get", root=True)
+    def __init__(self, package: str = "") -> None:
+        """package: one of MAIL_SERVERS, installed in it."""
+        need("unshare", "nsenter", "mount", root=True)
+        system = debian()
+        allow(INSTALLING)
         self.home = Path(tempfile.mkdtemp(prefix="willi-twin-"))
         self.home.chmod(0o755)
         (self.home / "files").mkdir()
         alone = ["unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc"]
         self._holder = subprocess.Popen(
-            [*alone, "sh", "-euc", HOLDER, "sh", str(self.home)],
+            [*alone, "sh", "-euc", HOLDER, "sh", str(self.home), str(system)],
             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
             start_new_session=True,  # Ctrl-C is for us
         )  # fmt: skip
         try:
             self._pid = self._first_process()
-            self.run("sh", "-euc", INSTALL, "sh", *packages, seconds=INSTALLING)
+            if package:
+                self.run("sh", "-euc", INSTALL, "sh", f"{KEPT}/{package}", seconds=INSTALLING)
         except BaseException:
             self.stop()
             raise
