@@ -47,6 +47,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.hookimpl(trylast=True)  # after pytest's own faulthandler
 def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("numprocesses", None):
+        run_directory()  # the same for all of them
     path = stacks_file()
     if path:
         stacks: Any = path.open("w")

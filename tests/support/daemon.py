@@ -19,7 +19,7 @@ from tests.support.loopback import HOST, PATIENCE, ROOT, free_port, wait_until
 
 PYTHON = os.environ.get("WILLI_PYTHON", sys.executable)
 PROBE_ADDRESS = "127.255.255.254"  # limits per address do not see the probe of start_willi
-TIME_TO_STOP = PATIENCE + 15  # seconds from SIGTERM; a transaction that is running may take its drain_timeout in addition
+TIME_TO_STOP = PATIENCE + 15  # seconds from SIGTERM; a running transaction may take its drain_timeout
 
 Setting = str | int | float | bool | Sequence[str] | Mapping[str, "Setting"]
 
@@ -199,8 +199,9 @@ class Willi:
     def client(self, source: str = "") -> smtplib.SMTP:
         """The standard library's client; HELO name c.example."""
         return smtplib.SMTP(
-            HOST, self.port, local_hostname="c.example", timeout=PATIENCE, source_address=(source, 0) if source else None
-        )
+            HOST, self.port, local_hostname="c.example", timeout=PATIENCE,
+            source_address=(source, 0) if source else None,
+        )  # fmt: skip
 
     # The log
 

@@ -27,7 +27,7 @@ _marks: deque[socket.socket] = deque(maxlen=300)  # of our last ports: one that 
 
 
 def free_port(host: str = HOST) -> int:
-    """A TCP port that no process has at this moment, that no other test is given, and that the kernel gives to no client.
+    """A TCP port that no process has at this moment, that no other test gets, and that the kernel gives to no client.
 
     What keeps the other tests off, also those of another checkout, is a name that one process can have.
     """

@@ -100,8 +100,9 @@ class Host:
     def run(self, *command: str) -> str:
         """Run a command on this host to its end: what it printed."""
         done = subprocess.run(
-            [*self.prefix, *command], stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=PATIENCE, check=False
-        )
+            [*self.prefix, *command], stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=PATIENCE,
+            check=False,
+        )  # fmt: skip
         assert done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
         return done.stdout
 
