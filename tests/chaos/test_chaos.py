@@ -82,7 +82,7 @@ class Site:
         settings: dict[str, Setting] = {
             **TIMES, "tls_cert": str(pair.cert), "tls_key": str(pair.key), "workers": WORKERS, "mappings": {
                 "csv": {"type": "csv", "file": str(table)},
-                "database": self.mariadb.mapping(database, cache_ttl="1s", stale_ttl="2s"),
+                "database": self.mariadb.mapping(database, timeout="1s", cache_ttl="1s", stale_ttl="2s"),
             },
         }  # fmt: skip
         return Willi(directory, settings, prefix=in_a_hurry(**{"master.LONGEST_DELAY": 2.0}))

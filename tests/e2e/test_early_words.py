@@ -6,13 +6,13 @@ import ssl
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from time import monotonic
 
 import pytest
 
 from tests.conftest import StartWilli
 from tests.support.certificates import Pair
 from tests.support.dns import DnsServer, Fault
+from tests.support.loopback import wait_until
 from tests.support.promise import greeted
 from tests.support.raw import Peer, RawUpstream
 from tests.support.talk import BOB, MAIL, NO_ANSWER, QUEUED, SENDER_KEPT, deliver, say
@@ -98,7 +98,7 @@ def test_words_that_came_with_the_handshake_are_no_answer_to_ehlo(
     done = beside(serve)
     with greeted(willi) as client:
         assert say(client, MAIL, BOB) == [SENDER_KEPT, NO_ANSWER]
-    done.result(10)
+    done.result(60)
 
 
 def test_a_host_that_says_goodbye_while_the_dns_is_asked_is_followed_by_the_next(
@@ -111,14 +111,14 @@ def test_a_host_that_says_goodbye_while_the_dns_is_asked_is_followed_by_the_next
     def serve() -> None:
         peer = raw.accept()
         peer.introduce(b"XCLIENT NAME ADDR PORT")
-        threading.Event().wait(0.3)
+        wait_until(lambda: dns.queries, "the question for the client's name")
         peer.socket.sendall(b"421 4.3.2 restarting\r\n")
         peer.socket.close()
 
     done = beside(serve)
     with greeted(willi) as client:
         assert deliver(client) == QUEUED
-    done.result(10)
+    done.result(60)
     assert len(upstream.messages) == 1
 
 
@@ -126,7 +126,7 @@ def test_a_host_that_says_goodbye_while_the_dns_is_asked_is_followed_by_the_next
 def test_a_kept_connection_with_words_on_it_is_replaced_without_delay(
     octets: bytes, start_willi: StartWilli, raw: RawUpstream, beside
 ):
-    willi = start_willi(server=raw.server, upstream_timeout="8s")
+    willi = start_willi(server=raw.server, upstream_timeout="10m")
     said = threading.Event()
 
     def serve() -> None:
@@ -140,11 +140,8 @@ def test_a_kept_connection_with_words_on_it_is_replaced_without_delay(
     with greeted(willi) as client:
         assert deliver(client).startswith("250 ")
         assert said.wait(60)
-        threading.Event().wait(0.1)  # until it has come
-        began = monotonic()
         assert deliver(client).startswith("250 ")
-        assert monotonic() - began < 2
-    done.result(10)
+    done.result(60)
 
 
 def take_message(peer: Peer) -> None:
@@ -158,7 +155,7 @@ def test_a_kept_connection_on_which_tls_broke_is_replaced_without_delay(
     start_willi: StartWilli, raw: RawUpstream, postfix_certificate: Pair, beside
 ):
     """OpenSSL tells a bad record once only; whoever then waits for more waits for ever."""
-    willi = start_willi(server=raw.server, upstream_timeout="8s", upstream_tls="always")
+    willi = start_willi(server=raw.server, upstream_timeout="10m", upstream_tls="always")
     said = threading.Event()
 
     def take(peer: Peer) -> TlsPeer:
@@ -183,11 +180,8 @@ def test_a_kept_connection_on_which_tls_broke_is_replaced_without_delay(
     with greeted(willi) as client:
         assert deliver(client).startswith("250 ")
         assert said.wait(60)
-        threading.Event().wait(0.1)
-        began = monotonic()
         assert deliver(client).startswith("250 ")
-        assert monotonic() - began < 2
-    done.result(10)
+    done.result(60)
 
 
 def test_an_upstream_that_greets_twice_is_given_up(start_willi: StartWilli, raw: RawUpstream, beside):
@@ -205,4 +199,4 @@ def test_an_upstream_that_greets_twice_is_given_up(start_willi: StartWilli, raw:
     done = beside(serve)
     with greeted(willi) as client:
         assert say(client, MAIL, BOB) == [SENDER_KEPT, NO_ANSWER]
-    done.result(10)
+    done.result(60)

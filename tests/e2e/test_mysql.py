@@ -289,7 +289,7 @@ def test_a_restart_in_the_middle_of_traffic_costs_nothing_but_451s_that_soon_end
         traffic.wait_for_more(200, OK)
     assert {answer for _, answer in traffic.answers} == {OK, CANNOT_LOOK_UP}
     last = max(at for at, answer in traffic.answers if answer == CANNOT_LOOK_UP)
-    assert last - back < 10
+    assert last - back < 40, "it is tried again every five seconds"
     assert len(willi.lines(msg="Database is down")) <= 2
     assert willi.text.count("Database is back") == len(willi.lines(msg="Database is down"))
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from time import monotonic
 
 import pytest
 
@@ -137,12 +136,10 @@ def test_an_mx_that_leads_nowhere_is_a_451(record: str, start_willi: StartWilli,
 
 def test_dns_that_takes_longer_than_the_command_may_is_a_451(start_willi: StartWilli, dns: DnsServer):
     dns.zone["b.example"] = Fault.SILENCE
-    willi = start_willi(server="mx:b.example", dns=dns, dns_timeout="3s", upstream_timeout="1s")
+    willi = start_willi(server="mx:b.example", dns=dns, dns_timeout="10m", upstream_timeout="1s")
     willi.tolerate("Upstream failed")
     client = greeted(willi)
-    began = monotonic()
     assert say(client, MAIL, BOB) == [SENDER_KEPT, NO_ANSWER]
-    assert 0.9 < monotonic() - began < 2.5
     assert say(client, b"DATA", b"RSET") == [LOST, "250 2.0.0 Ok"]
 
 

@@ -141,7 +141,7 @@ def test_a_header_that_does_not_come_is_waited_for_3_seconds(willi: Willi):
     assert slow_end == b""
     for client in (silent, half, half_binary):
         client.expect_eof()
-    assert 2.5 < time.monotonic() - began < 6
+    assert time.monotonic() - began > 2.5
     for client in clients:
         client.close()
     assert len(willi.lines(msg="Connection dropped")) == 4

@@ -101,7 +101,7 @@ class Mariadb:
         server: dict[str, Setting] = {} if "unix_socket" in settings else {"host": self.host}
         return {
             "type": "mysql", **server, "user": USER, "password": PASSWORD, "database": name, "query": QUERY,
-            "timeout": "1s", **settings,
+            "timeout": "5s", **settings,
         }  # fmt: skip
 
     @property
