@@ -16,7 +16,7 @@ from .smtp import reply as replies
 from .smtp.reply import Reject, Reply
 from .smtp.syntax import MAX_COMMAND_LINE, Mail, Path, parse_rcpt, split_command
 from .smtp.wire import Wire
-from .upstream import Client, Connector, Refused, Upstream, UpstreamFailed
+from .upstream import NOT_FROM_US, Client, Connector, Refused, Upstream, UpstreamFailed, WantsTls
 
 # Connections that a client may have opened one after the other without a message that is accepted: one for each EHLO or
 # change of route. An upstream counts the refusals on one connection only.
@@ -86,8 +86,8 @@ class Dispatch:
         """
         line = _rcpt_line(recipient)
         upstream = transaction.upstream
-        if upstream and upstream.is_ahead(line):
-            return upstream.ask(line)  # decided when it was sent: a second look-up might differ
+        if upstream and upstream.is_ahead(line):  # decided when it was sent: a second look-up might differ
+            return self._unless_unwelcome(transaction, upstream, recipient)
         if upstream and not self._may_share(transaction, upstream.route, recipient):
             if transaction.recipients or not transaction.refusals:
                 raise Reject(replies.OTHER_DESTINATION)
@@ -96,7 +96,30 @@ class Dispatch:
             upstream = self._choose(transaction, recipient)
         elif not upstream.is_ahead():
             upstream.send_ahead([line, *self._lines_ahead(transaction, upstream)])
-        return upstream.ask(line)
+        return self._unless_unwelcome(transaction, upstream, recipient)
+
+    def _unless_unwelcome(self, transaction: Transaction, upstream: Upstream, recipient: Path) -> Reply:
+        """The answer to RCPT. A 530 is about us: ask again over TLS if that may help, else Reject with a 451."""
+        line = _rcpt_line(recipient)
+        answer = upstream.ask(line)
+        if answer.code != NOT_FROM_US:
+            return answer
+        failure = upstream.unwelcome("RCPT", answer)
+        if isinstance(failure, WantsTls) and not transaction.recipients:
+            self._go_over_to_tls()
+            transaction.upstream = None
+            upstream = self._choose(transaction, recipient)
+            answer = upstream.ask(line)
+            if answer.code != NOT_FROM_US:
+                return answer
+        log.error("Upstream wants TLS or a password", sid=self._sid, upstream=str(upstream.server), error=str(answer))
+        raise Reject(replies.NOT_FROM_US)
+
+    def _go_over_to_tls(self) -> None:
+        """The upstream takes nothing in clear: the next connection to it is another one."""
+        if self.upstream:
+            self._connector.note_wants_tls(self.upstream.server)
+        self.drop()
 
     def _choose(self, transaction: Transaction, recipient: Path) -> Upstream:
         """The upstream for a recipient, which has accepted MAIL. A route is not tried twice in a transaction."""
@@ -104,7 +127,11 @@ class Dispatch:
         if route in transaction.refusals:
             raise transaction.refusals[route]
         try:
-            upstream, answer = self._begin(transaction, route, recipient)
+            try:
+                upstream, answer = self._begin(transaction, route, recipient)
+            except WantsTls:
+                self._go_over_to_tls()
+                upstream, answer = self._begin(transaction, route, recipient)
             if not answer.positive:
                 self._settle(upstream, answer)
                 raise Refused(answer)
@@ -159,6 +186,8 @@ class Dispatch:
         upstream.send_ahead([line, _rcpt_line(recipient), *self._lines_ahead(transaction, upstream)])
         answer = upstream.ask(line)
         upstream.in_transaction = True  # refused or not: RSET makes sure of it before the next MAIL
+        if answer.code == NOT_FROM_US:
+            raise upstream.unwelcome("MAIL", answer)
         return answer
 
     def _lines_ahead(self, transaction: Transaction, upstream: Upstream) -> list[bytes]:

@@ -168,7 +168,7 @@ class Resolver:
         self._dnspython.timeout = self._timeout / (2 * len(addresses))  # each is asked twice, however silent the others
         self._names: Cache[str] = Cache()
         self._addresses: Cache[list[Address]] = Cache()
-        self._mx: Cache[list[str]] = Cache()
+        self._mx: Cache[list[tuple[int, str]]] = Cache()
 
     def serve_all_sockets(self) -> None:
         """Let every socket of this process, such as those to databases, find its host by the same rules."""
@@ -302,7 +302,11 @@ class Resolver:
         return self._addresses.put(host, list(dict.fromkeys(addresses)), ADDRESS_TTL)
 
     def mx_hosts_of(self, domain: str) -> list[str]:
-        """The MX hosts of a domain in the order to try them (RFC 5321 §5.1); the domain itself if it has none.
+        """The MX hosts of a domain in the order to try them. Raises as `mx_of` does."""
+        return [host for _, host in self.mx_of(domain)]
+
+    def mx_of(self, domain: str) -> list[tuple[int, str]]:
+        """Preference and name of a domain's MX hosts, in the order to try them (RFC 5321 §5.1); itself if it has none.
 
         Raises DnsFailed, also for a null MX (RFC 7505): a domain that takes no mail.
         """
@@ -312,7 +316,7 @@ class Resolver:
         try:
             answer = self.ask(domain, "MX")
         except dns.resolver.NoAnswer:
-            return self._mx.put(domain, [absolute(domain)], MX_TTL)
+            return self._mx.put(domain, [(0, absolute(domain))], MX_TTL)
         except (dns.exception.Timeout, dns.resolver.NoNameservers):
             raise DnsFailed(f"no MX for {domain}: {NO_ANSWER}") from None
         except dns.exception.DNSException as error:
@@ -320,4 +324,4 @@ class Resolver:
         records = sorted((record.preference, random.random(), str(record.exchange).rstrip(".")) for record in answer)
         if not all(host for _, _, host in records):
             raise DnsFailed(f"{domain} takes no mail (null MX)")
-        return self._mx.put(domain, [absolute(host.lower()) for _, _, host in records], MX_TTL)
+        return self._mx.put(domain, [(preference, absolute(host.lower())) for preference, _, host in records], MX_TTL)

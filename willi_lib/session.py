@@ -263,6 +263,8 @@ class Session:
         self.forget_transaction()
         self.dispatch.quit()
         self.client.helo, self.client.esmtp = name, esmtp
+        if self.may_xclient and self.client.proxy is None:
+            self.client.proxy = name  # its own, before it speaks for others
         self.stage = Stage.GREETED
 
     def starttls(self, argument: bytes) -> Reply:
@@ -290,6 +292,7 @@ class Session:
         """XCLIENT from a proxy or test tool that the administrator trusts (XCLIENT_README)."""
         if not self.may_xclient:
             return replies.XCLIENT_DENIED
+        self.client.proxy = self.client.proxy or ""  # what it says after this is its client's
         attributes = parse_xclient(argument)
         if not attributes.keys() <= XCLIENT_ATTRIBUTES:
             return replies.BAD_XCLIENT

@@ -21,7 +21,7 @@ from time import monotonic
 from . import log
 from .config import Settings
 from .counts import XCLIENT, Counts
-from .dns import Address, DnsFailed, Resolver
+from .dns import Address, Cache, DnsFailed, Resolver
 from .routing import Policy, Route, Server
 from .smtp import proxy_protocol
 from .smtp import reply as replies
@@ -31,12 +31,17 @@ from .smtp.syntax import TEMPUNAVAIL, UNAVAILABLE, parse_features, xclient_lines
 from .smtp.wire import Clock, PeerGone, Wire, WireError
 from .tls import CertificateError, client_context
 
+NO_MX = 1 << 16  # a preference that no MX record has
+BEST_MX = "the best MX host is Willi itself"
 DOWN_TIME = 60.0  # seconds that a host that failed is tried last
 QUIT_TIMEOUT = 5.0  # seconds for the answer to QUIT, on which nothing depends
 LAST_WORDS_TIMEOUT = 0.1  # seconds for the rest of a reply of which the beginning has come already
 ONE_WRITE = 64 << 10  # octets up to which copying the end of a message costs less than a second write
 
 
+OURSELVES_TIME = 3600.0  # seconds that an MX host that turned out to be ourselves is not tried
+WANTS_TLS_TIME = 3600.0  # seconds that a host that wants TLS is not tried in clear
+NOT_FROM_US = 530  # "Must issue a STARTTLS command first", "Authentication required"
 TOLD = (220, 250)  # answers to XCLIENT that say that the upstream knows the client now
 BAD_VALUE = (501, 504)  # answers to XCLIENT that say that a value is not taken
 
@@ -46,6 +51,18 @@ _NOT_AUTHORIZED = re.compile(rb"(?:5\.7\.\d+ )?(?:Error: )?insufficient authoriz
 
 class UpstreamFailed(Exception):
     """No upstream, or no further use of this one; the text is for the log. The client gets a 451."""
+
+
+class WantsTls(UpstreamFailed):
+    """The same because we spoke in clear, and the upstream offers TLS."""
+
+
+class MailLoop(Reject):
+    """The upstream is ourselves, or the host that the mail comes from."""
+
+    def __init__(self, server: Server | None = None) -> None:
+        super().__init__(replies.MAIL_LOOP)
+        self.server = server
 
 
 class Refused(Exception):
@@ -67,6 +84,7 @@ class Client:
     helo: str = ""
     esmtp: bool = True  # it said EHLO
     tls: str | None = None  # version; None: in clear
+    proxy: str | None = None  # of a client of a host in `xclient_hosts`: what that host called itself; "": nothing
 
     def __str__(self) -> str:
         """`address:port` for the log, an IPv6 address in brackets."""
@@ -88,6 +106,7 @@ class Upstream:
         self.xclient = ""  # what became of it
         self.introduced = False  # and waits for MAIL, which may take time
         self.in_transaction = False  # it heard MAIL, and no end of that
+        self.could_use_tls = False  # it offers STARTTLS, and the setting allows that
         self._ahead: deque[bytes] = deque()  # sent in a group, answers still to come
         self.xclient_offer = ""  # the attributes that it lists; not all go on to list them afterwards (for `check`)
         self.xclient_answer: Reply | None = None
@@ -146,11 +165,18 @@ class Upstream:
         self.wire.write(b"\r\n".join(lines) + b"\r\n")
         self.wire.flush()
 
+    def unwelcome(self, command: str, answer: Reply) -> UpstreamFailed:
+        """A 530 is about us, not about the client: TLS or a password is missing (RFC 3207 §4, RFC 4954 §6)."""
+        kind = WantsTls if self.could_use_tls and not self.wire.tls_version else UpstreamFailed
+        return kind(f"{self.server}: {command}: {answer}")
+
     # -- the message
 
     def begin_data(self) -> Reply:
         """DATA; the upstream's 354. Raises Refused, UpstreamFailed."""
         answer = self.ask(b"DATA")
+        if answer.code == NOT_FROM_US:
+            raise self.unwelcome("DATA", answer)
         if answer.code >= 400:
             raise Refused(answer)
         if answer.code != 354:
@@ -247,6 +273,8 @@ class Connector:
         self._settings = settings
         self._counts = counts or Counts()
         self._resolver = resolver
+        self._wants: Cache[bool] = Cache()  # hosts that take nothing in clear
+        self._ourselves: Cache[bool] = Cache()  # MX hosts that turned out to be ourselves
         self._down: dict[tuple[str, int], float] = {}  # host and port: down until (monotonic)
 
     def connect(self, route: Route, client: Client, clock: Clock, sid: str) -> Upstream:
@@ -255,8 +283,21 @@ class Connector:
         Raises UpstreamFailed with what was wrong with each; Refused, the upstream's
         verdict on the client; Reject: the upstream is ourselves, or will not take XCLIENT.
         """
+        while True:
+            try:
+                return self._connect(route, client, clock, sid)
+            except MailLoop as loop:
+                if loop.server is None or loop.server in route.servers or self._is_ourselves(loop.server.host):
+                    raise
+                self._ourselves.put(loop.server.host, True, OURSELVES_TIME)
+
+    def _connect(self, route: Route, client: Client, clock: Clock, sid: str) -> Upstream:
         failures: list[str] = []
-        for server in self._by_state(self._hosts(route, failures)):
+        servers = self._by_state(self._hosts(route, failures))
+        if not servers and all(why.endswith(BEST_MX) for why in failures):
+            log.error("Mail loop: no MX host is better than Willi", sid=sid, upstream=str(route))
+            raise MailLoop
+        for server in servers:
             try:
                 for address in self._addresses(server, clock):
                     if clock.overdue():
@@ -285,9 +326,18 @@ class Connector:
                 yield server
                 continue
             try:
-                yield from (Server(host, server.port) for host in self._resolver.mx_hosts_of(server.host))
+                hosts = self._resolver.mx_of(server.host)
             except DnsFailed as error:
                 failures.append(str(error))
+                continue
+            # Where we are an MX host, only a better one gets it (RFC 5321 §5.1): else it would go in circles.
+            ours = min((preference for preference, host in hosts if self._is_ourselves(host)), default=NO_MX)
+            if ours == hosts[0][0]:
+                failures.append(f"{server}: {BEST_MX}")
+            yield from (Server(host, server.port) for preference, host in hosts if preference < ours)
+
+    def _is_ourselves(self, host: str) -> bool:
+        return host.rstrip(".") == self._settings.domain.lower() or self._ourselves.get(host) is not None
 
     def _by_state(self, servers: Iterator[Server]) -> list[Server]:
         """Those that failed in the last `DOWN_TIME` go to the end."""
@@ -314,8 +364,23 @@ class Connector:
         except (DnsFailed, WireError) as error:
             raise UpstreamFailed(f"{server}: {error}") from None
 
+    def note_wants_tls(self, server: Server) -> None:
+        """It takes nothing in clear: for a while all goes over TLS, whatever the client used."""
+        log.info("The upstream wants TLS, and gets it from now on", upstream=str(server))
+        self._wants.put(str(server), True, WANTS_TLS_TIME)
+
     def _open(self, route: Route, server: Server, address: Address, client: Client, clock: Clock, sid: str) -> Upstream:
-        """One attempt at one address. Raises UpstreamFailed, WireError, BadReply, Refused, Reject."""
+        """One attempt at one address, and another one if it wants TLS. Raises as `_open_once` does."""
+        try:
+            return self._open_once(route, server, address, client, clock, sid)
+        except WantsTls:
+            self.note_wants_tls(server)
+        return self._open_once(route, server, address, client, clock, sid)
+
+    def _open_once(
+        self, route: Route, server: Server, address: Address, client: Client, clock: Clock, sid: str
+    ) -> Upstream:
+        """Raises UpstreamFailed, WireError, BadReply, Refused, Reject."""
         began = monotonic()
         with clock.limit(self._settings.connect_timeout, "connecting (connect_timeout)"):
             connection = _connect(address, server.port)
@@ -346,7 +411,7 @@ class Connector:
         greeting = upstream.wire.read_reply()
         if greeting.positive:
             return
-        if upstream.route.policy.send_proxy != "no" and greeting.permanent:
+        if upstream.route.policy.send_proxy != "no" and greeting.code >= 400:
             raise Refused(greeting)  # by the PROXY header it knew whom it was talking to
         raise UpstreamFailed(f"greeting: {greeting}")
 
@@ -356,11 +421,12 @@ class Connector:
         told = policy.send_proxy != "no"  # it knows the client already, so the client's name belongs into EHLO
         name = client.helo if told else self._settings.domain
         upstream.knows_client = told
-        self._hello(upstream, name, sid)
+        self._hello(upstream, client, name, sid)
+        upstream.could_use_tls = "STARTTLS" in upstream.features and policy.upstream_tls != "never"
         was_offered = "XCLIENT" in upstream.features
         if self._wants_tls(upstream, client):
             self._start_tls(upstream)
-            self._hello(upstream, name, sid)
+            self._hello(upstream, client, name, sid)
         elif policy.upstream_tls == "require":
             raise UpstreamFailed("STARTTLS is required and not offered")
         if policy.xclient != "no" and self._send_xclient(upstream, client, sid, was_offered):
@@ -369,7 +435,7 @@ class Connector:
         elif not client.esmtp:
             self._hello_for(upstream, client, name, again=True)
 
-    def _hello(self, upstream: Upstream, name: str, sid: str) -> None:
+    def _hello(self, upstream: Upstream, client: Client, name: str, sid: str) -> None:
         """EHLO, HELO if that is refused: what comes back is about us, unless the upstream knows the client already."""
         answer = upstream.ask(b"EHLO " + name.encode())
         if answer.permanent:
@@ -377,14 +443,20 @@ class Connector:
             upstream.features = {}
         else:
             upstream.features = parse_features(answer)
-        if answer.permanent and upstream.knows_client:
+        if answer.code == NOT_FROM_US:
+            raise upstream.unwelcome("EHLO", answer)
+        if answer.code >= 400 and upstream.knows_client:
             raise Refused(answer)  # by the PROXY header it knew whose name that is
         if not answer.positive:
             raise UpstreamFailed(f"EHLO: {answer}")
         who = answer.lines[0].partition(b" ")[0].decode("ascii", "replace")
         if who.lower() == self._settings.domain.lower():
             log.error("Mail loop: the upstream has our domain", sid=sid, upstream=str(upstream.server), domain=who)
-            raise Reject(replies.MAIL_LOOP)
+            raise MailLoop(upstream.server)
+        if client.proxy and who.lower() == client.proxy.lower():
+            log.error("Mail loop: the upstream is the host that sends this by XCLIENT", sid=sid,
+                      upstream=str(upstream.server), domain=who)  # fmt: skip
+            raise MailLoop(upstream.server)
 
     def _hello_for(self, upstream: Upstream, client: Client, name: str, again: bool = False) -> None:
         """EHLO or HELO as the client said it: what comes back is the verdict on the client, if it is known.
@@ -394,6 +466,8 @@ class Connector:
         answer = upstream.ask((b"EHLO " if client.esmtp else b"HELO ") + name.encode())
         if answer.code == 503 and again:  # OpenSMTPD takes but one greeting, against RFC 5321 §4.1.4: it was our EHLO
             return
+        if answer.code == NOT_FROM_US:
+            raise upstream.unwelcome("EHLO", answer)
         if not answer.positive and not upstream.knows_client:
             raise UpstreamFailed(f"HELO: {answer}")
         if not answer.positive:
@@ -402,8 +476,9 @@ class Connector:
 
     def _wants_tls(self, upstream: Upstream, client: Client) -> bool:
         wish = upstream.route.policy.upstream_tls
-        wanted = wish in ("always", "require") or (wish == "auto" and client.tls is not None)
-        return wanted and "STARTTLS" in upstream.features
+        wanted = wish in ("always", "require") or client.tls or self._wants.get(str(upstream.server))
+        wanted = wanted and wish != "never"
+        return bool(wanted) and "STARTTLS" in upstream.features
 
     def _start_tls(self, upstream: Upstream) -> None:
         """Raises UpstreamFailed if it does not work: there is no way back to clear text (RFC 3207)."""
@@ -509,6 +584,8 @@ def _judge_refusal(upstream: Upstream, client: Client, answer: Reply, half_told:
     """False: XCLIENT is refused to us, and the mail may go on without. Raises Refused, Reject, UpstreamFailed."""
     if answer.code < 400:
         raise UpstreamFailed(f"{upstream.server}: XCLIENT: {answer}")
+    if answer.code == NOT_FROM_US:
+        raise upstream.unwelcome("XCLIENT", answer)
     if not _is_about_us(answer):
         upstream.xclient = "client_refused"
         raise Refused(answer)

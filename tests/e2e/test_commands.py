@@ -6,6 +6,7 @@ import pytest
 
 from tests.conftest import StartWilli
 from tests.support.daemon import Willi
+from tests.support.loopback import HOST, free_port
 from tests.support.talk import (
     BEN,
     BOB,
@@ -244,6 +245,43 @@ def test_another_willi_is_an_upstream_like_any_other(start_willi: StartWilli, up
     with greeted(outer) as client:
         assert deliver(client) == QUEUED
     assert upstream.wait_for_message().recipients == (b"bob@b.example",)
+
+
+def two_willis(start_willi: StartWilli) -> tuple[Willi, Willi]:
+    """Each is the other one's upstream, and may send it XCLIENT."""
+    trusted: dict[str, str] = {"xclient_hosts": "127.0.0.0/8"}
+    one = start_willi(server=f"{HOST}:{free_port()}", domain="one.example", **trusted)
+    two = start_willi(server=f"{HOST}:{one.port}", domain="two.example", **trusted)
+    sections = {"all": {"type": "static", "server": f"{HOST}:{two.port}", "tls_verify": False}}
+    one.reload({"mappings": sections})
+    for willi in (one, two):
+        willi.tolerate("Mail loop")
+    return one, two
+
+
+def test_two_willis_that_are_each_others_upstream_are_a_loop(start_willi: StartWilli):
+    one, two = two_willis(start_willi)
+    with greeted(one) as client:
+        assert say(client, MAIL, BOB) == [SENDER_KEPT, "554 5.4.6 Mail loops back to me"]
+    assert two.wait_for_log(msg="Message rejected")["reply"] == "554 5.4.6 Mail loops back to me"
+    assert "Mail loop" in two.wait_for_log(lvl="error")["msg"]
+
+
+def test_only_the_name_that_a_trusted_host_has_before_xclient_is_its_own(
+    start_willi: StartWilli, upstream: ScriptedUpstream
+):
+    """A client of it may well be the upstream: it sends mail, too. So may a client of Willi itself."""
+    willi = start_willi(server=upstream.server, xclient_hosts="127.0.0.5")
+    willi.tolerate("Mail loop")
+    for lines in ((b"EHLO front.example", b"XCLIENT ADDR=192.0.2.7"), (b"XCLIENT ADDR=192.0.2.7",)):
+        with willi.connect(source="127.0.0.5") as client:
+            say(client, *lines, b"EHLO upstream.example")
+            assert deliver(client) == QUEUED
+    with greeted(willi, b"EHLO Upstream.Example", source="127.0.0.6") as client:
+        assert deliver(client) == QUEUED
+    with greeted(willi, b"EHLO Upstream.Example", source="127.0.0.5") as client:
+        say(client, b"XCLIENT ADDR=192.0.2.7", b"EHLO c.example")
+        assert say(client, MAIL, BOB) == [SENDER_KEPT, "554 5.4.6 Mail loops back to me"]
 
 
 def test_our_name_in_the_greeting_alone_is_no_loop(willi: Willi, upstream: ScriptedUpstream):

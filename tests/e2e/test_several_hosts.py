@@ -5,11 +5,13 @@ from __future__ import annotations
 import pytest
 
 from tests.conftest import StartUpstream, StartWilli
+from tests.support.daemon import Willi
 from tests.support.dns import DnsServer, Fault
 from tests.support.loopback import HOST, free_port, wait_until
 from tests.support.talk import (
     BOB,
     GO_ON,
+    LOST,
     MAIL,
     NO_ANSWER,
     OK,
@@ -296,6 +298,56 @@ def test_if_the_best_mx_host_is_down_the_next_one_is_taken(
     with greeted(willi) as client:
         assert deliver(client) == QUEUED
     assert [len(host.messages) for host in mx_hosts] == [0, 1]
+
+
+@pytest.fixture
+def backup(start_willi: StartWilli, dns: DnsServer, mx_hosts: list[ScriptedUpstream]) -> Willi:
+    """A Willi that is the second MX host of b.example, between the two, of which the first one is down."""
+    records = ["30 mx2.b.example.", "10 mx1.b.example.", "20 Willi.Example."]
+    dns.zone["b.example"] = {"MX": records}
+    mx_hosts[0].stop()
+    willi = start_willi(server="mx:b.example", dns=dns)
+    willi.tolerate("mx1.b.example")
+    return willi
+
+
+def test_as_a_backup_mx_willi_asks_only_better_hosts(backup: Willi, mx_hosts: list[ScriptedUpstream]):
+    """RFC 5321 §5.1. The primary is down for a moment: nothing is bounced, and nothing goes in circles."""
+    with greeted(backup) as client:
+        assert say(client, MAIL, BOB, b"DATA") == [SENDER_KEPT, NO_ANSWER, LOST]
+    assert mx_hosts[1].connections == []
+    assert backup.wait_for_log(msg="Upstream failed")["error"] == "mx1.b.example:25 [127.25.0.1]: Connection refused"
+
+
+def test_as_a_backup_mx_of_another_name_willi_asks_only_better_hosts(
+    start_willi: StartWilli, start_upstream: StartUpstream, dns: DnsServer, mx_hosts: list[ScriptedUpstream]
+):
+    """mx2.b.example is ourselves, as its EHLO says; the primary that is down is tried last, and still no bounce."""
+    third = start_upstream(port=25, host="127.25.0.3")
+    dns.zone["mx3.b.example"] = {"A": [third.host]}
+    dns.zone["b.example"] = {"MX": ["10 mx1.b.example.", "20 mx2.b.example.", "20 mx3.b.example.", "30 mx3.b.example."]}
+    mx_hosts[1].name = b"willi.example"
+    third.name = b"willi.example"
+    mx_hosts[0].answers[GREETING] = [reply("421 4.3.2 not now")] * 3
+    willi = start_willi(server="mx:b.example", dns=dns)
+    for text in ("mx1.b.example", "Mail loop"):
+        willi.tolerate(text)
+    for _ in range(3):
+        with greeted(willi) as client:
+            assert say(client, MAIL, BOB)[1] in (NO_ANSWER, OK)
+    with greeted(willi) as client:
+        assert deliver(client) == QUEUED
+    assert len(mx_hosts[0].messages) == 1
+    assert len(mx_hosts[1].connections) + len(third.connections) == 1, "it knows itself now"
+
+
+def test_as_the_best_mx_willi_is_a_loop(start_willi: StartWilli, dns: DnsServer, mx_hosts: list[ScriptedUpstream]):
+    dns.zone["b.example"] = {"MX": ["10 mx1.b.example.", "10 willi.example.", "20 mx2.b.example."]}
+    willi = start_willi(server="mx:b.example", dns=dns)
+    willi.tolerate("Mail loop")
+    with greeted(willi) as client:
+        assert say(client, MAIL, BOB) == [SENDER_KEPT, "554 5.4.6 Mail loops back to me"]
+    assert mx_hosts[0].connections == mx_hosts[1].connections == []
 
 
 def test_a_domain_without_mx_is_its_own_host(start_willi: StartWilli, start_upstream: StartUpstream, dns: DnsServer):

@@ -4,13 +4,29 @@ from __future__ import annotations
 
 import pytest
 
-from tests.conftest import StartUpstream, StartWilli
+from tests.conftest import StartPostfix, StartUpstream, StartWilli
 from tests.support.certificates import Authority, Pair
 from tests.support.client import Client
 from tests.support.daemon import Willi
 from tests.support.dns import DnsServer
 from tests.support.postfix import Postfix
-from tests.support.talk import BOB, EHLO, MAIL, NO_ANSWER, QUEUED, SENDER_KEPT, deliver, greeted, reply, say
+from tests.support.talk import (
+    BEN,
+    BOB,
+    EHLO,
+    LOST,
+    MAIL,
+    NO_ANSWER,
+    OK,
+    QUEUED,
+    SENDER_KEPT,
+    content,
+    deliver,
+    greeted,
+    reply,
+    say,
+    say_together,
+)
 from tests.support.upstream import Action, Close, Drip, Ended, Reset, ScriptedUpstream
 
 
@@ -243,3 +259,81 @@ def test_postfix_is_verified(start_willi: StartWilli, certificates: Authority, p
     with greeted(willi) as client:
         assert deliver(client, b"RCPT TO:<verified@b.example>").startswith("250 ")
     assert "using TLSv1.3" in postfix.wait_for_message("verified@b.example").received
+
+
+# An upstream that takes nothing in clear (RFC 3207 §4): 530 is about us, not about the client
+
+WANTS_TLS = "530 5.7.0 Must issue a STARTTLS command first"
+WANTS_LOGIN = "530 5.7.57 Client not authenticated to send mail"
+NOT_FROM_US = "451 4.7.0 Server for this recipient wants TLS or a password from us, try again"
+
+
+@pytest.mark.parametrize(
+    ("step", "hello", "pipelining"),
+    [
+        (b"MAIL", b"EHLO c.example", True),
+        (b"MAIL", b"HELO c.example", False),
+        (b"RCPT", b"EHLO c.example", True),
+        (b"RCPT", b"EHLO c.example", False),
+        (b"XCLIENT", b"EHLO c.example", True),
+        (b"EHLO c.example", b"EHLO c.example", True),
+        (b"HELO c.example", b"HELO c.example", True),
+    ],
+)
+def test_an_upstream_that_wants_tls_gets_it(
+    step: bytes, hello: bytes, pipelining: bool, start_willi: StartWilli, secure: ScriptedUpstream
+):
+    secure.extensions = (*((b"PIPELINING",) if pipelining else ()), b"XCLIENT NAME ADDR PORT PROTO HELO")
+    secure.answers[step] = [reply(WANTS_TLS)]
+    willi = start_willi(server=secure.server)
+    with greeted(willi, hello) as client:
+        assert say_together(client, MAIL, BOB, BEN, b"DATA") == [SENDER_KEPT, OK, OK, "354 go on"]
+        assert content(client) == QUEUED
+    with greeted(willi) as client:
+        assert deliver(client) == QUEUED
+    assert [connection.tls for connection in secure.connections] == [False, True, True], "and it is remembered"
+    assert secure.messages[0].recipients == (b"bob@b.example", b"ben@b.example")
+
+
+def test_a_postfix_that_wants_tls_gets_it(start_willi: StartWilli, start_postfix: StartPostfix, pair: Pair):
+    postfix = start_postfix("mx.example", ("b.example",), tls=pair, settings={"smtpd_tls_security_level": "encrypt"})
+    willi = start_willi(server=postfix.server)
+    for _ in range(2):
+        with greeted(willi) as client:
+            assert deliver(client).startswith("250 2.0.0 Ok: queued as ")
+    assert len(willi.lines(msg="The upstream wants TLS, and gets it from now on")) == 1
+
+
+@pytest.mark.parametrize("words", [WANTS_TLS, WANTS_LOGIN])
+@pytest.mark.parametrize(("step", "answer"), [(b"MAIL", NO_ANSWER), (b"RCPT", NOT_FROM_US)], ids=["MAIL", "RCPT"])
+@pytest.mark.parametrize("kind", ["no STARTTLS", "in TLS already", "never"])
+def test_a_530_that_tls_does_not_cure_is_a_451_and_an_error(
+    kind: str, step: bytes, answer: str, words: str, start_willi: StartWilli,
+    upstream: ScriptedUpstream, secure: ScriptedUpstream,
+):  # fmt: skip
+    target = upstream if kind == "no STARTTLS" else secure
+    target.answers[step] = reply(words)
+    willi = start_willi(server=target.server, upstream_tls="never" if kind == "never" else "auto")
+    willi.tolerate(words)
+    with greeted(willi) as client:
+        assert say(client, MAIL, BOB) == [SENDER_KEPT, answer]
+        assert str(client.command(b"DATA"))[:4] == "451 "
+    assert words in willi.wait_for_log(lvl="error")["error"]
+
+
+def test_a_530_to_one_of_the_recipients_defers_that_one(start_willi: StartWilli, secure: ScriptedUpstream):
+    secure.answers[BEN] = reply(WANTS_LOGIN)
+    willi = start_willi(server=secure.server)
+    willi.tolerate(WANTS_LOGIN)
+    with greeted(willi) as client:
+        assert say(client, MAIL, BOB, BEN, b"DATA") == [SENDER_KEPT, OK, NOT_FROM_US, "354 go on"]
+        assert content(client) == QUEUED
+    assert secure.wait_for_message().recipients == (b"bob@b.example",)
+
+
+def test_a_530_to_data_is_a_451(start_willi: StartWilli, secure: ScriptedUpstream):
+    secure.answers[b"DATA"] = reply(WANTS_TLS)
+    willi = start_willi(server=secure.server)
+    willi.tolerate(WANTS_TLS)
+    with greeted(willi) as client:
+        assert say(client, MAIL, BOB, b"DATA") == [SENDER_KEPT, OK, LOST]

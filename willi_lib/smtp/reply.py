@@ -131,6 +131,7 @@ OTHER_DESTINATION = own(451, "4.3.0", "Different destination, please send separa
 OUR_FAULT = own(451, "4.3.0", "Internal error, try again")
 NO_RECIPIENTS_YET = own(451, "4.5.1", "No valid recipients, try again")
 XCLIENT_NEEDED = own(451, "4.3.5", "Server for this recipient does not accept our XCLIENT, try again")
+NOT_FROM_US = own(451, "4.7.0", "Server for this recipient wants TLS or a password from us, try again")
 TOO_MANY_RECIPIENTS = own(452, "4.5.3", "Too many recipients")  # RFC 5321 §4.5.3.1.10
 
 # 5yz: do not try again
