@@ -303,7 +303,7 @@ def test_a_changed_resolv_conf_is_read_again_and_old_answers_are_forgotten(resol
         resolv_conf.write_text(before)
     resolver = Resolver(TIMEOUT)
     assert resolver._dnspython.nameservers == (["192.0.2.1"] if before else ["127.0.0.1"])
-    resolver._mx.put("b.example", ["mx.b.example"], 60)
+    resolver._mx.put("b.example", [(10, "mx.b.example")], 60)
     channel = resolver._ares.cares
     watcher = gevent.spawn(resolver.follow_resolv_conf)
     resolv_conf.write_text("nameserver 192.0.2.2\nnameserver odd\n")

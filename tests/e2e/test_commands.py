@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.conftest import StartWilli
-from tests.support.daemon import Willi
+from tests.support.daemon import Setting, Willi
 from tests.support.loopback import HOST, free_port
 from tests.support.talk import (
     BEN,
@@ -252,8 +252,8 @@ def two_willis(start_willi: StartWilli) -> tuple[Willi, Willi]:
     trusted: dict[str, str] = {"xclient_hosts": "127.0.0.0/8"}
     one = start_willi(server=f"{HOST}:{free_port()}", domain="one.example", **trusted)
     two = start_willi(server=f"{HOST}:{one.port}", domain="two.example", **trusted)
-    sections = {"all": {"type": "static", "server": f"{HOST}:{two.port}", "tls_verify": False}}
-    one.reload({"mappings": sections})
+    to_two: dict[str, Setting] = {"type": "static", "server": f"{HOST}:{two.port}", "tls_verify": False}
+    one.reload({"mappings": {"all": to_two}})
     for willi in (one, two):
         willi.tolerate("Mail loop")
     return one, two
