@@ -26,24 +26,46 @@ HOST_REST = 60.0  # seconds a host that failed is tried last, as for an upstream
 MAX_IDLE = 60.0  # seconds a connection is kept unused: firewalls forget it after some minutes and tell nobody
 POLL_INTERVAL = 0.05  # seconds between looks for a free connection when the server takes no more of them
 MAX_ROUTES = 10_000  # different routes kept as one object each
+# What to do, by the words of PyMySQL, which has neither of its optional packages, and of Python.
+REMEDIES = {
+    "'cryptography' package": "logging in with sha2 needs tls_ca or unix_socket",
+    "'pynacl' package": "Willi cannot log in with ed25519; have the account IDENTIFIED VIA mysql_native_password",
+    "not configured (2059)": "Willi cannot log in by that plugin; have the account use mysql_native_password or"
+    " caching_sha2_password",
+    "can't start new thread": "the system gives Willi no more threads; look at its memory, TasksMax and `ulimit -u`",
+}
 NOBODY = "nobody.invalid"  # what `check` asks for
 
-# Errors after which a new connection may well get an answer: 1047 a Galera node that is not ready, 1053 shutdown,
-# 1152 to 1184 network, 1317 and 1927 killed, 2006 to 2055 lost, 4031 closed by the server for having been idle.
-CONNECTION_ERRORS = frozenset((1047, 1053, 1152, 1158, 1159, 1160, 1161, 1184, 1317, 1927, 2006, 2013, 2055, 4031))
-# The server ended the query because of a limit of its own: max_statement_time of MariaDB, max_execution_time of MySQL.
-TIME_LIMIT_ERRORS = frozenset((1969, 3024))
+# After these a new connection may well get an answer: 1047 a Galera node that is not ready, 1053 shutdown, 1152 to 1184
+# network, 1317 and 1927 killed, 2000 to 2999 lost, also in the words of a router or proxy in between, 3169 killed,
+# 4031 closed by the server for having been idle.
+CONNECTION_ERRORS = frozenset((1047, 1053, 1152, 1158, 1159, 1160, 1161, 1184, 1317, 1927, 3169, 4031))
+DRIVER_ERRORS = range(2000, 3000)  # PyMySQL's own, too: it is unknown what is still to come on this connection
+# The server gave up this query: lock waits and deadlocks, max_statement_time of MariaDB, max_execution_time of MySQL.
+GAVE_UP_ERRORS = frozenset((1205, 1213, 1689, 1969, 3024, 3058, 3572))
+# The server, not the key, is why there is no answer now, so that another server may have one: files that cannot be
+# read, full disks, no memory, threads, connections or files left, damaged tables, tables that are being changed, limits
+# of the account, read-only, offline or not yet a member of its group. 1105: Vitess, of a shard without a primary.
+NOT_NOW_ERRORS = frozenset((
+    1012, 1015, 1016, 1018, 1020, 1021, 1023, 1024, 1026, 1028, 1030, 1034, 1035, 1037, 1038, 1039, 1040, 1041, 1077,
+    1078, 1079, 1080, 1105, 1114, 1129, 1135, 1180, 1194, 1195, 1203, 1206, 1223, 1226, 1290, 1296, 1297, 1412, 1429,
+    1430, 1431, 1432, 1461, 1615, 1637, 1696, 1712, 1728, 1812, 1814, 1815, 1836, 1877, 3032, 3100, 3101, 3168, 3170,
+))  # fmt: skip
+PROXY_ERRORS = range(9000, 10000)  # of ProxySQL (9001: no server within its time) and of TiDB
 # Said when the characters of a key do not exist in the character set of the column: illegal mix, cannot convert.
 UNKNOWN_CHARACTER_ERRORS = frozenset((1267, 1270, 1271, 3854))
-DRIVER_ERRORS = range(2000, 3000)  # PyMySQL's own: who knows what is still to come on this connection
 
 
 class Down(Exception):
     """The database gave no answer; the text says why, for each host."""
 
 
-class TooSlow(Down):
-    """The database is there and gave up this query: an old answer may serve, another host would do no better."""
+class NotNow(Down):
+    """The server has answered that it has no answer now."""
+
+
+class TooSlow(NotNow):
+    """The server gave up this query: that may be a matter of this key."""
 
 
 class _Lost(Exception):
@@ -125,44 +147,46 @@ class Database:
             self._slots.release()
 
     def _ask_hosts(self, key: str, deadline: float) -> Route | None:
-        """Try the idle connection, then a new one to each host. A lost connection is tried again once.
+        """Ask on an idle connection or a new one, host after host. A lost connection is tried again once.
 
-        The time that is left is divided among the hosts that have not been tried.
+        Hosts that failed come last. The time that is left is divided among those that have not been tried.
         """
         untried = sorted(self.hosts, key=self._rests)
         faults: list[str] = []
-        lost = False
-        while (seconds := deadline - monotonic()) > 0:
-            connection = self._take_idle()
+        lost = slow = answered = False
+        while (seconds := deadline - monotonic()) > 0 and (untried or not answered):
+            connection = self._take_idle(untried[:1] or self.hosts)
             if connection is None and not untried:
                 if not self._open:
                     break
                 gevent.sleep(POLL_INTERVAL)  # a server that takes no more connections still answers on the others'
                 continue
             host = connection.host if connection else untried[0]
+            if host in self._failed:
+                self._failed[host] = monotonic()  # one tries whether it is back, the others need not wait
             try:
                 return self._ask_host(host, connection, key, seconds / max(1, len(untried)))
-            except _Lost as why:
+            except (_Lost, Down) as why:
                 faults.append(f"{self.name_of(host)}: {why}")
-                if not lost:
+                if isinstance(why, _Lost) and not lost:
                     lost = True
                     continue
-            except TooSlow as why:
-                raise TooSlow(f"{self.name_of(host)}: {why}") from None
-            except Down as why:
-                faults.append(f"{self.name_of(host)}: {why}")
-            self._failed[host] = monotonic()
+                slow = slow or isinstance(why, TooSlow)
+                answered = answered or isinstance(why, NotNow)
+                if not isinstance(why, TooSlow):
+                    self._failed[host] = monotonic()
             untried = [other for other in untried if other != host]
-        raise Down("; ".join(faults))
+        raise (TooSlow if slow else Down)("; ".join(faults))
 
     def _ask_host(self, host: Host, connection: _Connection | None, key: str, seconds: float) -> Route | None:
-        """Ask on this connection, or on a new one. Raises Down, TooSlow, _Lost, LookupFailed."""
+        """Ask on this connection, or on a new one. Raises Down, _Lost, LookupFailed."""
         began = monotonic()
         try:
             with gevent.Timeout(seconds):
                 return self._ask_on(connection or self._connect(host), key)
-        except _Lost:
-            self._close_idle(host)
+        except (_Lost, NotNow) as why:
+            if not isinstance(why, TooSlow):
+                self._close_idle(host)
             raise
         except gevent.Timeout:
             if self._answered.get(host, 0.0) < began:  # else it is a matter of this key
@@ -170,17 +194,19 @@ class Database:
             raise Down(f"no answer within {seconds:.1f} s") from None
 
     def _ask_on(self, connection: _Connection, key: str) -> Route | None:
-        """Ask on this connection, and put it back if it may be used again. Raises TooSlow, _Lost, LookupFailed."""
+        """Ask on this connection, and put it back if it may be used again. Raises NotNow, _Lost, LookupFailed."""
         usable = False
         try:
             names, row = self._execute(connection, self._statement, (key,) * self._parameters)
             usable = True
         except pymysql.MySQLError as error:
             number = error.args[0] if error.args else 0
-            if not connection.driver.open or number in CONNECTION_ERRORS:
+            if not connection.driver.open or number in CONNECTION_ERRORS or number in DRIVER_ERRORS:
                 raise _Lost(_text(error)) from None
-            usable = isinstance(number, int) and number >= 1000 and number not in DRIVER_ERRORS
-            if number in TIME_LIMIT_ERRORS:
+            if number in NOT_NOW_ERRORS or number in PROXY_ERRORS:
+                raise NotNow(_text(error)) from None
+            usable = isinstance(number, int) and number >= 1000
+            if number in GAVE_UP_ERRORS:
                 raise TooSlow(_text(error)) from None
             if number in UNKNOWN_CHARACTER_ERRORS and not key.isascii() and self._parameters == 1:
                 return None  # no row can have this key; of several comparisons, another one might have found it
@@ -229,18 +255,23 @@ class Database:
                 program_name="willi",
             )
         except (pymysql.MySQLError, OSError) as error:
-            raise Down(_text(error)) from None
-        except RuntimeError as error:  # of PyMySQL, without the package cryptography
-            raise Down(f"logging in with sha2 needs tls_ca or unix_socket: {error}") from None
+            raise Down(_remedy(_text(error))) from None
+        except RuntimeError as error:
+            raise Down(_remedy(str(error))) from None
         except Exception as error:  # noqa: BLE001 -- PyMySQL reads a greeting without looking where it ends
             raise Down(f"no greeting of a database: {error!r}") from None
         self._open += 1
         return _Connection(host, driver)
 
-    def _take_idle(self) -> _Connection | None:
+    def _take_idle(self, hosts: Sequence[Host]) -> _Connection | None:
+        """The one that was used last, to one of these hosts."""
         while self._idle and self._idle[0].idle_since < monotonic() - MAX_IDLE:
             self._close(self._idle.pop(0))
-        return self._idle.pop() if self._idle else None
+        for connection in reversed(self._idle):
+            if connection.host in hosts:
+                self._idle.remove(connection)
+                return connection
+        return None
 
     def _put(self, connection: _Connection) -> None:
         connection.idle_since = self._answered[connection.host] = monotonic()
@@ -300,6 +331,11 @@ def _text(error: Exception) -> str:
     """`message (number)`, or what there is."""
     number, *text = error.args or ("",)
     return f"{text[0]} ({number})" if text else str(error) or type(error).__name__
+
+
+def _remedy(text: str) -> str:
+    """What a failed connection says, and what to do if that is not in it."""
+    return next((f"{text}: {remedy}" for words, remedy in REMEDIES.items() if words in text), text)
 
 
 # The query and its rows
