@@ -16,7 +16,7 @@ Commands:
 
 Options:
   -c FILE         The configuration. Default: ./willi.conf, then /opt/willi/etc/willi.conf.
-  --quick         Only whether Willi would start: the file, tables and certificates. Nothing is connected to.
+  --quick         Only whether Willi would start: the file, tables, certificates and ports. No server is asked.
   --json          The findings as a list of {"level", "subject", "what", "advice"}.
   --debug         One process, and the whole dialogue in the log on the terminal.
   -h --help       Show this text.
@@ -29,10 +29,11 @@ wrong, and another start may help.
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import os
 import signal
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from docopt import DocoptExit, docopt
@@ -43,6 +44,8 @@ from willi_lib.listeners import CannotBind
 from willi_lib.text import visible
 
 DEFAULT_FILES = ("willi.conf", "/opt/willi/etc/willi.conf")
+# Of each command, besides -c
+OPTIONS = {"": ("--debug", "--help", "--version"), "check": ("--quick", "--json"), "lookup": (), "top": ()}
 GOOD, BAD_CONFIGURATION, BAD_USAGE, CANNOT_BIND, FAILED = range(5)
 
 
@@ -50,8 +53,8 @@ def main() -> int:
     """Do what the command line says; the exit status."""
     try:
         arguments = docopt(__doc__, version=f"willi {VERSION}")
-    except DocoptExit as wrong:
-        print(wrong, file=sys.stderr)
+    except DocoptExit as usage:
+        print(f"willi.py: {visible(wrong_usage(sys.argv[1:]))}; see willi.py --help\n\n{usage}", file=sys.stderr)
         return BAD_USAGE
     if not any(arguments[command] for command in ("check", "lookup", "top")):
         hold_standard_descriptors()
@@ -72,6 +75,28 @@ def main() -> int:
             return say_faults(error.faults)
         print(error, file=sys.stderr)
         return BAD_CONFIGURATION
+
+
+def wrong_usage(words: Sequence[str]) -> str:
+    """What docopt does not say: which of the words is wrong."""
+    files = [at for at, word in enumerate(words) if word == "-c"]
+    others = [word for at, word in enumerate(words) if not {at, at - 1} & set(files)]
+    command, *arguments = [word for word in others if not word.startswith("-")] or [""]
+    if command and command not in OPTIONS:
+        return f"there is no command {command!r}{nearest(command, OPTIONS)}"
+    for word in others:
+        if word.startswith("-") and not any(option.startswith(word) for option in OPTIONS[command]):
+            return f"{command or 'willi.py'} has no option {word}{nearest(word, OPTIONS[command])}"
+    if arguments and command != "lookup":
+        return f"{command} takes no {arguments[0]!r}"
+    if command == "lookup" and not arguments:
+        return "lookup needs an address"
+    return "-c must be there once, with a file behind it" if files else "an option is there twice"
+
+
+def nearest(word: str, words: Iterable[str]) -> str:
+    found = difflib.get_close_matches(word, words, 1, cutoff=0.7)
+    return f", did you mean {found[0]!r}" if found else ""
 
 
 def ask(settings: Settings, arguments: Mapping[str, Any]) -> int:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import socket
 from ipaddress import ip_network
+from math import inf
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -12,10 +13,12 @@ from hypothesis import strategies as st
 
 from willi_lib import config
 from willi_lib.config import Address, Certificate, ConfigError, CsvSettings, MysqlSettings, StaticSettings
+from willi_lib.config.cpus import cpu_quota, usable_cpus
 from willi_lib.config.lines import QUOTE, SECTIONS
 from willi_lib.config.reader import NO_MAPPING, OLD_FILE, Reader
 from willi_lib.config.settings import TOP_KEYS
 from willi_lib.routing import Policy, Server
+from willi_lib.text import visible
 
 MAPPING = "[mappings]\n[[all]]\ntype = static\nserver = mx.example\n"
 SECOND = 1.0
@@ -66,7 +69,7 @@ DEFAULTS = {
     "domain": socket.gethostname(),
     "user": "",
     "group": "",
-    "workers": len(os.sched_getaffinity(0)),
+    "workers": usable_cpus(),
     "tls_cert": (),
     "tls_key": (),
     "certificates": (),
@@ -113,6 +116,9 @@ GOOD = [
     ("log", "syslog", "syslog"),
     ("listen", "192.0.2.1:25", (Address("192.0.2.1", 25),)),
     ("listen", ":0", (Address("", 0),)),
+    ("listen", ":25, 0.0.0.0:25", (Address("", 25), Address("0.0.0.0", 25))),
+    ("listen", "0.0.0.0:25, [::1]:25", (Address("0.0.0.0", 25), Address("::1", 25))),
+    ("listen", ":0, 127.0.0.1:0", (Address("", 0), Address("127.0.0.1", 0))),
     ("listen", ":65535", (Address("", 65535),)),
     ("listen", "192.0.2.1:25, [2001:DB8::1]:2525", (Address("192.0.2.1", 25), Address("2001:db8::1", 2525))),
     ("listen", '"192.0.2.1:25, :26"', (Address("192.0.2.1", 25), Address("", 26))),
@@ -123,7 +129,7 @@ GOOD = [
     ("group", "root\nuser = root", "root"),
     ("workers", "1", 1),
     ("workers", "256", 256),
-    ("workers", "Auto", len(os.sched_getaffinity(0))),
+    ("workers", "Auto", usable_cpus()),
     ("tls_min_version", "1.0", "1.0"),
     ("tls_min_version", "1.3", "1.3"),
     ("read_timeout", "0.1s", 0.1),
@@ -181,6 +187,7 @@ def test_a_good_value_is_taken(load, key, written, value):
     assert getattr(load(f"{key} = {written}\n"), key) == value
 
 
+TWICE = "and cannot be had twice: leave one of them out"
 ADDRESS = "must be like :25, 192.0.2.1:25 or [2001:db8::1]:25"
 TIME = "must be a number and s, m or h, as in 10s, 5m or 1h"
 SIZE = "must be a number and kB, MB (1000), KiB or MiB (1024), as in 20MiB"
@@ -196,6 +203,9 @@ BAD = [
     ("log", "file", "'file': must be stdout or syslog"),
     ("listen", "", "is empty"),
     ("listen", "25", f"'25': {ADDRESS}"),
+    ("listen", ":25, 127.0.0.1:25", f"'127.0.0.1:25': is part of :25, {TWICE}"),
+    ("listen", "127.0.0.1:25, :26, 0.0.0.0:25", f"'127.0.0.1:25': is part of 0.0.0.0:25, {TWICE}"),
+    ("listen", "[::]:25, [2001:db8::1]:25", f"'[2001:db8::1]:25': is part of [::]:25, {TWICE}"),
     ("listen", "192.0.2.1", f"'192.0.2.1': {ADDRESS}"),
     ("listen", ":65536", f"':65536': {ADDRESS}"),
     ("listen", ":-1", f"':-1': {ADDRESS}"),
@@ -621,3 +631,66 @@ def test_any_text_is_settings_or_faults_of_one_line_each(lines):
     except ConfigError as error:
         faults = error.faults or ["none"]
     assert all(fault.startswith("willi.conf:") and "\n" not in fault for fault in faults)
+
+
+# CPUs
+
+
+def mounts(*lines: str) -> str:
+    return "\n".join(["22 1 8:1 / / rw - ext4 /dev/sda1 rw", "23 22 0:20 / /proc rw - proc proc rw", *lines, ""])
+
+
+@pytest.mark.parametrize(("cgroup", "mountinfo", "files", "quota"), [
+    # version 2: any level may have one, the smallest counts
+    ("0::/a/b", ["31 22 0:28 / TOP rw - cgroup2 cgroup2 rw"], {"a/b/cpu.max": "150000 100000"}, 1.5),
+    ("0::/a/b", ["31 22 0:28 / TOP rw - cgroup2 none rw"],
+     {"cpu.max": "max 100000", "a/cpu.max": "50000 100000", "a/b/cpu.max": "400000 100000"}, 0.5),
+    ("0::/a", ["31 22 0:28 / TOP rw - cgroup2 cgroup2 rw"], {"a/cpu.max": "max 100000", "b/cpu.max": "1 100000"}, inf),
+    # in a container, whose root is the group itself
+    ("0::/", ["31 22 0:28 / TOP ro - cgroup2 cgroup rw"], {"cpu.max": "200000 100000"}, 2),
+    ("0::/../x", ["31 22 0:28 / TOP ro - cgroup2 cgroup rw"], {"cpu.max": "200000 100000"}, 2),
+    # version 1, alone and beside version 2
+    ("4:cpu,cpuacct:/a\n3:memory:/b", ["31 22 0:28 / TOP rw shared:9 - cgroup cgroup rw,cpu,cpuacct"],
+     {"a/cpu.cfs_quota_us": "300000", "a/cpu.cfs_period_us": "100000", "b/cpu.cfs_quota_us": "1"}, 3),
+    ("2:cpu:/docker/1\n0::/docker/1", ["31 22 0:28 /docker/1 TOP ro - cgroup cgroup rw,cpu"],
+     {"cpu.cfs_quota_us": "100000", "cpu.cfs_period_us": "50000"}, 2),
+    ("2:cpu:/a", ["31 22 0:28 / TOP rw - cgroup cgroup rw,cpu"],
+     {"a/cpu.cfs_quota_us": "-1", "a/cpu.cfs_period_us": "100000"}, inf),
+    ("2:cpuacct:/a", ["31 22 0:28 / TOP rw - cgroup cgroup rw,cpuacct"], {"a/cpu.max": "1 100000"}, inf),
+    # nonsense and nothing
+    ("0::/a", [], {}, inf),
+    ("nonsense", ["31 22 0:28 / TOP rw - cgroup2 cgroup2 rw"], {"cpu.max": "1 100000"}, inf),
+    ("0::/a", ["31 22 0:28 / TOP rw - cgroup2 cgroup2 rw"], {"a/cpu.max": "nonsense"}, inf),
+    ("0::/a", ["31 22 0:28 / TOP rw - cgroup2 cgroup2 rw"], {"a/cpu.max": "0 0"}, inf),
+])  # fmt: skip
+def test_a_quota_of_cpus_is_that_of_the_control_groups(
+    tmp_path: Path, cgroup: str, mountinfo: list[str], files: dict[str, str], quota: float
+):
+    for name, text in files.items():
+        (tmp_path / "top" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "top" / name).write_text(text + "\n")
+    (tmp_path / "cgroup").write_text(cgroup + "\n")
+    (tmp_path / "mountinfo").write_text(mounts(*mountinfo).replace("TOP", str(tmp_path / "top")))
+    assert cpu_quota(tmp_path) == quota
+
+
+def test_without_proc_there_is_no_quota(tmp_path: Path):
+    assert cpu_quota(tmp_path / "none") == inf
+
+
+# What is quoted from the file
+
+
+@pytest.mark.parametrize(("line", "shown"), [
+    ("dom\u200bain = mx.example", r"dom\u200bain: unknown key; did you mean 'domain'?"),
+    ("domain\u3164 = mx.example", r"domain\u3164: unknown key; did you mean 'domain'?"),
+    ("dom\x1b[2Jain = x", r"dom\x1b[2Jain: unknown key"),
+    ("loglevel = \u202egubed", r"loglevel: '\u202egubed': must be"),
+    ("loglevel = in\u115ffo", r"loglevel: 'in\u115ffo': must be"),
+    ("[map\u00adpings]", r"[map\u00adpings]"),
+    ("tls_cert = no\u2028where.pem", r"tls_cert: cannot read "),
+])  # fmt: skip
+def test_what_cannot_be_seen_in_the_file_can_be_seen_in_its_faults(faults, line: str, shown: str):
+    found = faults(f"{line}\n")
+    assert any(fault.startswith(f"willi.conf:1: {shown}") for fault in found), found
+    assert all(fault == visible(fault) and len(fault.splitlines()) == 1 for fault in found)

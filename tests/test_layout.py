@@ -18,7 +18,7 @@ FLOORS = [
     {"smtp"},  # these two know only themselves
     {"routing"},
     {"config", "log", "text", "systemd", "reload", "scoreboard", "limits", "memory", "dns", "tls", "counts"}
-    | {"reports", "privileges"},
+    | {"reports", "privileges", "process_name"},
     {"mappings", "mapping_watch", "news", "upstream", "listeners", "child", "certificate_files"},
     {"relay", "lookup"},
     {"dispatch"},

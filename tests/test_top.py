@@ -229,7 +229,7 @@ def test_who_listens_everywhere_is_asked_here(server: StatusServer):
 class Terminal:
     """A pty with `willi.py top` in it; `screen` is all that was written."""
 
-    def __init__(self, config: Path, columns: int, rows: int) -> None:
+    def __init__(self, config: Path, columns: int, rows: int, kind: str) -> None:
         self.master, self.slave = pty.openpty()
         fcntl.ioctl(self.slave, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
         self.before = termios.tcgetattr(self.slave)
@@ -237,7 +237,7 @@ class Terminal:
         self.process = subprocess.Popen(
             [PYTHON, str(ROOT / "willi.py"), "top", "-c", str(config)],
             stdin=self.slave, stdout=self.slave, stderr=self.slave, start_new_session=True,
-            env={**environment, "PYTHONIOENCODING": "utf-8"},
+            env={**environment, "PYTHONIOENCODING": "utf-8", "TERM": kind},
         )  # fmt: skip
         os.set_blocking(self.master, False)
         self.octets = b""
@@ -259,8 +259,8 @@ class Terminal:
 
 
 @contextmanager
-def terminal(config: Path, columns: int = 100, rows: int = 30) -> Iterator[Terminal]:
-    opened = Terminal(config, columns, rows)
+def terminal(config: Path, columns: int = 100, rows: int = 30, kind: str = "xterm") -> Iterator[Terminal]:
+    opened = Terminal(config, columns, rows, kind)
     try:
         yield opened
     finally:
@@ -285,6 +285,13 @@ def test_the_terminal_is_as_before_at_the_end(server: StatusServer, tmp_path: Pa
         assert screen.endswith(top.LEAVE)
         assert "Traceback" not in screen
         assert termios.tcgetattr(opened.slave) == opened.before
+
+
+def test_a_dumb_terminal_gets_it_once_and_no_control_sequence(server: StatusServer, tmp_path: Path):
+    with terminal(configure(tmp_path, f"{HOST}:{server.port}"), kind="dumb") as opened:
+        assert opened.ended() == 0
+        assert "mail2.example.org:25 is down" in opened.screen
+        assert opened.screen.replace("\r\n", "").isprintable()
 
 
 def test_it_asks_again_and_fits_the_terminal(server: StatusServer, tmp_path: Path):

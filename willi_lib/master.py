@@ -12,8 +12,6 @@ import resource
 import signal
 import socket
 from collections.abc import Callable
-from contextlib import suppress
-from pathlib import Path
 from time import monotonic, time
 from typing import NoReturn
 
@@ -23,6 +21,7 @@ from .child import DATABASE_DOWN, TRY_AGAIN, Child, Generation, State
 from .config import ConfigError, MysqlSettings, Settings
 from .listeners import CannotBind, Listeners, bind
 from .news import News, Reload
+from .process_name import name_process
 from .reload import write_answer
 from .reports import Links, Report
 from .scoreboard import Row, Scoreboard
@@ -66,6 +65,7 @@ def run(settings: Settings, read_again: Callable[[], Settings]) -> None:
 
     Raises CannotBind, Unusable, CannotStart.
     """
+    name_process("willi-master")  # its command line stays: the init script knows it by that
     Master(settings, read_again).run()
 
 
@@ -426,9 +426,8 @@ class Master:
             os._exit(0)
 
     def _leave(self, settings: Settings, name: str) -> None:
-        """In a child: let go of what every child must let go of. name: for ps and top."""
-        with suppress(OSError):  # no /proc
-            Path("/proc/self/comm").write_text(name)
+        """In a child: let go of what every child must let go of."""
+        name_process(name, f"{name} {settings.path}")
         os.environ.pop("NOTIFY_SOCKET", None)
         for number in (signal.SIGHUP, signal.SIGINT):  # meant for the master, even if a terminal sends it to all
             signal.signal(number, signal.SIG_IGN)

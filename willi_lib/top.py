@@ -44,7 +44,7 @@ class Unanswered(Exception):
 
 
 def top(settings: Settings) -> int:
-    """Show the status until Ctrl-C, or once if stdout is no terminal; the exit status."""
+    """Show the status until Ctrl-C, or once if stdout is no terminal that can be drawn on; the exit status."""
     address = settings.status_listen
     if address is None or not address.port:
         print(f"{settings.path}: status_listen is not set (or has port 0), so there is no status to show.\n"
@@ -55,7 +55,7 @@ def top(settings: Settings) -> int:
     except Unanswered as error:
         print(error, file=sys.stderr)
         return 1
-    if not sys.stdout.isatty():
+    if not sys.stdout.isatty() or os.environ.get("TERM") == "dumb":  # such as a shell inside Emacs
         sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
         width = shutil.get_terminal_size((WIDE, 0)).columns
         print("\n".join(_drawn(line, width, colour=False).rstrip() for line in view(overview, bars=_bars())))

@@ -22,7 +22,7 @@ import pytest
 from tests.conftest import StartUpstream, StartWilli
 from tests.support.certificates import Authority
 from tests.support.check import GOOD, NOBODY, WRONG, Finding, about, bad, configure, findings, lines
-from tests.support.daemon import PYTHON, run_willi
+from tests.support.daemon import PYTHON, Willi, run_willi
 from tests.support.dns import DnsServer, Fault
 from tests.support.loopback import HOST, PATIENCE, ROOT, free_port, need
 from tests.support.talk import reply
@@ -181,6 +181,37 @@ def test_a_quick_check_names_what_would_keep_willi_from_starting(tmp_path: Path,
     path = configure(tmp_path, "b.example;127.0.0.1\n", more=f"tls_cert = {pair.cert}\ntls_key = {other.key}")
     done = run_willi("check", "--quick", "-c", path)
     assert (done.returncode, done.stdout) == (WRONG, f"wrong  {pair.cert}, {other.key}: KEY_VALUES_MISMATCH\n")
+
+
+@pytest.mark.parametrize("address", ["192.0.2.77:25", "[2001:db8::77]:25"])
+def test_a_quick_check_tries_the_addresses(tmp_path: Path, address: str):
+    path = listening_on(configure(tmp_path, "b.example;127.0.0.1\n"), address)
+    done = run_willi("check", "--quick", "-c", path)
+    assert done.returncode == WRONG
+    assert done.stdout.startswith(f"wrong  listen: cannot listen on {address}: Cannot assign requested address -> ")
+    assert "would start" not in done.stdout
+
+
+def test_a_quick_check_knows_whose_port_it_is(tmp_path: Path, willi: Willi, upstream: ScriptedUpstream):
+    need("setpriv", root=True)
+    ours = listening_on(configure(tmp_path, "b.example;127.0.0.1\n"), f"{HOST}:{willi.port}")
+    assert run_willi("check", "--quick", "-c", ours).stdout == f"ok     {ours}: Willi would start\n"
+    path = listening_on(ours, upstream.server)
+    seen = run_willi("check", "--quick", "-c", path)
+    assert seen.returncode == WRONG and f"{upstream.server} belongs to process {os.getpid()}, " in seen.stdout
+    command = [*WITHOUT_INSIGHT, PYTHON, str(ROOT / "willi.py"), "check", "--quick", "-c", str(path)]
+    unseen = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert unseen.returncode == GOOD  # it may be the program that Willi takes the place of
+    assert f"warn   listen: {upstream.server} belongs to a process of root that says '220 " in unseen.stdout
+
+
+def test_a_status_port_that_is_taken_keeps_willi_from_no_start(tmp_path: Path, upstream: ScriptedUpstream):
+    path = configure(tmp_path, "b.example;127.0.0.1\n", f"status_listen = {upstream.server}")
+    done = run_willi("check", "--quick", "-c", path)
+    warning, verdict = done.stdout.splitlines()
+    assert warning.startswith(f"warn   status_listen: {upstream.server} belongs to process {os.getpid()}, ")
+    assert ": there would be no status for now -> " in warning
+    assert (done.returncode, verdict) == (GOOD, f"ok     {path}: Willi would start")
 
 
 # -- files

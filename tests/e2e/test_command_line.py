@@ -22,10 +22,28 @@ def test_version_and_help():
     assert "willi.py lookup [-c FILE] ADDRESS..." in run_willi("--help").stdout
 
 
-@pytest.mark.parametrize("arguments", [["serve"], ["lookup"], ["check", "x"], ["-x"], ["-c"]])
-def test_wrong_usage_is_2(arguments: list[str]):
+@pytest.mark.parametrize(("arguments", "wrong"), [
+    (["serve"], "there is no command 'serve'"),
+    (["chekc"], "there is no command 'chekc', did you mean 'check'"),
+    (["--quick", "chekc"], "there is no command 'chekc', did you mean 'check'"),
+    (["ch\u200beck"], r"there is no command 'ch\u200beck', did you mean 'check'"),
+    (["check", "--\x1b[2J"], r"check has no option --\x1b[2J"),
+    (["lookup"], "lookup needs an address"),
+    (["lookup", "-c", "x.conf"], "lookup needs an address"),
+    (["check", "x"], "check takes no 'x'"),
+    (["-c", "x.conf", "top", "x"], "top takes no 'x'"),
+    (["-x"], "willi.py has no option -x"),
+    (["check", "--quik"], "check has no option --quik, did you mean '--quick'"),
+    (["top", "--json"], "top has no option --json"),
+    (["--json"], "willi.py has no option --json"),
+    (["-c"], "-c must be there once, with a file behind it"),
+    (["-c", "a", "-c", "b"], "-c must be there once, with a file behind it"),
+    (["--debug", "--debug"], "an option is there twice"),
+])  # fmt: skip
+def test_wrong_usage_is_2_and_names_the_wrong_word(arguments: list[str], wrong: str):
     done = run_willi(*arguments)
     assert done.returncode == USAGE
+    assert done.stderr.splitlines()[0] == f"willi.py: {wrong}; see willi.py --help"
     assert "Usage:" in done.stderr
 
 

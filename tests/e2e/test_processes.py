@@ -21,6 +21,7 @@ from tests.support.loopback import HOST, ROOT, free_port, wait_until
 from tests.support.promise import greeted, in_data
 from tests.support.talk import QUEUED, content, deliver
 from tests.support.upstream import ScriptedUpstream
+from willi_lib.config.cpus import usable_cpus
 
 DIED = "Worker ended by itself"
 GOODBYE = "421 4.3.2 Service is shutting down, try again"
@@ -84,7 +85,7 @@ def test_every_worker_serves(two: Willi, upstream: ScriptedUpstream):
 
 def test_auto_is_a_worker_for_each_cpu_that_willi_may_use(start_willi: StartWilli, upstream: ScriptedUpstream):
     willi = start_willi(server=upstream.server, workers="auto")
-    assert len(willi.workers) == len(os.sched_getaffinity(0))
+    assert len(willi.workers) == usable_cpus()
     assert willi.lines(msg="Ready")[0]["workers"] == str(len(willi.workers))
 
 
@@ -97,11 +98,34 @@ def test_the_master_holds_no_client_and_no_gevent(two: Willi):
     assert all("gevent" in Path(f"/proc/{pid}/maps").read_text() for pid in two.workers)
 
 
-def test_workers_have_a_name_for_ps(two: Willi):
-    assert [status_of(pid, "Name") for pid in two.workers] == ["willi-worker"] * 2
+def test_ps_and_pgrep_show_what_each_process_is(start_willi: StartWilli, upstream: ScriptedUpstream):
+    willi = start_willi(server=upstream.server, workers=2, status_listen=f"{HOST}:{free_port()}")
+    willi.reload()
+    wait_until(lambda: len(willi.children) == 3, "the end of the old workers")
+    names = {pid: willi.name_of(pid) for pid in (willi.process.pid, *willi.children)}
+    assert sorted(names.values()) == ["willi-master", "willi-status", "willi-worker", "willi-worker"]
+    for pid, name in names.items():
+        shown = Path(f"/proc/{pid}/cmdline").read_bytes().rstrip(b"\0").replace(b"\0", b" ").decode()
+        if name == "willi-master":
+            assert shown.endswith(f"willi.py -c {willi.config}")
+        else:
+            assert shown == f"{name} {willi.config}"
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
+def test_a_title_has_no_more_room_than_the_command_line_had():
+    program = "from willi_lib.process_name import name_process as n; n('willi-worker', 'w ' + 'ä' * 5000); input()"
+    with subprocess.Popen(
+        [PYTHON, "-c", program, "argument"], stdin=subprocess.PIPE, cwd=ROOT, env={"LONG": "x" * 100}
+    ) as process:
+        wait_until(lambda: Willi.name_of(process.pid) == "willi-worker", "its name")
+        wait_until(lambda: Path(f"/proc/{process.pid}/cmdline").read_bytes().startswith(b"w "), "its title")
+        shown = Path(f"/proc/{process.pid}/cmdline").read_bytes()
+        assert len(shown) == len("\0".join([PYTHON, "-c", program, "argument", ""]).encode())
+        assert Path(f"/proc/{process.pid}/environ").read_bytes().startswith(b"LONG=xxx")
+        process.communicate(b"\n")
+    assert process.returncode == 0
+
+
 def test_workers_are_user_and_the_master_stays_root(start_willi: StartWilli, upstream: ScriptedUpstream):
     willi = start_willi(server=upstream.server, workers=2, user="nobody")
     assert status_of(willi.process.pid, "Uid").split() == ["0"] * 4

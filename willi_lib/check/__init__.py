@@ -17,9 +17,9 @@ from willi_lib.tls import CertificateError, server_context
 
 from .files import look_at_certificates, look_at_files
 from .lookup import lookup
-from .ports import look_at_ports
+from .ports import look_at_ports, look_whether_ports_stop_a_start
 from .promises import look_at_promises
-from .report import Report
+from .report import GOOD, Report
 from .resolver import look_at_dns
 from .routes import look_at_mappings
 from .upstreams import look_at_upstreams
@@ -45,7 +45,7 @@ def check(settings: Settings, as_json: bool = False) -> int:
 
 
 def check_quickly(settings: Settings, as_json: bool = False) -> int:
-    """Whether Willi would start: read what its workers read. Nothing is connected to; the exit status."""
+    """Whether Willi would start: read what its workers read, and bind what the master binds; the exit status."""
     log.silence()
     report = Report(as_json)
     try:
@@ -53,7 +53,9 @@ def check_quickly(settings: Settings, as_json: bool = False) -> int:
             if isinstance(mapping, CsvFile):
                 mapping.load()
         server_context(settings.certificates, settings.tls_min_version)
-        report.ok(settings.path, "Willi would start")
     except (MappingError, CsvError, CertificateError) as faults:
         report.faults(str(faults))
+    look_whether_ports_stop_a_start(settings, report)
+    if report.status == GOOD:
+        report.ok(settings.path, "Willi would start")
     return report.end()

@@ -5,10 +5,12 @@ from __future__ import annotations
 import errno
 import os
 import pwd
+import re
 import socket
 import sys
 from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import replace
 from ipaddress import IPv4Address, IPv6Address, ip_address
 from pathlib import Path
 
@@ -17,7 +19,7 @@ import gevent
 from willi_lib.config import Address, Settings
 from willi_lib.listeners import _families
 
-from .report import Report
+from .report import Finding, Report
 
 PATIENCE = 2.0  # seconds for whoever listens there to greet us
 LISTENING = "0A"  # in /proc/net/tcp
@@ -25,19 +27,34 @@ ANYWHERE = (ip_address("0.0.0.0"), ip_address("::"))
 MAX_ANSWER = 200  # octets of what it says that are shown
 MAX_METRICS = 1 << 16  # octets in which Willi would have named one of its own
 MAX_COMMAND = 80  # characters of a command line
+OURS = re.compile(r"(^|[/ ])willi(\.py|-[a-z]+)?( |$)")  # in a command: Willi of any version
+UNSEEN = "a process of "  # which only root may look at
 
 
 def look_at_ports(settings: Settings, report: Report) -> None:
     """Bind each address for a moment, without listening."""
     for address in settings.listen:
         for one, needed in _families(address):
-            _look_at("listen", one, needed, report)
+            report.add(_look("listen", one, needed))
     if settings.status_listen:
         for one, needed in _families(settings.status_listen):
-            _look_at("status_listen", one, needed, report)
+            report.add(_look("status_listen", one, needed))
         for address in settings.listen:
             if _overlap(address, settings.status_listen):
                 report.wrong("status_listen", f"{settings.status_listen} is in listen, too", "take another port")
+
+
+def look_whether_ports_stop_a_start(settings: Settings, report: Report) -> None:
+    """Only what would: a status that cannot be had is tried again, and an unseen process may be what Willi replaces."""
+    for address in settings.listen:
+        for one, needed in _families(address):
+            finding = _look("listen", one, needed)
+            if finding.level != "ok":
+                report.add(replace(finding, level="warn") if UNSEEN in finding.what else finding)
+    for one, needed in _families(settings.status_listen) if settings.status_listen else ():
+        finding = _look("status_listen", one, needed)
+        if finding.level != "ok":
+            report.warn(finding.subject, f"{finding.what}: there would be no status for now", finding.advice)
 
 
 def _overlap(one: Address, other: Address) -> bool:
@@ -45,39 +62,39 @@ def _overlap(one: Address, other: Address) -> bool:
     return (anywhere or one.host == other.host) and one.port == other.port != 0
 
 
-def _look_at(setting: str, address: Address, needed: bool, report: Report) -> None:
+def _look(setting: str, address: Address, needed: bool) -> Finding:
     try:
         with _socket_for(address) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             if probe.family == socket.AF_INET6:
                 probe.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
             probe.bind((address.host, address.port))
-        report.ok(setting, f"{address} is free")
     except OSError as error:
         if error.errno == errno.EADDRINUSE or (error.errno == errno.EACCES and _is_taken(address)):
-            _look_at_owner(setting, address, report)
-        elif error.errno == errno.EACCES:
-            report.ok(setting, f"{address} is free (below port 1024: this user may not open it, the service may)")
-        elif needed:
+            return _look_at_owner(setting, address)
+        if error.errno == errno.EACCES:
+            what = f"{address} is free (below port 1024: this user may not open it, the service may)"
+            return Finding("ok", setting, what)
+        if needed:
             advice = "name an address of this machine: ip address" if error.errno == errno.EADDRNOTAVAIL else ""
-            report.wrong(setting, f"cannot listen on {address}: {error.strerror}", advice)
-        else:
-            report.ok(setting, "no IPv6 on this host")
+            return Finding("wrong", setting, f"cannot listen on {address}: {error.strerror}", advice)
+        return Finding("ok", setting, "no IPv6 on this host")
+    return Finding("ok", setting, f"{address} is free")
 
 
-def _look_at_owner(setting: str, address: Address, report: Report) -> None:
-    """Willi itself, or who else?"""
+def _look_at_owner(setting: str, address: Address) -> Finding:
+    """Willi itself, or another program."""
     pid, command = next(_owners(address), (0, ""))
     speaks = "" if command else _metrics(address) if setting == "status_listen" else _greeting(address)
-    if "willi.py" in command or "willi_" in speaks or speaks.endswith("ESMTP Willi"):
-        report.ok(setting, f"Willi listens on {address} already" + (f" (process {pid})" if pid else ""))
-    elif pid == 1:
-        report.ok(setting, f"systemd holds {address}")
-    else:
-        says = repr(speaks[:MAX_ANSWER]) if speaks else "nothing"
-        who = f"process {pid}, {command}" if pid else f"a process of {_user(address)} that says {says}"
-        advice = "stop it, and keep it from starting again, or take another address"
-        report.wrong(setting, f"{address} belongs to {who}", advice)
+    if OURS.search(command) or "willi_" in speaks or speaks.endswith("ESMTP Willi"):
+        what = f"Willi listens on {address} already" + (f" (process {pid})" if pid else "")
+        return Finding("ok", setting, what)
+    if pid == 1:
+        return Finding("ok", setting, f"systemd holds {address}")
+    says = repr(speaks[:MAX_ANSWER]) if speaks else "nothing"
+    who = f"process {pid}, {command}" if pid else f"{UNSEEN}{_user(address)} that says {says}"
+    advice = "stop it, and keep it from starting again, or take another address"
+    return Finding("wrong", setting, f"{address} belongs to {who}", advice)
 
 
 def _socket_for(address: Address) -> socket.socket:

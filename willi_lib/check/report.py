@@ -90,11 +90,16 @@ class Report:
             self._show("")
             print(_line(finding, self._colours), flush=bool(self._bar))
 
+    @property
+    def status(self) -> int:
+        """The exit status, by what has been found so far."""
+        return WRONG if any(finding.level == "wrong" for finding in self._findings) else GOOD
+
     def end(self) -> int:
         """The exit status, when all is said."""
         if self._json:
             print(json.dumps([asdict(finding) for finding in self._findings], indent=2))
-        return WRONG if any(finding.level == "wrong" for finding in self._findings) else GOOD
+        return self.status
 
     @contextmanager
     def progress(self, what: str, steps: int) -> Iterator[Progress]:

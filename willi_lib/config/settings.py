@@ -81,7 +81,7 @@ class Settings:
     path: str
     loglevel: LogLevel = key("info", values.one_of, words=LogLevel)
     log: LogTarget = key("stdout", values.one_of, words=LogTarget)
-    listen: tuple[Address, ...] = key(":25", each(values.socket_address, least=1), is_list=True)
+    listen: tuple[Address, ...] = key(":25", values.listen_addresses, is_list=True)
     domain: str = key("", values.host_name)
     user: str = key("", values.account, known=pwd.getpwnam)
     group: str = key("", values.account, known=grp.getgrnam)

@@ -5,20 +5,23 @@ Inside Willi, times are seconds and sizes are octets; `5m` and `20MiB` exist her
 
 from __future__ import annotations
 
-import os
 import re
 import socket
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from ipaddress import IPv4Network, IPv6Network, ip_interface
+from itertools import product
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
 from willi_lib.smtp.syntax import canonical
 
+from .cpus import usable_cpus
+
 T = TypeVar("T")
 
 ALIASES = {"warning": "warn", "sql": "mysql"}
+MAX_WORKERS = 256
 EXTENSIONS = ("SMTPUTF8", "CHUNKING", "8BITMIME")
 MAPPED_PREFIX = 96  # bits of ::ffff:0:0/96, in which IPv4 addresses are written as IPv6
 TIMES = {"s": 1, "m": 60, "h": 3600}  # in seconds
@@ -34,6 +37,11 @@ class Address:
 
     def __str__(self) -> str:
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+    def includes(self, other: Address) -> bool:
+        """Whether this is all addresses, and the other is one of them."""
+        everywhere = ("", "::" if ":" in other.host else "0.0.0.0")
+        return self.port == other.port != 0 and self.host in everywhere and other.host not in ("", "0.0.0.0", "::")
 
 
 def wrong(text: str, why: str) -> ValueError:
@@ -82,7 +90,7 @@ def count(text: str, least: int, most: int) -> int:
 
 
 def worker_count(text: str) -> int:
-    return len(os.sched_getaffinity(0)) if text.lower() == "auto" else count(text, 1, 256)
+    return min(usable_cpus(), MAX_WORKERS) if text.lower() == "auto" else count(text, 1, MAX_WORKERS)
 
 
 def duration(text: str, most: str, zero: bool = False) -> float:
@@ -130,6 +138,15 @@ def socket_address(text: str) -> Address:
         return Address(address.host and str(canonical(address.host)), address.port)
     except ValueError:
         raise wrong(text, f"{form}, an IP address, not a name") from None
+
+
+def listen_addresses(words: list[str]) -> tuple[Address, ...]:
+    """At least one, and none that another one holds already."""
+    addresses = each(socket_address, least=1)(words)
+    for one, other in product(addresses, repeat=2):
+        if one.includes(other):
+            raise wrong(str(other), f"is part of {one}, and cannot be had twice: leave one of them out")
+    return addresses
 
 
 def database_host(text: str) -> Address:
