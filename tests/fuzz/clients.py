@@ -7,13 +7,15 @@ from dataclasses import dataclass, field
 
 from tests.fuzz.lenient import content_of, strict_end
 
-CONTROL = re.compile(rb"[\x00-\x1f\x7f]")
-BDAT = re.compile(rb"BDAT (\d{1,20})(| LAST) *", re.IGNORECASE)
+CONTROL = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f]")
+BLANKS = b" \t"
+BDAT = re.compile(rb"[ \t]*BDAT[ \t]+(\d{1,20})(|[ \t]+LAST)[ \t]*", re.IGNORECASE)
 MAX_LINE = 2048  # octets with CRLF
 REPLY_LINE = re.compile(rb"([2-5][0-9]{2})([ -])([^\r\n]*)\r\n")
 LAST_WORDS = (b"421", b"221")
 NOT_OFFERED = b"502 5.5.1 Command not implemented\r\n"  # to BDAT: as if it had not been said
-PATH = re.compile(rb"<.*>")
+LINE_TOO_LONG = b"500 5.5.2 Line too long\r\n"  # the last word to what may have been BDAT
+PATH = re.compile(rb"<[ \t]*(.*?)[ \t]*>(?!.*>)")
 GIVES_UP = (b"500 5.5.2 Bare CR or LF in a command\r\n", b"501 5.5.4 Syntax: BDAT size [LAST]\r\n")
 
 
@@ -80,7 +82,7 @@ class Reader:
             pass
         for line in self._said.split(b"\r\n")[:-1]:
             self._story.unheard.append(line)
-            if line[:4].upper() in (b"DATA", b"BDAT"):
+            if line.lstrip(BLANKS)[:4].upper() in (b"DATA", b"BDAT"):
                 break
         return self._story
 
@@ -114,8 +116,10 @@ class Reader:
         return self._draw_conclusions(line, reply)
 
     def _draw_conclusions(self, line: bytes, reply: bytes) -> bool:
-        verb = line.partition(b" ")[0].upper()
+        verb = (line.split() or [b""])[0].upper()
         chunk = _chunk_of(line)
+        if reply == LINE_TOO_LONG and not self._replies:  # then the octets behind it are no commands
+            self._said = b""
         if chunk:
             return self._chunk(*chunk, reply)
         assert not reply.startswith(b"3") or (verb == b"DATA" and reply.startswith(b"354")), (line, reply)
@@ -163,7 +167,7 @@ class Reader:
 def path_of(line: bytes) -> tuple[bytes, ...]:
     """What stands between the brackets of MAIL or RCPT, brackets included; empty: there are none."""
     found = PATH.search(line)
-    return (found[0],) if found else ()
+    return (b"<%b>" % found[1],) if found else ()
 
 
 def _chunk_of(line: bytes) -> tuple[int, bool] | None:

@@ -79,7 +79,7 @@ SYNTAX = tokens(
     b"b.example", b"[192.0.2.1]", b"[IPv6:2001:db8::1]", b"<@x.example,@y.example:", b" ", b" SIZE=", b"1", b"99999",
     b" BODY=8BITMIME", b" BODY=7BIT", b" SMTPUTF8", b" LAST", b"=", b"+", b"+0A", b"+2B", b"ADDR=", b"NAME=", b"PORT=",
     b"IPV6:::1", b"[UNAVAILABLE]", b"postmaster", b"%", b"\r", b"\n", b"\0", b"\x7f", b"\xc3\xbc", b"\xe2\x80\xa8",
-    b"\xc2\x85", b"\xff", b"\xed\xa0\x80", b"x" * 260, b".", b",", b":",
+    b"\xc2\x85", b"\xe2\x80\x8d", b"\t", b"\xff", b"\xed\xa0\x80", b"x" * 260, b".", b",", b":",
 )  # fmt: skip
 BODY = tokens(
     b"\r\n", b"\r\n", b"\r", b"\n", b".", b".", b"\r\n.", b"\r\n..", b"\r\n.\r\n", b"\n.\n", b"\n.\r\n", b"\r\n.\n",
@@ -109,6 +109,9 @@ LINES = (
     b"DATA\r\n", b"RSET\r\n", b"NOOP\r\n", b"VRFY x\r\n", b"QUIT\r\n", b"HELP\r\n", b"AUTH PLAIN\r\n", b"STARTTLS\r\n",
     b"GET / HTTP/1.0\r\n", b"XCLIENT ADDR=192.0.2.9 NAME=x.example\r\n", b"x" * 2047 + b"\r\n", b"\r\n",
     dialogue.HANDSHAKE,
+    b"\tMAIL\t \tFROM:\t<\tann@a.example >\tSIZE=5 \r\n", b" rcpt  TO: \t< bob@b.example\t> \t\r\n",
+    b"DATA\t\r\n", b"RSET \t\r\n",
+    b"RCPT TO:<\xe0\xa4\xb6\xe2\x80\x8db@b.example>\r\n", b"RCPT TO:<\xe2\x80\xaeb@b.example>\r\n",
     b"RCPT TO:<\"a b>,<\"@b.example>\r\n", b"RCPT TO:<b\xc3\xbc@b.example>\r\n", b"NOOP a\nb\r\n", b"BDAT x\r\n",
 )  # fmt: skip
 CONTENT = (
@@ -117,6 +120,7 @@ CONTENT = (
     b"\r\n.\nMAIL FROM:<eve@a.example>\r\nRCPT TO:<bob@b.example>\r\nDATA\r\nsmuggled\r\n.\r\n",
 )  # fmt: skip
 CHUNKS = (
+    b"\tBDAT\t5 \tLAST\t\r\nhello", b"BDAT 6" + b" " * 2048 + b"\r\nRSET\r\n", b" " * 3000 + b"BDAT 6\r\nRSET\r\n",
     b"BDAT 5 LAST\r\nhi", b"BDAT 99999999999999999999 LAST\r\n", b"bdat 3 last \r\na.b",
     *(b"BDAT %d\r\n%b" % (len(octets), octets) for octets in (b"", b"hello\r\n", *CONTENT[1:8], CONTENT[-1])),
     *(b"BDAT %d LAST\r\n%b" % (len(octets), octets) for octets in (b"", b"hello\r\n", *CONTENT[1:8], CONTENT[-1])),
