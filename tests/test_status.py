@@ -10,6 +10,9 @@ from typing import Any
 import gevent
 import pytest
 from gevent import socket
+from prometheus_client import CollectorRegistry
+from prometheus_client.openmetrics import parser as openmetrics
+from prometheus_client.openmetrics.exposition import generate_latest as as_openmetrics
 from prometheus_client.parser import text_string_to_metric_families
 
 from willi_lib import counts
@@ -310,6 +313,14 @@ def samples(totals: Totals) -> dict[str, float]:
             assert series not in found, series
             found[series] = sample.value
     return found
+
+
+def test_no_two_metrics_clash_in_openmetrics(totals: Totals):
+    """There a counter has its name without _total, too. The parser complains about two of the same name."""
+    registry = CollectorRegistry(auto_describe=False)
+    registry.register(metrics.Collector(totals, NOW))
+    families = list(openmetrics.text_string_to_metric_families(as_openmetrics(registry).decode()))
+    assert {"willi_sessions", "willi_sessions_open"} <= {family.name for family in families}
 
 
 def test_buckets_are_cumulative_as_prometheus_wants_them(totals: Totals):

@@ -214,6 +214,30 @@ def test_a_status_port_that_is_taken_keeps_willi_from_no_start(tmp_path: Path, u
     assert (done.returncode, verdict) == (GOOD, f"ok     {path}: Willi would start")
 
 
+# -- postmaster
+
+
+@pytest.mark.parametrize(("table", "has_route"), [
+    ("b.example;127.0.0.1\n", False),
+    ("postmaster@b.example;127.0.0.1\n", False),
+    ("postmaster@mx.willi.example;127.0.0.1\n", True),
+    ("mx.willi.example;127.0.0.1\n", True),
+])  # fmt: skip
+def test_a_postmaster_without_a_route_is_told(tmp_path: Path, table: str, has_route: bool):
+    [found] = about(findings(configure(tmp_path, table)), "postmaster")
+    if has_route:
+        assert found == Finding("ok", "postmaster", "postmaster@mx.willi.example goes to 127.0.0.1:25", "")
+    else:
+        assert found.level == "warn"
+        assert found.what.startswith("mail to postmaster@mx.willi.example, where others report trouble, gets 554")
+
+
+def test_a_mapping_for_all_has_a_postmaster(tmp_path: Path):
+    path = configure(tmp_path, "", mappings="[[all]]\ntype = static\nserver = 127.0.0.1\n")
+    [found] = about(findings(path), "postmaster")
+    assert found.level == "ok"
+
+
 # -- files
 
 

@@ -145,8 +145,22 @@ def test_a_certificate_that_is_not_valid_or_not_for_long(
     assert facts.what.startswith("TLSv1.3, certificate verified, XCLIENT accepted")
     assert problem.level == "warn" and "its certificate ends in 6 days" in problem.what  # as the Authority makes them
     [problem] = about(found, servers[1].server)
-    assert problem.level == "wrong" and "ertificate" in problem.what
-    assert "upstream_tls_ca" in problem.advice
+    assert problem.level == "wrong" and "IP address mismatch" in problem.what
+    assert problem.advice == "name that server in the route as its certificate does, or have one issued for this name"
+
+
+@pytest.mark.parametrize(("kind", "what", "advice"), [
+    ("expired", "certificate has expired", "have it renewed there"),
+    ("self_signed", "self-signed certificate", "set upstream_tls_ca to its authority, or tls_verify of the route to f"),
+])  # fmt: skip
+def test_what_is_wrong_with_a_certificate_says_what_to_do(
+    tmp_path: Path, start_upstream: StartUpstream, certificates: Authority, kind: str, what: str, advice: str
+):
+    upstream = start_upstream(tls=getattr(certificates, kind)(HOST).server_context())
+    path = configure(tmp_path, f"b.example;{upstream.server}\n", f"upstream_tls_ca = {certificates.ca}")
+    [problem] = about(findings(path), upstream.server)
+    assert what in problem.what
+    assert problem.advice.startswith(advice)
 
 
 def test_a_port_that_expects_no_proxy_header(tmp_path: Path, careful: ScriptedUpstream):

@@ -138,7 +138,7 @@ def test_the_numbers_are_those_of_the_log_over_two_workers_and_a_reload(
     status.wait_for(sessions, "willi_session_duration_seconds_count")
     assert status.value("willi_sessions_total") == sessions
     assert status.value("willi_tls_total", side="client", version="none") == sessions
-    assert status.value("willi_sessions") == 0
+    assert status.value("willi_sessions_open") == 0
     assert status.value("willi_reloads_total", outcome="ok") == 1
     assert status.value("willi_upstream_connects_total", host=upstream.server, outcome="opened") == len(
         upstream.connections
@@ -160,7 +160,7 @@ def test_refused_connections_are_those_of_the_log(start_willi: StartWilli, upstr
         with willi.connect(greeting=False) as client:
             assert client.read_reply().code == 421
     status.wait_for(3, "willi_sessions_refused_total", reason="max_connections_per_ip")
-    status.wait_for(2, "willi_sessions")
+    status.wait_for(2, "willi_sessions_open")
     assert len(willi.lines(msg="Connection refused")) == 3
     assert status.value("willi_sessions_refused_total") == 3
     status.wait_for(len(kept), "willi_connections")
@@ -218,9 +218,9 @@ def test_a_killed_worker_takes_nothing_with_it_but_its_last_second(willi: Willi,
     client = served_by(willi, victim)
     assert deliver(client) == QUEUED
     status.wait_for(1, "willi_messages_total", verdict="accepted")
-    status.wait_for(1, "willi_sessions")
+    status.wait_for(1, "willi_sessions_open")
     os.kill(victim, signal.SIGKILL)
-    status.wait_for(0, "willi_sessions")
+    status.wait_for(0, "willi_sessions_open")
     status.wait_for(2, "willi_workers", state="serving")
     newcomer = next(pid for pid in willi.workers if pid != victim)
     assert deliver(served_by(willi, newcomer)) == QUEUED

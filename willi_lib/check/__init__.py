@@ -21,7 +21,7 @@ from .ports import look_at_ports, look_whether_ports_stop_a_start
 from .promises import look_at_promises
 from .report import GOOD, Report
 from .resolver import look_at_dns
-from .routes import look_at_mappings
+from .routes import look_at_mappings, look_at_postmaster
 from .upstreams import look_at_upstreams
 
 __all__ = ["check", "check_quickly", "lookup"]
@@ -39,6 +39,7 @@ def check(settings: Settings, as_json: bool = False) -> int:
     resolver = Resolver(settings.dns_timeout)
     resolver.serve_all_sockets()
     destinations = look_at_mappings(settings, report)
+    look_at_postmaster(settings, report)
     dns_answers = look_at_dns(settings, destinations, resolver, report)
     look_at_upstreams(settings, destinations, resolver, report, dns_answers)
     return report.end()

@@ -6,9 +6,10 @@ from dataclasses import dataclass, field, replace
 
 from willi_lib.config import CsvSettings, MysqlSettings, Settings, StaticSettings
 from willi_lib.mappings import MappingError, open_database, open_mappings
-from willi_lib.routing import LookupFailed, Mapping, Route
+from willi_lib.routing import LookupFailed, Mapping, NoRoute, Route, conclude, search
 from willi_lib.routing.csv_file import CsvError, CsvFile
 from willi_lib.routing.database import Database, Down, Host
+from willi_lib.routing.mysql import Mysql
 from willi_lib.status.words import several
 
 from .promises import is_own
@@ -53,6 +54,29 @@ def look_at_mappings(settings: Settings, report: Report) -> Destinations:
             report.ok(f"static:{one.name}", f"takes every recipient, so {route} must refuse foreign ones itself")
             destinations.add(route, takes_all=True)
     return destinations
+
+
+def look_at_postmaster(settings: Settings, report: Report) -> None:
+    """RFC 5321 §4.5.1. A mapping that cannot be used, or does not answer, has been told already."""
+    address = f"postmaster@{settings.domain}"
+    mappings: list[Mapping] = []
+    try:
+        mappings = open_mappings(settings)
+        for mapping in mappings:
+            if isinstance(mapping, CsvFile):
+                mapping.load()
+        route = conclude(list(search(mappings, address, settings.recipient_delimiter)), address)
+    except NoRoute:
+        what = f"mail to {address}, where others report trouble, gets 554 (RFC 5321 asks to take it)"
+        report.warn("postmaster", what, "add a line for that address to a table, with the server of a mailbox of yours")
+    except (MappingError, CsvError, LookupFailed):
+        return
+    else:
+        report.ok("postmaster", f"{address} goes to {route}")
+    finally:
+        for mapping in mappings:
+            if isinstance(mapping, Mysql):
+                mapping.close()
 
 
 def _open_one(settings: Settings, one: StaticSettings | CsvSettings) -> Mapping:

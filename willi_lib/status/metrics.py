@@ -130,7 +130,7 @@ class Collector:
     def _processes(self) -> Iterator[Metric]:
         master = self._totals.master
         states = [((state,), float(master.number(state))) for state in ("starting", "serving", "draining")]
-        yield _gauge("sessions", "SMTP sessions that are open.", (), [((), float(view.sessions(self._totals)))])
+        yield _gauge("sessions_open", "SMTP sessions that are open.", (), [((), float(view.sessions(self._totals)))])
         yield _gauge("workers", "Workers by state.", ("state",), states)
         yield _gauge("workers_wanted", "Workers that should serve.", (), [((), float(master.wanted))])
         reloads = CounterMetricFamily(PREFIX + "reloads", "Reloads of the configuration.", labels=("outcome",))
