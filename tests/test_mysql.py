@@ -193,11 +193,19 @@ def test_a_faulty_row_is_not_covered_by_what_is_remembered(table: Table, time):
     assert str(watched.fails("b")) == "the row is wrong"
 
 
-def test_a_bug_is_raised_in_the_session_that_asked(table: Table):
+def test_a_bug_is_raised_in_each_session_that_asked_with_its_traceback(table: Table):
+    """As a new exception: one that is raised again and again grows by its frames."""
     watched = Watched(table)
     table.fault = ZeroDivisionError("bug")
-    with pytest.raises(ZeroDivisionError):
-        watched.find("b")
+
+    def find() -> None:
+        with pytest.raises(RuntimeError, match=r"(?s)in ask.*ZeroDivisionError: bug") as raised:
+            watched.find("b")
+        errors.append(raised.value)
+
+    errors: list[RuntimeError] = []
+    together(5, find)
+    assert len({id(error) for error in errors}) == 5
     assert watched.told == []
 
 

@@ -19,6 +19,7 @@ from willi_lib.smtp.reply import (
     is_own,
     own,
     parse_reply_line,
+    salvage,
 )
 
 OWN = {name: value for name, value in vars(replies).items() if isinstance(value, Reply)}
@@ -47,6 +48,15 @@ def test_the_first_digit_says_what_a_reply_means(code, positive, permanent):
     assert (reply.positive, reply.permanent) == (positive, permanent)
 
 
+@pytest.mark.parametrize(("code", "positive", "welcomes"), [
+    (219, True, True), (220, False, True), (221, False, False), (222, True, True), (250, True, True),
+    (354, False, False), (421, False, False),
+])  # fmt: skip
+def test_a_greeting_and_a_goodbye_are_no_yes_to_a_command(code, positive, welcomes):
+    reply = Reply(code, (b"",))
+    assert (reply.positive, reply.welcomes) == (positive, welcomes)
+
+
 def test_for_the_log_a_reply_is_one_line_whatever_is_in_it():
     assert str(Reply(550, (b"5.1.1 no bob", "5.1.1 grüß".encode(), b"\xff"))) == "550 5.1.1 no bob / 5.1.1 grüß / \\xff"
 
@@ -65,7 +75,8 @@ def test_a_refusal_carries_its_reply():
     (b"250--", (250, False, b"-")),
     (b"200 first", (200, True, b"first")),
     (b"599 last", (599, True, b"last")),
-    (b"550 \x1b[31m\xff\0", (550, True, b"\x1b[31m\xff\0")),
+    (b"550 \x1b[31m\xff\0", (550, True, b"?[31m\xff?")),
+    (b"550 a\tb \x7f\x1f\x80", (550, True, b"a\tb ??\x80")),
 ])  # fmt: skip
 def test_a_reply_line_is_code_end_and_text(line, parsed):
     assert parse_reply_line(line) == parsed
@@ -85,7 +96,7 @@ IN_ORDER = [
     (b"250 \r\n", Reply(250, (b"",))),
     (b"354 Go ahead\r\n", Reply(354, (b"Go ahead",))),
     (b"250-mx\r\n250-\r\n250 SIZE 5\r\n", Reply(250, (b"mx", b"", b"SIZE 5"))),
-    (b"250-5.1.1 no\r\n550 \0\xff-\r\n", Reply(550, (b"5.1.1 no", b"\0\xff-"))),
+    (b"250-5.1.1 n\to\r\n550 \0\xff-\x1b\r\n", Reply(550, (b"5.1.1 n\to", b"?\xff-?"))),
     (b"250-x\r\n" * (MAX_REPLY_LINES - 1) + b"250 y\r\n", Reply(250, (b"x",) * (MAX_REPLY_LINES - 1) + (b"y",))),
 ]
 
@@ -117,6 +128,43 @@ def test_what_is_no_reply_line_is_quoted_in_part_only():
     assert "\n" not in str(error.value)
 
 
+SALVAGED = [
+    (b"250 2.0.0 Ok\nqueued as AB12\r\n", "250 2.0.0 Ok / queued as AB12"),
+    (b"250 2.0.0 Ok: queued as AB12\r\r\n", "250 2.0.0 Ok: queued as AB12"),
+    (b"250 2.0.0 Ok\n", "250 2.0.0 Ok"),
+    (b"250-2.0.0 Ok\n250 queued\n", "250 2.0.0 Ok / queued"),
+    (b"250-2.0.0 Ok\r\nqueued\r\n250 bye\r\n", "250 2.0.0 Ok / queued / bye"),
+    (b"250 one\n550 two\n", "250 one"),
+    (b"550-one\r\n550", "550 one"),
+    (b"250", "250 "),
+    (b"250-", "250 "),
+    (b"250 2.0.0 o\0k\x1b\n", "250 2.0.0 o?k?"),
+    (b"250 a\rb\n", "250 a?b"),
+    (b"250\tOk\n", "250 \tOk"),
+    (b"552 " + b"x" * 5000, "552 " + "x" * 506),
+    (b"250-x\r\n" * 300, "250 " + " / ".join("x" * MAX_REPLY_LINES)),
+]
+
+
+@pytest.mark.parametrize(("octets", "reply"), SALVAGED, ids=range(len(SALVAGED)))
+def test_of_a_badly_framed_verdict_the_code_counts_and_the_text_is_kept_as_far_as_it_can_be(octets, reply):
+    assert str(salvage(octets)) == reply
+
+
+@pytest.mark.parametrize("octets", [
+    b"", b"2", b"25", b"\n250 Ok", b" 250 Ok", b"2500 Ok", b"199 Ok", b"600 Ok", b"250Ok", b"250_Ok",
+    b"Ok\r\n250 Ok\r\n",
+])  # fmt: skip
+def test_where_no_code_can_be_read_there_is_no_verdict(octets):
+    assert salvage(octets) is None
+
+
+@given(st.binary(max_size=40))
+def test_what_is_salvaged_can_be_sent_to_a_client(octets):
+    reply = salvage(b"250" + octets)
+    assert reply is None or first_reply(reply.octets) == (reply, len(reply.octets))
+
+
 @given(st.binary(max_size=8))
 def test_any_line_is_a_reply_line_or_refused(line):
     try:
@@ -125,10 +173,14 @@ def test_any_line_is_a_reply_line_or_refused(line):
         assert not re.match(rb"[2-5][0-9][0-9](?:[ -]|\Z)", line)
     else:
         assert 200 <= code <= 599
-        assert b"%d%s%s" % (code, b"" if len(line) == 3 else b" " if last else b"-", text) == line
+        assert b"%d%s" % (code, b"" if len(line) == 3 else b" " if last else b"-") == line[:4]
+        assert text == re.sub(rb"[\0-\x08\x0a-\x1f\x7f]", b"?", line[4:])
 
 
-@given(st.integers(200, 599), st.lists(st.binary(max_size=20).filter(lambda text: b"\r\n" not in text), min_size=1))
+TEXT = st.lists(st.sampled_from([b"\t", b" ", b"-", b"a", b"\x80", b"\xff"]), max_size=20).map(b"".join)
+
+
+@given(st.integers(200, 599), st.lists(TEXT, min_size=1))
 def test_a_reply_is_read_back_as_it_was_written(code, lines):
     written = Reply(code, tuple(lines)).octets
     *parsed, rest = (line for line in written.split(b"\r\n"))

@@ -21,7 +21,7 @@ from tests.support.loopback import HOST, PATIENCE, wait_until
 from willi_lib.smtp import wire as module
 from willi_lib.smtp.reply import BadReply, Reply
 from willi_lib.smtp.syntax import MAX_COMMAND_LINE
-from willi_lib.smtp.wire import BadFraming, Clock, LineTooLong, PeerGone, TimeLimit, TlsFailed, Wire
+from willi_lib.smtp.wire import BadFraming, Clock, LineTooLong, PeerGone, TimeLimit, TlsFailed, Wire, WireError
 
 SHORT = 0.05  # seconds of a limit that is to strike
 NEXT = b"NOOP\r\n"
@@ -373,7 +373,7 @@ def test_pending_tells_octets_and_the_end_from_nothing_and_does_not_wait(connect
     (b"250\r\n", Reply(250, (b"",))),
     (b"250 \r\n", Reply(250, (b"",))),
     (b"250-mx\r\n250-SIZE\r\n250 8BITMIME\r\n", Reply(250, (b"mx", b"SIZE", b"8BITMIME"))),
-    (b"550-5.1.1 no \xff\0\r\n550 5.1.1 bye\r\n", Reply(550, (b"5.1.1 no \xff\0", b"5.1.1 bye"))),
+    (b"550-5.1.1 no \xff\0\r\n550 5.1.1 bye\r\n", Reply(550, (b"5.1.1 no \xff?", b"5.1.1 bye"))),
     (b"250-" + b"x" * 4090 + b"\r\n250 y\r\n", Reply(250, (b"x" * 4090, b"y"))),
     (b"250-x\r\n" * 199 + b"250 y\r\n", Reply(250, (b"x",) * 199 + (b"y",))),
 ])  # fmt: skip
@@ -395,6 +395,51 @@ def test_what_is_no_reply_is_refused(connect, feed, octets):
     feed(peer, octets)
     with pytest.raises(BadReply):
         wire.read_reply()
+
+
+@pytest.mark.parametrize("line", [b"2", b"250-" + b"x" * 1000 + b"\r\n", b"250-\r\n"], ids=["a line", "lines", "empty"])
+def test_a_reply_without_end_is_refused_as_soon_as_it_is_too_long(connect, line):
+    """What a peer still sends is not waited for."""
+    wire, peer = connect()
+    feeding = connect.thread(lambda: peer.sendall(line * (500_000 // len(line))))
+    with pytest.raises(BadReply, match="a reply"), wire.clock.limit(PATIENCE, "one reply"):
+        wire.read_reply()
+    wire.close()
+    feeding.exception(PATIENCE)
+
+
+@pytest.mark.parametrize(("octets", "verdict"), [
+    (b"250-a\r\n250 b\r\n", (Reply(250, (b"a", b"b")), True)),
+    (b"250 a\nb\r\n", (Reply(250, (b"a", b"b")), False)),
+    (b"250 a\r\r\n", (Reply(250, (b"a",)), False)),
+    (b"250-a\r\nb\r\n", (Reply(250, (b"a", b"b")), False)),
+    (b"550 " + b"x" * 5000 + b"\r\n", (Reply(550, (b"x" * 506,)), False)),
+])  # fmt: skip
+def test_a_verdict_whose_code_can_be_read_counts(connect, octets, verdict):
+    wire, peer = connect()
+    peer.sendall(octets)
+    assert wire.read_verdict() == verdict
+
+
+@pytest.mark.parametrize("octets", [b"250 2.0.0 queued", b"250-2.0.0 queued\r\n", b"250"])
+@pytest.mark.parametrize("end", ["close", "silence"])
+def test_a_verdict_whose_end_does_not_come_counts(connect, monkeypatch, octets, end):
+    monkeypatch.setattr(module, "REST_OF_VERDICT", SHORT)
+    wire, peer = connect()
+    peer.sendall(octets)
+    if end == "close":
+        peer.close()
+    reply, in_order = wire.read_verdict()
+    assert (reply.code, in_order) == (250, False)
+
+
+@pytest.mark.parametrize("octets", [b"25", b"Ok\r\n", b"\n250 Ok\r\n"])
+def test_what_has_no_code_is_no_verdict(connect, octets):
+    wire, peer = connect()
+    peer.sendall(octets)
+    peer.close()
+    with pytest.raises((BadReply, WireError)):
+        wire.read_verdict()
 
 
 # Time

@@ -15,12 +15,28 @@ from .routing import LookupFailed, Mapping, NoRoute, Route
 from .smtp import reply as replies
 from .smtp.reply import Reject, Reply
 from .smtp.syntax import MAX_COMMAND_LINE, Mail, Path, parse_rcpt, split_command
-from .smtp.wire import Wire
+from .smtp.wire import FOREVER, TimeLimit, Wire
 from .upstream import NOT_FROM_US, Client, Connector, Refused, Upstream, UpstreamFailed, WantsTls
 
 # Connections that a client may have opened one after the other without a message that is accepted: one for each EHLO or
 # change of route. An upstream counts the refusals on one connection only.
 MAX_IN_VAIN = 20
+
+# Seconds for looking up, before their turn, the recipients that the client has sent in one group. What is not found by
+# then is looked up in its turn, under the time limit of its own command.
+LOOK_AHEAD_TIME = 1.0
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Why a route did not work out: kept as a value, since an exception grows by its frames each time it is raised."""
+
+    reply: Reply
+    by_upstream: bool
+
+    def error(self) -> Reject | Refused:
+        """A new exception that says so."""
+        return Refused(self.reply) if self.by_upstream else Reject(self.reply)
 
 
 @dataclass
@@ -32,7 +48,7 @@ class Transaction:
     recipients: list[Path] = field(default_factory=list)  # those that the upstream accepted
     refused: int = 0  # recipients that were not accepted
     deferred: int = 0  # those of them that may be tried again
-    refusals: dict[Route, Reject | Refused] = field(default_factory=dict)  # routes that did not work out
+    refusals: dict[Route, Refusal] = field(default_factory=dict)  # routes that did not work out
     route: Route | None = None  # the last one asked, for the log
     upstream: Upstream | None = None  # which accepted MAIL
     relay: Relay | None = None  # the content has begun
@@ -84,6 +100,14 @@ class Dispatch:
 
         Raises NoRoute, LookupFailed, UpstreamFailed, Reject, Refused.
         """
+        try:
+            return self._ask_rcpt(transaction, recipient)
+        except UpstreamFailed:
+            if self.upstream and not transaction.recipients:  # else it was never there, or served a while
+                self._connector.mark_down(self.upstream.server)
+            raise
+
+    def _ask_rcpt(self, transaction: Transaction, recipient: Path) -> Reply:
         line = _rcpt_line(recipient)
         upstream = transaction.upstream
         if upstream and upstream.is_ahead(line):  # decided when it was sent: a second look-up might differ
@@ -125,7 +149,7 @@ class Dispatch:
         """The upstream for a recipient, which has accepted MAIL. A route is not tried twice in a transaction."""
         route = transaction.route = self._route_of(recipient)
         if route in transaction.refusals:
-            raise transaction.refusals[route]
+            raise transaction.refusals[route].error()
         try:
             try:
                 upstream, answer = self._begin(transaction, route, recipient)
@@ -136,10 +160,10 @@ class Dispatch:
                 self._settle(upstream, answer)
                 raise Refused(answer)
         except (Reject, Refused) as refusal:
-            transaction.refusals[route] = refusal
+            transaction.refusals[route] = Refusal(refusal.reply, by_upstream=isinstance(refusal, Refused))
             raise
         except UpstreamFailed:
-            transaction.refusals[route] = Reject(replies.UPSTREAM_FAILED)
+            transaction.refusals[route] = Refusal(replies.UPSTREAM_FAILED, by_upstream=False)
             raise
         transaction.upstream = upstream
         return upstream
@@ -149,13 +173,15 @@ class Dispatch:
         if self.upstream and self.upstream.route != route:
             self.quit()
         if self.upstream:
+            clock = self._client_wire.clock
             try:
-                self.upstream.reset()
-                answer = self._say_mail(self.upstream, transaction, recipient)
+                with clock.limit(self._settings.connect_timeout, "on a kept connection (connect_timeout)"):
+                    self.upstream.reset()
+                    answer = self._say_mail(self.upstream, transaction, recipient)
                 if answer.code != 421:
                     return self.upstream, answer
             except UpstreamFailed as failure:
-                if self._client_wire.clock.overdue():
+                if clock.overdue():
                     raise
                 log.debug("Kept upstream connection is gone", sid=self._sid, error=str(failure))
             self.drop()
@@ -163,17 +189,13 @@ class Dispatch:
         return self.upstream, self._say_mail(self.upstream, transaction, recipient)
 
     def _connect(self, route: Route) -> Upstream:
-        """A new connection; 421 for who has had too many."""
+        """A new connection; 421 for a client that has had too many, whatever became of them."""
         if self.in_vain >= MAX_IN_VAIN:
             log.info("Too many upstream connections without a message", sid=self._sid, client=str(self._client))
             self._counts.add(REFUSED, "max_errors")
             raise Reject(replies.TOO_MANY_ERRORS)
         self.in_vain += 1
-        try:
-            return self._connector.connect(route, self._client, self._client_wire.clock, self._sid)
-        except UpstreamFailed:  # no fault of the client's, who may have messages for others, too
-            self.in_vain -= 1
-            raise
+        return self._connector.connect(route, self._client, self._client_wire.clock, self._sid)
 
     def _say_mail(self, upstream: Upstream, transaction: Transaction, recipient: Path) -> Reply:
         """MAIL, and behind it in the same write what the client has sent in one group with this RCPT."""
@@ -200,6 +222,7 @@ class Dispatch:
         if "PIPELINING" not in upstream.features:
             return lines
         room = self._settings.max_recipients - len(transaction.recipients) - 1
+        deadline = monotonic() + LOOK_AHEAD_TIME
         for octets in self._client_wire.peek_lines():
             if len(octets) + 2 > MAX_COMMAND_LINE:
                 break  # it will be refused
@@ -207,7 +230,7 @@ class Dispatch:
                 verb, argument = split_command(octets)
                 if verb == b"RCPT" and len(lines) < room:
                     recipient = parse_rcpt(argument, transaction.mail.smtputf8)
-                    if not self._may_share(transaction, upstream.route, recipient):
+                    if not self._may_share(transaction, upstream.route, recipient, deadline):
                         break
                     lines.append(_rcpt_line(recipient))
                     continue
@@ -218,17 +241,23 @@ class Dispatch:
             break
         return lines
 
-    def _route_of(self, recipient: Path) -> Route:
-        """Raises NoRoute, LookupFailed."""
-        return route_of(self._mappings, self._settings, recipient, self._counts)
+    def _route_of(self, recipient: Path, deadline: float = FOREVER) -> Route:
+        """Raises NoRoute, LookupFailed, which is also what a time limit means here: no upstream is to blame."""
+        try:
+            with self._client_wire.clock.until(deadline, "looking up the recipient"):
+                return route_of(self._mappings, self._settings, recipient, self._counts)
+        except TimeLimit as limit:
+            raise LookupFailed(str(limit)) from None
 
-    def _may_share(self, transaction: Transaction, route: Route, recipient: Path) -> bool:
+    def _may_share(
+        self, transaction: Transaction, route: Route, recipient: Path, deadline: float = FOREVER
+    ) -> bool:
         """Whether a later recipient may go to the upstream of the first one. Raises NoRoute, LookupFailed.
 
         While none is accepted, one whose own upstream has refused MAIL or failed must not be asked of another.
         """
         settled = bool(transaction.recipients) or not transaction.refusals
-        return (settled and self._settings.mixed_recipients == "first") or self._route_of(recipient) == route
+        return (settled and self._settings.mixed_recipients == "first") or self._route_of(recipient, deadline) == route
 
     def _settle(self, upstream: Upstream, answer: Reply) -> None:
         """After a refused MAIL: fetch what else was asked in the same write. After 421 nothing more comes."""

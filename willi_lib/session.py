@@ -12,7 +12,7 @@ from collections.abc import Callable
 from enum import Enum, auto
 
 from .counts import REFUSED
-from .dispatch import Dispatch, Transaction
+from .dispatch import Dispatch, Refusal, Transaction
 from .relay import Content, Relay
 from .routing import LookupFailed, NoRoute
 from .service import XCLIENT_ATTRIBUTES, Service
@@ -517,7 +517,7 @@ class Session:
         if transaction:
             self.stage = Stage.FAILED
             if transaction.upstream:
-                transaction.refusals[transaction.upstream.route] = Reject(replies.UPSTREAM_FAILED)
+                transaction.refusals[transaction.upstream.route] = Refusal(replies.UPSTREAM_FAILED, by_upstream=False)
             if transaction.recipients:
                 answer = self.refuse(replies.UPSTREAM_LOST, str(failure))
                 self.log.message(transaction, answer)  # for those who had been accepted

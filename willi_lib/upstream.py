@@ -34,10 +34,10 @@ from .tls import CertificateError, client_context
 NO_MX = 1 << 16  # a preference that no MX record has
 BEST_MX = "the best MX host is Willi itself"
 DOWN_TIME = 60.0  # seconds that a host that failed is tried last
-QUIT_TIMEOUT = 5.0  # seconds for the answer to QUIT, on which nothing depends
 LAST_WORDS_TIMEOUT = 0.1  # seconds for the rest of a reply of which the beginning has come already
 ONE_WRITE = 64 << 10  # octets up to which copying the end of a message costs less than a second write
-
+INTERMEDIATE = {b"DATA": 354, b"STARTTLS": 220, b"XCLIENT": 220}  # the codes that are neither yes nor no, where due
+OUR_LACK = frozenset((errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM))  # of descriptors and memory
 
 OURSELVES_TIME = 3600.0  # seconds that an MX host that turned out to be ourselves is not tried
 WANTS_TLS_TIME = 3600.0  # seconds that a host that wants TLS is not tried in clear
@@ -51,6 +51,10 @@ _NOT_AUTHORIZED = re.compile(rb"(?:5\.7\.\d+ )?(?:Error: )?insufficient authoriz
 
 class UpstreamFailed(Exception):
     """No upstream, or no further use of this one; the text is for the log. The client gets a 451."""
+
+
+class OurFault(UpstreamFailed):
+    """The same because of something that we lack: no host is to blame, and another one would do no better."""
 
 
 class WantsTls(UpstreamFailed):
@@ -107,6 +111,7 @@ class Upstream:
         self.introduced = False  # and waits for MAIL, which may take time
         self.in_transaction = False  # it heard MAIL, and no end of that
         self.could_use_tls = False  # it offers STARTTLS, and the setting allows that
+        self.out_of_step = False  # its last reply was badly framed: the next one could be a part of it
         self._ahead: deque[bytes] = deque()  # sent in a group, answers still to come
         self.xclient_offer = ""  # the attributes that it lists; not all go on to list them afterwards (for `check`)
         self.xclient_answer: Reply | None = None
@@ -127,9 +132,10 @@ class Upstream:
             answer = self.wire.read_reply()
         except (WireError, BadReply) as error:
             raise UpstreamFailed(f"{self.server}: {error}") from None
-        greets = answer.code in (220, 221) and not line.startswith((b"STARTTLS", b"XCLIENT"))  # a second time
-        if greets or (300 <= answer.code < 400 and line != b"DATA"):
-            raise UpstreamFailed(f"{self.server}: {line.partition(b' ')[0].decode()}: {answer}")
+        if not answer.positive and answer.code < 400:
+            verb = line.partition(b" ")[0]
+            if answer.code != INTERMEDIATE.get(verb):  # a goodbye, or a second greeting
+                raise UpstreamFailed(f"{self.server}: {verb.decode()}: {answer}")
         return answer
 
     def send_ahead(self, lines: Sequence[bytes]) -> None:
@@ -205,17 +211,20 @@ class Upstream:
 
     def finish_chunk(self, octets: bytes, seconds: float) -> Reply:
         """The same for a chunk of BDAT, which ends by its length."""
-        if self.wire.pending():  # an answer before its question must not be taken for the verdict
+        if self.out_of_step or self.wire.pending():  # an answer before its question must not be taken for the verdict
             self._last_words()
-            did = "spoke" if self.wire.buffered else "hung up"
+            did = "spoke" if self.wire.buffered or self.out_of_step else "hung up"
             raise UpstreamFailed(f"{self.server}: {did} inside the message")
         self.send(octets)
         try:
             with self.wire.clock.limit(seconds, "waiting for the verdict (data_timeout)"):
-                verdict = self.wire.read_reply()
+                verdict, in_order = self.wire.read_verdict()
         except (WireError, BadReply) as error:
             raise UpstreamFailed(f"{self.server}: {error}") from None
-        if 300 <= verdict.code < 400:
+        if not in_order:
+            self.out_of_step = True
+            log.warn("Badly framed reply to a message", upstream=str(self.server), reply=str(verdict))
+        if not verdict.positive and verdict.code < 400:
             raise UpstreamFailed(f"{self.server}: no verdict: {verdict}")
         return verdict
 
@@ -223,7 +232,7 @@ class Upstream:
         """Raise Refused if the upstream has said why it wants no more of the message."""
         try:
             with self.wire.clock.limit(LAST_WORDS_TIMEOUT, "last words"):
-                words = self.wire.read_reply() if self.wire.pending() and self.wire.buffered else None
+                words = self.wire.read_verdict()[0] if self.wire.pending() and self.wire.buffered else None
         except (WireError, BadReply) as error:
             log.debug("No last words", upstream=str(self.server), error=str(error))
             return
@@ -241,25 +250,20 @@ class Upstream:
 
     def reset(self) -> None:
         """Make it ready for the next MAIL. Raises UpstreamFailed, also if it has hung up meanwhile."""
-        if self._ahead or (self.in_transaction and self.wire.pending()):  # else MAIL will look
+        useless = self._ahead or self.out_of_step
+        if useless or (self.in_transaction and self.wire.pending()):  # else MAIL will look
             raise UpstreamFailed(f"{self.server}: kept connection is of no use")
         if self.in_transaction and not self.ask(b"RSET").positive:
             raise UpstreamFailed(f"{self.server}: RSET refused")
         self.in_transaction = False
 
     def quit(self) -> None:
-        """Say QUIT and close; an answer is awaited for politeness only (RFC 5321 §4.1.1.10)."""
-        if self._ahead:
+        """Say QUIT and close. Nothing depends on the answer, so there is no wait for it, as with Postfix."""
+        if self._ahead or self.out_of_step:
             self.drop()
             return
-        try:
-            with self.wire.clock.limit(QUIT_TIMEOUT, "waiting for the answer to QUIT"):
-                self.wire.write(b"QUIT\r\n")
-                self.wire.read_reply()
-                self.wire.hang_up()
-        except (WireError, BadReply) as error:
-            log.debug("No answer to QUIT", error=str(error))
-            self.drop()
+        self.wire.write(b"QUIT\r\n")
+        self.wire.hang_up()
 
     def drop(self) -> None:
         """Close at once: no dot, no QUIT, so that an unfinished message stays unfinished."""
@@ -297,27 +301,50 @@ class Connector:
         if not servers and all(why.endswith(BEST_MX) for why in failures):
             log.error("Mail loop: no MX host is better than Willi", sid=sid, upstream=str(route))
             raise MailLoop
-        for server in servers:
+        for number, server in enumerate(servers, 1):
+            began = monotonic()
             try:
-                for address in self._addresses(server, clock):
-                    if clock.overdue():
-                        break
-                    try:
-                        upstream = self._open(route, server, address, client, clock, sid)
-                        self._note_open(upstream)
-                        return upstream
-                    except (UpstreamFailed, WireError, BadReply) as error:
-                        where = "" if address[1] == server.host else f" [{address[1]}]"
-                        failures.append(f"{server}{where}: {str(error).removeprefix(f'{server}: ')}")
+                return self._open_host(route, server, client, clock, sid, is_last=number == len(servers))
+            except OurFault:
+                raise
             except UpstreamFailed as error:
                 failures.append(str(error))
             except (Refused, Reject):
                 self._counts.refused(server)
                 raise
-            self._mark_down(server, failures[-1] if failures else "")
-            if clock.overdue():
+            overdue = clock.overdue()
+            if number == 1 or not overdue or monotonic() - began > self._settings.connect_timeout:
+                self._counts.not_opened(server, failures[-1])
+                self.mark_down(server)
+            if overdue:  # and no host is to blame for the time that others took
                 break
         raise UpstreamFailed("; ".join(failures))
+
+    def _open_host(
+        self, route: Route, server: Server, client: Client, clock: Clock, sid: str, is_last: bool
+    ) -> Upstream:
+        """The first address of a host that answers. Raises as `connect` does.
+
+        is_last: there is no other host that needs time to be tried, if this one greets and says nothing more.
+        """
+        failures: list[str] = []
+        addresses = self._addresses(server, clock)
+        for address in addresses:
+            if clock.overdue():
+                break
+            has_all = is_last and address == addresses[-1]
+            seconds = self._settings.upstream_timeout if has_all else self._settings.connect_timeout
+            try:
+                upstream = self._open(route, server, address, client, clock, sid, seconds)
+            except OurFault:
+                raise
+            except (UpstreamFailed, WireError, BadReply) as error:
+                where = "" if address[1] == server.host else f" [{address[1]}]"
+                failures.append(f"{server}{where}: {str(error).removeprefix(f'{server}: ')}")
+            else:
+                self._note_open(upstream)
+                return upstream
+        raise UpstreamFailed("; ".join(failures) or f"{server}: no time was left for it")
 
     def _hosts(self, route: Route, failures: list[str]) -> Iterator[Server]:
         """The route's servers, with `mx:domain` replaced by its MX hosts."""
@@ -351,8 +378,8 @@ class Connector:
         tls = upstream.wire.tls_version or "none"
         self._counts.opened(upstream.server, upstream.greeted_after, tls, upstream.xclient or "off")
 
-    def _mark_down(self, server: Server, why: str) -> None:
-        self._counts.not_opened(server, why)
+    def mark_down(self, server: Server) -> None:
+        """It failed before it accepted a recipient: for a while it is tried last."""
         now = monotonic()
         self._down = {key: until for key, until in self._down.items() if until > now}
         self._down[server.host, server.port] = now + DOWN_TIME
@@ -362,6 +389,7 @@ class Connector:
             with clock.limit(self._settings.dns_timeout, "looking up the address (dns_timeout)"):
                 return self._resolver.addresses_of(server.host)
         except (DnsFailed, WireError) as error:
+            _new_socket(stdlib_socket.AF_INET).close()  # without a descriptor there is no answer either
             raise UpstreamFailed(f"{server}: {error}") from None
 
     def note_wants_tls(self, server: Server) -> None:
@@ -369,16 +397,21 @@ class Connector:
         log.info("The upstream wants TLS, and gets it from now on", upstream=str(server))
         self._wants.put(str(server), True, WANTS_TLS_TIME)
 
-    def _open(self, route: Route, server: Server, address: Address, client: Client, clock: Clock, sid: str) -> Upstream:
-        """One attempt at one address, and another one if it wants TLS. Raises as `_open_once` does."""
+    def _open(
+        self, route: Route, server: Server, address: Address, client: Client, clock: Clock, sid: str, seconds: float
+    ) -> Upstream:
+        """One attempt at one address, and another one if it wants TLS. Raises as `_open_once` does.
+
+        seconds: for what follows the greeting, up to MAIL.
+        """
         try:
-            return self._open_once(route, server, address, client, clock, sid)
+            return self._open_once(route, server, address, client, clock, sid, seconds)
         except WantsTls:
             self.note_wants_tls(server)
-        return self._open_once(route, server, address, client, clock, sid)
+        return self._open_once(route, server, address, client, clock, sid, seconds)
 
     def _open_once(
-        self, route: Route, server: Server, address: Address, client: Client, clock: Clock, sid: str
+        self, route: Route, server: Server, address: Address, client: Client, clock: Clock, sid: str, seconds: float
     ) -> Upstream:
         """Raises UpstreamFailed, WireError, BadReply, Refused, Reject."""
         began = monotonic()
@@ -398,7 +431,8 @@ class Connector:
                 raise
         upstream.greeted_after = monotonic() - began
         try:
-            self._introduce(upstream, client, sid)
+            with clock.limit(seconds, "waiting for the answers before MAIL"):
+                self._introduce(upstream, client, sid)
             upstream.introduced = True
         except BaseException:  # TimeLimit and the like too: nobody else knows this connection yet
             upstream.drop()
@@ -409,7 +443,7 @@ class Connector:
 
     def _expect_greeting(self, upstream: Upstream) -> None:
         greeting = upstream.wire.read_reply()
-        if greeting.positive:
+        if greeting.welcomes:
             return
         if upstream.route.policy.send_proxy != "no" and greeting.code >= 400:
             raise Refused(greeting)  # by the PROXY header it knew whom it was talking to
@@ -491,7 +525,7 @@ class Connector:
         try:
             context = _context(route.tls_verify, route.policy.upstream_tls_ca)
         except CertificateError as error:
-            raise UpstreamFailed(f"upstream_tls_ca: {error}") from None
+            raise OurFault(f"upstream_tls_ca: {error}") from None
         upstream.wire.start_tls(context, server_side=False, server_name=upstream.server.host.rstrip("."))
         if upstream.wire.pending():  # in clear it has been dropped; in the records of its handshake nobody has looked
             raise UpstreamFailed(f"{upstream.server}: spoke before EHLO")
@@ -625,24 +659,30 @@ def _context(verify: bool, ca_file: str) -> ssl.SSLContext:
 
 
 def _connect(address: Address, port: int) -> Socket:
-    """A non-blocking socket that is connecting. Raises WireError.
+    """A non-blocking socket that is connecting. Raises WireError, OurFault.
 
     Nobody waits for that alone: whoever reads the greeting, or writes the PROXY header, waits
     until it is there, and is told why it failed. gevent's own connect asks the resolver even for
     an address, which costs 23 % of a session.
     """
     family, host = address
-    kind = stdlib_socket.SOCK_STREAM | stdlib_socket.SOCK_NONBLOCK | stdlib_socket.SOCK_CLOEXEC
-    try:
-        connection = Socket(family, kind)
-    except OSError as error:  # no more descriptors, or no IPv6
-        raise PeerGone(error.strerror or str(error)) from None
+    connection = _new_socket(family)
     try:
         connection.setsockopt(stdlib_socket.IPPROTO_TCP, stdlib_socket.TCP_NODELAY, 1)
         code = connection.connect_ex((host, port))
         if code not in (0, errno.EINPROGRESS):
-            raise PeerGone(os.strerror(code))
+            raise OurFault(os.strerror(code)) if code in OUR_LACK else PeerGone(os.strerror(code))
     except BaseException:
         connection.close()
         raise
     return connection
+
+
+def _new_socket(family: int) -> Socket:
+    """Raises OurFault: no descriptor is left; PeerGone: there is no such family, as no IPv6."""
+    kind = stdlib_socket.SOCK_STREAM | stdlib_socket.SOCK_NONBLOCK | stdlib_socket.SOCK_CLOEXEC
+    try:
+        return Socket(family, kind)
+    except OSError as error:
+        why = error.strerror or str(error)
+        raise OurFault(why) if error.errno in OUR_LACK else PeerGone(why) from None

@@ -46,6 +46,18 @@ def test_no_ptr_name_injects_anything(name: str, start_willi: StartWilli, upstre
     assert all(b"vil" not in octets for octets in (upstream.connection().received, willi.text.encode()))
 
 
+def test_no_control_octet_of_an_upstream_reaches_the_client(willi: Willi, upstream: ScriptedUpstream):
+    """A NUL ends the text for some readers, ESC is a command to a terminal. All else goes on word for word."""
+    upstream.answers[BOB] = b"550-5.1.1 \0no\x1b[31m bob\x7f\r\n550 5.1.1\t gr\xc3\xbc\xc3\x9f \x01\xff\r\n"
+    with greeted(willi) as client:
+        client.send(MAIL + b"\r\n" + BOB + b"\r\n")
+        assert client.read_reply().code == 250
+        lines = [client.read_line(), client.read_line()]
+    assert lines == [b"550-5.1.1 ?no?[31m bob?", b"550 5.1.1\t gr\xc3\xbc\xc3\x9f ?\xff"]
+    logged = willi.wait_for_log(msg="Message rejected")
+    assert logged["reply"] == "550 5.1.1 ?no?[31m bob? / 5.1.1\t grüß ?\\xff"
+
+
 # TLS
 
 

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from time import monotonic
+
 import pytest
 
 from tests.conftest import StartUpstream, StartWilli
 from tests.support.daemon import Willi
+from tests.support.loopback import PATIENCE, wait_until
 from tests.support.talk import (
     BOB,
     CARL,
     EHLO,
     GO_ON,
     MAIL,
+    NO_ANSWER,
     OK,
     QUEUED,
     SENDER_KEPT,
@@ -24,8 +28,9 @@ from tests.support.talk import (
     two_domains,
     verbs,
 )
-from tests.support.upstream import VERDICT, Close, Ended, Reset, ScriptedUpstream, Silence
+from tests.support.upstream import VERDICT, Close, Ended, Hold, Reset, ScriptedUpstream, Silence
 
+CLIENT = "127.0.0.3"
 BUSY = "421 4.3.2 too many messages, goodbye"
 
 
@@ -152,17 +157,33 @@ def test_a_kept_connection_is_not_replaced_once_mail_was_accepted(willi: Willi, 
     assert len(upstream.connections) == 1
 
 
-def test_a_kept_connection_that_stays_silent_costs_one_upstream_timeout(
-    willi: Willi, upstream: ScriptedUpstream
+@pytest.mark.parametrize("verb", [b"MAIL", b"RSET"], ids=bytes.decode)
+def test_a_kept_connection_that_stays_silent_is_replaced_after_connect_timeout(
+    verb: bytes, start_willi: StartWilli, upstream: ScriptedUpstream
+):
+    """A firewall that forgets a connection tells neither end of it."""
+    willi = start_willi(server=upstream.server, connect_timeout="1s")
+    with greeted(willi) as client:
+        assert deliver(client) == QUEUED
+        if verb == b"RSET":
+            assert say(client, MAIL, BOB, b"RSET") == [SENDER_KEPT, OK, "250 2.0.0 Ok"]
+        upstream.answers[verb] = [Silence()]
+        assert deliver(client) == QUEUED
+    assert len(upstream.connections) == 2
+
+
+def test_a_kept_connection_and_the_new_one_that_stay_silent_cost_one_upstream_timeout(
+    start_willi: StartWilli, upstream: ScriptedUpstream
 ):
     upstream.answers[b"MAIL"] = [reply(OK), Silence(), Silence()]
-    willi.tolerate("more than")
+    willi = start_willi(server=upstream.server, connect_timeout="1s", upstream_timeout="3s")
     willi.tolerate("asking the upstream")
     with greeted(willi) as client:
         assert deliver(client) == QUEUED
-        client.socket.settimeout(60)
-        assert str(client.command(MAIL)) == SENDER_KEPT
-        assert client.command(BOB).code == 451
+        began = monotonic()
+        assert say(client, MAIL, BOB) == [SENDER_KEPT, NO_ANSWER]
+        assert monotonic() - began >= 3
+    assert len(upstream.connections) == 2
 
 
 def test_another_connection_of_the_same_client_has_its_own_upstream_connection(
@@ -173,6 +194,30 @@ def test_another_connection_of_the_same_client_has_its_own_upstream_connection(
         assert str(one.command(b"DATA")) == str(two.command(b"DATA")) == GO_ON
         assert content(two, b"two\r\n") == content(one, b"one\r\n") == QUEUED
     assert [connection.messages[0].content for connection in upstream.connections] == [b"one\r\n", b"two\r\n"]
+
+
+def test_no_client_waits_for_the_answer_to_quit(
+    start_willi: StartWilli, upstream: ScriptedUpstream, other: ScriptedUpstream
+):
+    """Neither for the next route, nor to be counted out: nine waits of some seconds would not go unnoticed."""
+    held = upstream.answers[b"QUIT"] = other.answers[b"QUIT"] = Hold()
+    willi = start_willi(csv=two_domains(upstream, other), max_connections_per_ip=1)
+    began = monotonic()
+    for _ in range(3):
+        wait_until(lambda: is_let_in(willi), "room for one more connection")
+        with greeted(willi, source=CLIENT) as client:
+            assert [deliver(client, who) for who in (BOB, CARL, BOB)] == [QUEUED] * 3
+            assert str(client.command(b"QUIT")) == "221 2.0.0 Bye"
+            client.expect_eof()
+    assert monotonic() - began < 20
+    assert held.reached.wait(PATIENCE)
+    held.release()
+    assert {*upstream.wait_for_ends(), *other.wait_for_ends()} == {Ended.QUIT}
+
+
+def is_let_in(willi: Willi) -> bool:
+    with willi.connect(source=CLIENT, greeting=False) as client:
+        return client.read_reply().code == 220
 
 
 @pytest.mark.parametrize("answer", [Silence(), Close(), reply("500 5.5.1 what?")], ids=["silence", "close", "500"])

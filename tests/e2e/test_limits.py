@@ -6,7 +6,7 @@ from contextlib import ExitStack
 
 import pytest
 
-from tests.conftest import StartWilli
+from tests.conftest import StartUpstream, StartWilli
 from tests.support.client import Client
 from tests.support.daemon import Willi
 from tests.support.loopback import free_port, wait_until
@@ -26,8 +26,9 @@ from tests.support.talk import (
     greeted,
     reply,
     say,
+    two_domains,
 )
-from tests.support.upstream import ScriptedUpstream
+from tests.support.upstream import GREETING, Close, ScriptedUpstream
 from willi_lib.dispatch import MAX_IN_VAIN
 from willi_lib.session import MAX_DEFERRALS, MAX_JUNK
 
@@ -246,14 +247,25 @@ def test_a_client_has_only_so_many_upstream_connections_opened_in_vain(
     assert len(upstream.connections) == 3 * MAX_IN_VAIN
 
 
-def test_upstreams_that_fail_do_not_count_as_opened_in_vain(start_willi: StartWilli, upstream: ScriptedUpstream):
-    nobody = f"127.0.0.1:{free_port()}"
-    willi = start_willi(csv=f"pattern;server;tls_verify\nb.example;{upstream.server}\nc.example;{nobody}\n")
-    willi.tolerate(nobody)
+@pytest.mark.parametrize("why", ["nobody listens", "421", "it hangs up at MAIL"])
+def test_upstreams_that_fail_count_as_opened_in_vain(why: str, start_willi: StartWilli, start_upstream: StartUpstream):
+    """A client does not have a host that is down or busy asked as often as it can say RCPT."""
+    good, bad = start_upstream(), start_upstream()
+    bad.answers.update({GREETING: reply("421 4.3.2 too busy")} if why == "421" else {b"MAIL": Close()})
+    if why == "nobody listens":
+        bad.stop()
+    willi = start_willi(csv=two_domains(good, bad))
+    willi.tolerate(bad.server)
     with greeted(willi) as client:
-        for _ in range(MAX_IN_VAIN + 1):
+        for _ in range(2):
+            for _ in range(MAX_IN_VAIN - 1):
+                assert say(client, MAIL, CARL, b"RSET")[1] == NO_ANSWER
+            assert deliver(client) == QUEUED, "which makes up for it"
+        for _ in range(MAX_IN_VAIN):
             assert say(client, MAIL, CARL, b"RSET")[1] == NO_ANSWER
-        assert deliver(client) == QUEUED
+        assert say(client, MAIL, CARL) == [SENDER_KEPT, TOO_MANY_ERRORS]
+        client.expect_eof()
+    assert len(bad.connections) in (0, 3 * MAX_IN_VAIN - 2)
 
 
 # max_recipients

@@ -19,7 +19,19 @@ from tests.support.client import Client
 from tests.support.daemon import Setting, Willi, run_willi, write_config
 from tests.support.loopback import HOST, free_port, wait_until
 from tests.support.mariadb import PASSWORD, Mariadb
-from tests.support.talk import BOB, MAIL, OK, QUEUED, SENDER_KEPT, deliver, greeted, say
+from tests.support.talk import (
+    BOB,
+    GO_ON,
+    MAIL,
+    OK,
+    QUEUED,
+    SENDER_KEPT,
+    content,
+    deliver,
+    greeted,
+    say,
+    say_together,
+)
 from tests.support.upstream import ScriptedUpstream
 
 NO_ROUTE = "554 5.7.1 Relay access denied"
@@ -134,6 +146,38 @@ def test_a_hundred_sessions_that_want_the_same_recipient_make_one_query_for_each
     assert mariadb.count_queries() - before == 2
     for client in clients:
         client.close()
+
+
+def test_each_recipient_of_a_group_has_the_time_for_its_own_look_up(
+    routed: StartWithDatabase, upstream: ScriptedUpstream
+):
+    """All look-ups together take longer than the first RCPT may, though each of them is quick enough."""
+    willi = routed(
+        ("b.example", upstream.server, False),
+        query="SELECT server FROM routes WHERE pattern = ? OR SLEEP(0.5)",
+        willi={"mixed_recipients": "defer", "upstream_timeout": "5s"},
+    )
+    recipients = [b"RCPT TO:<%d@b.example>" % number for number in range(14)]
+    with greeted(willi) as client:
+        assert say_together(client, MAIL, *recipients, b"DATA") == [SENDER_KEPT, *[OK] * 14, GO_ON]
+        assert content(client) == QUEUED
+
+
+def test_a_look_up_that_takes_too_long_costs_its_own_recipient_and_no_other(
+    routed: StartWithDatabase, upstream: ScriptedUpstream
+):
+    willi = routed(
+        ("b.example", upstream.server, False),
+        query="SELECT server FROM routes WHERE pattern = ? OR (? = 'slow@b.example' AND SLEEP(4))",
+        willi={"mixed_recipients": "defer", "upstream_timeout": "2s"},
+        timeout="20s",
+    )
+    willi.tolerate("Lookup failed")
+    with greeted(willi) as client:
+        answers = say(client, MAIL, BOB, b"RCPT TO:<slow@b.example>", b"RCPT TO:<ben@b.example>", b"DATA")
+        assert answers == [SENDER_KEPT, OK, CANNOT_LOOK_UP, OK, GO_ON]
+        assert content(client) == QUEUED
+    assert len(upstream.connections) == 1
 
 
 def test_clients_that_hang_up_while_the_database_is_slow_use_up_no_connection(

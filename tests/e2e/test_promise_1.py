@@ -22,11 +22,25 @@ NO_VERDICTS = {
     "a code out of range": b"999 ok\r\n",
     "no space": b"250_ok\r\n",
     "a letter O": b"25O ok\r\n",
-    "a line of a lone LF": b"250 2.0.0 ok\n250 2.0.0 ok\r\n",
-    "a lone CR": b"250 2.0.0\rok\r\n",
-    "many lines of nothing": b"250-\r\n" * 300 + b"250 ok\r\n",
-    "a very long line": b"250 " + b"x" * 10_000 + b"\r\n",
+    "a greeting": b"220 upstream.example ESMTP\r\n",
+    "a goodbye": b"221 2.0.0 upstream.example closing, going down\r\n",
+    "a goodbye of two lines": b"221-2.0.0 upstream.example closing\r\n221 2.0.0 going down\r\n",
+    "a badly framed goodbye": b"221 2.0.0 closing\n",
     "octets out of TLS": bytes(range(128, 256)) + b"\r\n",
+}
+# What is a verdict all the same, and what the client hears of it.
+BADLY_FRAMED = {
+    "a lone LF": (b"250 2.0.0 Ok\nqueued as AB12\r\n", "250 2.0.0 Ok / queued as AB12"),
+    "only a lone LF": (b"250 2.0.0 Ok\n", "250 2.0.0 Ok"),
+    "two lines of a lone LF": (b"250 2.0.0 ok\n250 2.0.0 ok\r\n", "250 2.0.0 ok"),
+    "CR CR LF": (b"250 2.0.0 Ok: queued as AB12\r\r\n", "250 2.0.0 Ok: queued as AB12"),
+    "a lone CR": (b"250 2.0.0\rok\r\n", "250 2.0.0?ok"),
+    "a line without a code": (b"250-2.0.0 Ok\r\nqueued\r\n250 bye\r\n", "250 2.0.0 Ok / queued / bye"),
+    "many lines of nothing": (b"250-\r\n" * 300 + b"250 ok\r\n", "250 "),
+    "a very long line": (b"250 " + b"x" * 10_000 + b"\r\n", "250 " + "x" * 506),
+    "control octets": (b"250 2.0.0 q\0ueued \x1b[2J\n", "250 2.0.0 q?ueued ?[2J"),
+    "a refusal": (b"552 5.3.4 too big\n", "552 5.3.4 too big"),
+    "a deferral": (b"451-4.7.1 greylisted\n451 4.7.1 for 5 minutes\n", "451 4.7.1 greylisted / 4.7.1 for 5 minutes"),
 }
 
 
@@ -128,6 +142,41 @@ def test_what_is_no_verdict_is_never_a_250(
     assert say(client, b"NOOP") == ["250 2.0.0 Ok"]
     upstream.answers.clear()
     assert deliver(client) == QUEUED, "on a new connection"
+
+
+@pytest.mark.parametrize("kind", BADLY_FRAMED)
+@pytest.mark.parametrize("verb", [b"DATA", b"BDAT"])
+def test_a_verdict_whose_code_can_be_read_is_one_however_badly_it_is_framed(
+    verb: bytes, kind: str, willi: Willi, upstream: ScriptedUpstream
+):
+    """A 451 in its place would have the message delivered again at each attempt."""
+    octets, heard = BADLY_FRAMED[kind]
+    upstream.answers[b"BDAT 21 LAST"], upstream.answers[VERDICT] = [octets], [octets]
+    client = in_data(willi) if verb == b"DATA" else in_envelope(willi)
+    client.send(CONTENT + b".\r\n" if verb == b"DATA" else b"BDAT 21 LAST\r\n" + CONTENT)
+    assert str(client.read_reply()) == heard
+    assert deliver(client) == QUEUED
+    assert len(upstream.connections) == 2, "what follows such a reply cannot be told from a part of it"
+
+
+@pytest.mark.parametrize("octets", [b"250 2.0.0 queued", b"250-2.0.0 queued\r\n"], ids=repr)
+def test_a_verdict_after_which_the_upstream_hangs_up_is_one(octets: bytes, raw_willi: Willi, raw: RawUpstream):
+    client, peer = meet_in_data(raw_willi, raw)
+    client.send(b"x\r\n.\r\n")
+    peer.read_for(b".\r\n")
+    peer.send(octets)
+    peer.close()
+    assert str(client.read_reply()) == "250 2.0.0 queued"
+
+
+def test_a_chunk_whose_answer_is_badly_framed_is_the_last_one(willi: Willi, upstream: ScriptedUpstream):
+    """What follows could be the rest of that answer."""
+    willi.tolerate("Upstream failed")
+    upstream.answers[b"BDAT 3"] = b"250 2.0.0 ok\n"
+    client = in_envelope(willi)
+    assert chunk(client, CONTENT[:3]) == "250 2.0.0 ok"
+    assert chunk(client, CONTENT[3:], last=True) == LOST
+    assert upstream.messages == []
 
 
 def test_a_verdict_before_the_end_is_none(raw_willi: Willi, raw: RawUpstream):

@@ -13,7 +13,7 @@ from tests.support.daemon import Setting, Willi
 from tests.support.dns import DnsServer, Fault
 from tests.support.loopback import wait_until
 from tests.support.promise import greeted, in_data, in_envelope, rcpt
-from tests.support.talk import BOB, LOST, MAIL, NO_ANSWER, QUEUED, SENDER_KEPT, chunk, content, deliver, say
+from tests.support.talk import BOB, CARL, LOST, MAIL, NO_ANSWER, QUEUED, SENDER_KEPT, chunk, content, deliver, say
 from tests.support.upstream import ScriptedUpstream
 
 NO_ROUTE = "554 5.7.1 Relay access denied"
@@ -158,11 +158,16 @@ def test_a_ca_file_that_is_no_longer_one_is_a_451(
     assert say(greeted(willi), MAIL, BOB, b"DATA") == [SENDER_KEPT, NO_ANSWER, LOST]
 
 
-def test_too_few_descriptors_are_a_451_and_pass(tmp_path: Path, upstream: ScriptedUpstream):
+def test_too_few_descriptors_are_a_451_and_pass(
+    tmp_path: Path, upstream: ScriptedUpstream, start_upstream: StartUpstream
+):
     """Clients took most of them, upstreams the last; nobody is told a 5xx, and all is well when they have gone."""
-    settings: dict[str, Setting] = {
-        "mappings": {"all": {"type": "static", "server": upstream.server, "tls_verify": False}}
-    }
+    other = start_upstream()
+    table = tmp_path / "table.csv"
+    table.write_text(
+        f"pattern;server;tls_verify\nb.example;{upstream.server};false\nc.example;{upstream.server},{other.server};false\n"
+    )
+    settings: dict[str, Setting] = {"mappings": {"all": {"type": "csv", "file": str(table)}}}
     willi = Willi(tmp_path / "willi", settings, prefix=("prlimit", "--nofile=64:64"))
     willi.tolerate("Upstream failed")
     clients = [greeted(willi) for _ in range(30)]
@@ -174,7 +179,8 @@ def test_too_few_descriptors_are_a_451_and_pass(tmp_path: Path, upstream: Script
         client.close()
     upstream.wait_for_ends()
     with greeted(willi) as client:
-        assert deliver(client) == QUEUED
+        assert deliver(client, CARL) == QUEUED
+    assert other.connections == [], "what we lack marks no host as down"
     willi.end()
 
 

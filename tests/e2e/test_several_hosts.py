@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.conftest import StartUpstream, StartWilli
+from tests.support.certificates import Authority
 from tests.support.daemon import Willi
 from tests.support.dns import DnsServer, Fault
 from tests.support.loopback import HOST, free_port, wait_until
@@ -23,7 +24,7 @@ from tests.support.talk import (
     say,
     two_domains,
 )
-from tests.support.upstream import GREETING, Action, Close, Drip, Ended, Reset, ScriptedUpstream, Silence
+from tests.support.upstream import GREETING, Action, Close, Delay, Drip, Ended, Reset, ScriptedUpstream, Silence
 
 BAD_GREETINGS: dict[str, Action] = {
     "4xx": reply("421 4.3.2 not now"),
@@ -147,6 +148,74 @@ def test_a_host_that_failed_is_tried_last_for_a_while(start_willi: StartWilli, s
     with greeted(willi) as client:
         assert deliver(client) == QUEUED
     assert len(down.messages) == 1, "it is tried all the same if there is no other"
+
+
+LATE_FAILURES: dict[str, tuple[bytes, Action]] = {
+    "EHLO, silence": (b"EHLO", Silence()),
+    "MAIL, close": (b"MAIL", Close()),
+    "MAIL, reset": (b"MAIL", Reset()),
+    "MAIL, silence": (b"MAIL", Silence()),
+    "MAIL, goodbye": (b"MAIL", reply("221 2.0.0 closing")),
+    "MAIL, garbage": (b"MAIL", b"hello\r\n"),
+    "RCPT, close": (b"RCPT", Close()),
+    "RCPT, silence": (b"RCPT", Silence()),
+}
+
+
+@pytest.mark.parametrize("kind", LATE_FAILURES)
+def test_a_host_that_fails_before_it_accepts_a_recipient_is_tried_last(
+    kind: str, start_willi: StartWilli, start_upstream: StartUpstream
+):
+    """One whose smtpd crashes at each MAIL would else have all mail of the route wait."""
+    verb, failure = LATE_FAILURES[kind]
+    bad, good = start_upstream(), start_upstream()
+    bad.answers[verb] = failure
+    willi = start_willi(server=f"{bad.server},{good.server}", upstream_timeout="2s")
+    willi.tolerate(bad.server)
+    willi.tolerate("upstream_timeout")
+    with greeted(willi) as client:
+        assert say(client, MAIL, BOB) == [SENDER_KEPT, NO_ANSWER]
+    for _ in range(3):
+        with greeted(willi) as client:
+            assert deliver(client) == QUEUED
+    assert len(bad.connections) == 1
+    assert len(good.messages) == 3
+
+
+def test_a_host_that_fails_after_it_has_accepted_a_recipient_stays_first(
+    start_willi: StartWilli, start_upstream: StartUpstream
+):
+    first, second = start_upstream(), start_upstream()
+    first.answers[b"DATA"] = [Close()]
+    willi = start_willi(server=f"{first.server},{second.server}")
+    willi.tolerate(first.server)
+    with greeted(willi) as client:
+        assert say(client, MAIL, BOB, b"DATA") == [SENDER_KEPT, OK, LOST]
+    with greeted(willi) as client:
+        assert deliver(client) == QUEUED
+    assert second.connections == []
+
+
+@pytest.mark.parametrize("verb", [b"EHLO", b"STARTTLS", b"XCLIENT"], ids=bytes.decode)
+def test_a_host_that_greets_and_then_is_silent_leaves_time_for_the_next_one(
+    verb: bytes, start_willi: StartWilli, start_upstream: StartUpstream, certificates: Authority
+):
+    tls = certificates.issue("localhost").server_context()
+    silent, good = start_upstream(tls=tls), start_upstream(tls=tls)
+    silent.extensions = (*silent.extensions, b"XCLIENT ADDR")
+    silent.answers[verb] = Silence()
+    willi = start_willi(server=f"{silent.server},{good.server}", connect_timeout="1s", upstream_tls="always")
+    with greeted(willi) as client:
+        assert deliver(client) == QUEUED
+        assert deliver(client) == QUEUED
+    assert len(silent.connections) == 1
+
+
+def test_the_only_host_has_the_whole_time_for_its_introduction(start_willi: StartWilli, upstream: ScriptedUpstream):
+    upstream.answers[b"EHLO"] = Delay(2.5)
+    willi = start_willi(server=upstream.server, connect_timeout="1s")
+    with greeted(willi) as client:
+        assert deliver(client) == QUEUED
 
 
 def test_a_refused_message_marks_no_host_as_down(start_willi: StartWilli, start_upstream: StartUpstream):

@@ -279,6 +279,7 @@ class Player:
         said = _normal(b"".join(self._plan.said))
         for reply in heard:
             heard_from = _normal(reply) in said or _normal(re.sub(rb"(?m)^554", b"552", reply)) in said
+            heard_from = heard_from or any(_is_readable_as(octets, reply) for octets in self._plan.said)
             assert reply in OWN or OWN_TEXT.fullmatch(reply) or heard_from, f"who said {reply!r}?"
 
     def _check_commands(self, story: Story) -> None:
@@ -315,13 +316,21 @@ class Player:
 
 def _normal(octets: bytes) -> bytes:
     """Replies with the blank that may be missing after a code, and only the last line's code, which is what counts."""
-    return re.sub(rb"(?m)^\d{3}-", b"-", re.sub(rb"(?m)^(\d{3})\r$", rb"\1 \r", octets))
+    printable = re.sub(rb"[\0-\x08\x0b\x0c\x0e-\x1f\x7f]", b"?", octets)
+    return re.sub(rb"(?m)^\d{3}-", b"-", re.sub(rb"(?m)^(\d{3})\r$", rb"\1 \r", printable))
+
+
+def _is_readable_as(octets: bytes, reply: bytes) -> bool:
+    """Whether a badly framed verdict has this code and each line of this text."""
+    printable = re.sub(rb"[\0-\x08\x0b-\x1f\x7f]", b"?", octets)
+    texts = [line[4:] for line in reply.split(b"\r\n")]
+    return reply[:3] in re.findall(rb"(?m)^\d{3}", octets) and all(text in printable for text in texts)
 
 
 def _is_the_same(sent: Sent, stored: Stored) -> bool:
     if sent.envelope != stored.envelope:
         return False
-    if stored.verdict[:1] in (b"2", b"4", b"5"):
+    if stored.verdict[:1] in (b"2", b"4", b"5") and not re.search(rb"(?m)^22[01](?: .*)?\r$", stored.verdict):
         if _normal(sent.verdict) != _normal(stored.verdict):
             return False
     elif not sent.verdict.startswith(b"451"):  # it said nothing, or what is no verdict
@@ -353,14 +362,14 @@ def _in_place_of(player: Player, threshold: int) -> Iterator[None]:
     before = sink.target, sink.threshold
     sink.target, sink.threshold = _Told(player), threshold
     upstream_module._connect = player.connect  # type: ignore[assignment]
-    patience = upstream_module.QUIT_TIMEOUT, upstream_module.LAST_WORDS_TIMEOUT
+    patience = upstream_module.LAST_WORDS_TIMEOUT
     if not player._script.is_patient:
-        upstream_module.QUIT_TIMEOUT = upstream_module.LAST_WORDS_TIMEOUT = IMPATIENCE
+        upstream_module.LAST_WORDS_TIMEOUT = IMPATIENCE
     try:
         yield
     finally:
         upstream_module._connect = connect
-        upstream_module.QUIT_TIMEOUT, upstream_module.LAST_WORDS_TIMEOUT = patience
+        upstream_module.LAST_WORDS_TIMEOUT = patience
         sink.target, sink.threshold = before
 
 

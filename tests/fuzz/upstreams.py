@@ -18,7 +18,7 @@ READ_EVENT = 1
 USUAL, CLOSE, RESET, SILENT, REFUSE = "", "close", "reset", "silent", "refuse"  # what a script may say beside octets
 DOMAIN = b"upstream.example"
 
-ONE_REPLY = re.compile(rb"(?:([2-5][0-9]{2})-[^\r\n]*\r\n)*[2-5][0-9]{2}(?: [^\r\n]*)?\r\n")
+ONE_REPLY = re.compile(rb"(?:([2-5][0-9]{2})-[^\r\n]*\r\n){0,199}[2-5][0-9]{2}(?: [^\r\n]*)?\r\n")
 TEXT = rb"[^\x00-\x1f\x7f]"
 COMMAND = re.compile(
     rb"(?:EHLO|HELO) [\x21-\x7e]{1,255}"

@@ -164,7 +164,10 @@ class Prober:
         """Introduce a client that is in TLS, so that STARTTLS is tried. Raises any of FAULTS."""
         who = Client(client, 25, own=lambda: ("127.0.0.1", 25), name=lambda: name)
         who.helo, who.tls = self._settings.domain, "as if"
-        return self._connector._open(target.route, target.server, address, who, clock, "check")
+        return self._connector._open(
+            target.route, target.server, address, who, clock, "check",
+            self._settings.upstream_timeout,
+        )
 
     def _failure(self, target: Target, where: str, error: Exception) -> Finding:
         text = str(error).removeprefix(f"{target.server}: ")
@@ -259,7 +262,7 @@ def _describe_introduction(upstream: Upstream, notes: Notes) -> None:
     policy, answer = upstream.route.policy, upstream.xclient_answer
     if policy.send_proxy != "no":
         notes.fact(f"PROXY header {policy.send_proxy} sent")
-    if answer and answer.positive:
+    if answer and answer.welcomes:
         _describe_attributes(upstream.xclient_offer.upper().split(), notes)
     elif answer:
         notes.fact("XCLIENT refused")

@@ -14,6 +14,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from time import monotonic
+from traceback import format_exception
 from typing import Literal, NamedTuple, Protocol
 
 import gevent
@@ -198,8 +199,7 @@ class Mysql:
             return LookupFailed(f"no answer within {self._timeout:g} s", self._outage is not None)
         if isinstance(why, Down | LookupFailed):
             return LookupFailed(str(why), isinstance(why, Down) and self._outage is not None)
-        assert isinstance(why, Exception)
-        return why
+        return RuntimeError("".join(format_exception(why)))  # a bug of ours: the log has its traceback
 
     def _remember(self, key: str, route: Route | None) -> None:
         self._entries[key] = _Entry(route, monotonic())

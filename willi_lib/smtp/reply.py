@@ -12,11 +12,17 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
 MAX_REPLY_LINES = 200  # a bound on what we keep of an upstream's reply; real ones have under 20
+MAX_SALVAGED_LINE = 512  # octets with code and CRLF of each line of a badly framed verdict, RFC 5321 §4.5.3.1.5
 
 # A reply that is in order in each of its lines. Most are, and taking those at once costs a tenth of line by line.
 _WHOLE_REPLY = re.compile(
     rb"(?:[2-5][0-9]{2}-[^\r\n]*\r\n){0,%d}[2-5][0-9]{2}(?: [^\r\n]*)?\r\n" % (MAX_REPLY_LINES - 1)
 )
+_READABLE_CODE = re.compile(rb"([2-5][0-9]{2})(?:([ -])|(?=[\t\r])|\Z)")
+
+# The octets that RFC 5321 §4.2 allows in a reply's text, and those above 127: UTF-8 comes with SMTPUTF8 (RFC 6531
+# §3.7.4). What else there is would be run by the terminal, or end the text, of whoever reads the client's log.
+_PRINTABLE = bytes(octet if octet == 9 or (octet >= 32 and octet != 127) else ord("?") for octet in range(256))
 
 
 @dataclass(frozen=True)
@@ -24,7 +30,7 @@ class Reply:
     """One SMTP reply: a code and at least one line of text.
 
     Lines are octets, without code and CRLF; an enhanced status code (RFC 2034)
-    is part of the text.
+    is part of the text. In what was read from a peer each control octet is a `?`.
     """
 
     code: int
@@ -32,8 +38,13 @@ class Reply:
 
     @property
     def positive(self) -> bool:
-        """2yz: the command was carried out (RFC 5321 §4.2.1)."""
-        return 200 <= self.code < 300
+        """A yes to a command: 2yz (RFC 5321 §4.2.1), but neither a greeting (220) nor a goodbye (221)."""
+        return 200 <= self.code < 300 and self.code not in (220, 221)
+
+    @property
+    def welcomes(self) -> bool:
+        """A yes where a greeting is one: to a connection or to XCLIENT."""
+        return self.positive or self.code == 220
 
     @property
     def permanent(self) -> bool:
@@ -75,7 +86,7 @@ def parse_reply_line(line: bytes) -> tuple[int, bool, bytes]:
     code, separator = line[:3], line[3:4]
     if not (len(code) == 3 and code.isdigit() and b"200" <= code < b"600" and separator in (b"", b" ", b"-")):
         raise BadReply(f"not an SMTP reply: {line[:80]!r}")
-    return int(code), separator != b"-", line[4:]
+    return int(code), separator != b"-", line[4:].translate(_PRINTABLE)
 
 
 @lru_cache(maxsize=256)
@@ -88,7 +99,29 @@ def first_reply(octets: bytes) -> tuple[Reply, int] | None:
     if whole is None:
         return None
     lines = whole[0][:-2].split(b"\r\n")
-    return Reply(int(lines[-1][:3]), tuple([line[4:] for line in lines])), whole.end()
+    return Reply(int(lines[-1][:3]), tuple([line[4:].translate(_PRINTABLE) for line in lines])), whole.end()
+
+
+def salvage(octets: bytes) -> Reply | None:
+    """What can be read of a reply whose framing is bad, or whose end is missing; None: not even a code.
+
+    A line without a code is more text, unless a whole reply follows another.
+    """
+    code, ended, lines = 0, False, list[bytes]()
+    for line in octets.split(b"\n")[:MAX_REPLY_LINES]:
+        readable = _READABLE_CODE.match(line)
+        if readable is None and not code:
+            return None
+        if readable is None:
+            text = line
+        elif ended:
+            break
+        else:
+            code, ended, text = int(readable[1]), readable[2] != b"-", line[readable.end() :]
+        text = text.rstrip(b"\r")[: MAX_SALVAGED_LINE - 6]
+        if text or not lines:
+            lines.append(text.translate(_PRINTABLE))
+    return Reply(code, tuple(lines))
 
 
 def own(code: int, enhanced: str, text: str) -> Reply:

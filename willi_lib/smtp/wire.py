@@ -31,6 +31,7 @@ MAX_RECORD = 16 << 10  # octets of content in a TLS record, RFC 8446 §5.1
 ENCRYPTED_READ = 64 << 10  # octets a recv under TLS; OpenSSL's buffer grows to this and stays
 MAX_PENDING_OUTPUT = 64 << 10  # octets of replies kept back for one write
 MAX_REPLY_LINE = 4096  # octets with CRLF; RFC 5321 §4.5.3.1.5 asks for 512
+REST_OF_VERDICT = 10.0  # seconds for the rest of a verdict that has begun; its code is there, so little is lost
 WRITE_TIMEOUT = 300.0  # seconds, if nobody says otherwise: what RFC 5321 §4.5.3.2 has a server wait
 LINGER = 2.0  # seconds for the peer to read our last words before the socket goes
 LINGER_OCTETS = 1 << 20  # what we throw away meanwhile
@@ -220,23 +221,31 @@ class Wire:
         limit: octets, CRLF included.
         Raises WireError, and LineTooLong once the long line has been read to its end.
         """
+        try:
+            return self._next_line(limit)
+        except LineTooLong:
+            self._drop_long_line()
+            raise
+
+    def _next_line(self, limit: int) -> bytes:
+        """The same; a line that is too long or badly framed is still in the buffer, as far as it has come."""
         while (end := self._buffer.find(b"\r\n", self._at)) < 0:
             if self.buffered:
                 _refuse_bare_newline(self._buffer[self._at :].removesuffix(b"\r"))  # its LF may be on the way
                 if len(self._buffer) - self._at > limit:
-                    return self._drop_long_line(limit)
+                    raise LineTooLong(self._buffer[self._at : self._at + limit])
             self._receive(COMMAND_READ)
         line = self._buffer[self._at : end]
+        _refuse_bare_newline(line)
+        if len(line) + 2 > limit:
+            raise LineTooLong(line[:limit])
         self._at = end + 2
         self._lines += 1
         if self._lines > FAIR_LINES:
             self._lines = 0
             give_way()
-        _refuse_bare_newline(line)
         if self.trace:
             self.trace("<", line)
-        if len(line) + 2 > limit:
-            raise LineTooLong(line[:limit])
         return line
 
     def read_some(self, most: int | None = None) -> bytes:
@@ -262,30 +271,57 @@ class Wire:
     def read_reply(self) -> Reply:
         """The peer's next reply, all its lines (RFC 5321 §4.2.1).
 
-        Raises WireError; BadReply for what is no reply.
+        Raises WireError; BadReply for what is no reply, as soon as that is known.
         """
+        return self._whole_reply() or self._read_reply_lines([])
+
+    def read_verdict(self) -> tuple[Reply, bool]:
+        """The reply to a message, and whether it was in order. If not, nothing further is to be read as a reply.
+
+        The peer has the message already: a code that can be read counts, however badly the text is framed, and
+        though its end never comes.
+        Raises WireError, BadReply.
+        """
+        if whole := self._whole_reply():
+            return whole, True
+        lines: list[bytes] = []
+        try:
+            with self.clock.limit(REST_OF_VERDICT, "waiting for the rest of a verdict"):
+                return self._read_reply_lines(lines), True
+        except (WireError, BadReply):
+            octets = b"\r\n".join([*lines, self._buffer[self._at :]])
+            verdict = replies.salvage(octets)
+            if verdict is None:
+                raise
+            if self.trace:
+                self.trace("<", octets)
+            return verdict, False
+
+    def _whole_reply(self) -> Reply | None:
+        """The next reply if it comes in one piece and in order, as nearly all do; None: look at each line."""
         if not self.buffered:
             self._receive(COMMAND_READ)
         octets = self._buffer[self._at :]
-        if len(octets) <= MAX_REPLY_LINE and not self.trace and (first := first_reply(octets)):
-            reply, length = first
-            self._at += length
-            return reply
-        return self._read_reply_lines()
+        if len(octets) > MAX_REPLY_LINE or self.trace or not (first := first_reply(octets)):
+            return None
+        reply, length = first
+        self._at += length
+        return reply
 
-    def _read_reply_lines(self) -> Reply:
-        """One line after the other: a reply that is long, strange, or not here yet."""
-        lines = []
-        while True:
+    def _read_reply_lines(self, lines: list[bytes]) -> Reply:
+        """One line after the other, each added to `lines`: a reply that is long, strange, or not here yet."""
+        texts: list[bytes] = []
+        while len(texts) < replies.MAX_REPLY_LINES:
             try:
-                code, last, text = parse_reply_line(self.read_line(MAX_REPLY_LINE))
+                line = self._next_line(MAX_REPLY_LINE)
             except LineTooLong:
                 raise BadReply(f"a reply line of more than {MAX_REPLY_LINE} octets") from None
-            lines.append(text)
+            lines.append(line)
+            code, last, text = parse_reply_line(line)
+            texts.append(text)
             if last:
-                return Reply(code, tuple(lines))
-            if len(lines) >= replies.MAX_REPLY_LINES:
-                raise BadReply(f"a reply of more than {replies.MAX_REPLY_LINES} lines")
+                return Reply(code, tuple(texts))
+        raise BadReply(f"a reply of more than {replies.MAX_REPLY_LINES} lines")
 
     def pending(self) -> bool:
         """Whether the peer has sent something, or closed, that is not yet taken. Does not wait."""
@@ -299,17 +335,13 @@ class Wire:
             self._buffer, self._at = octets, 0
         return octets is not None
 
-    def _drop_long_line(self, limit: int) -> bytes:
-        """Read on to the end of the line, keeping only its beginning, and raise LineTooLong."""
-        beginning = self._buffer[self._at : self._at + limit]
-        while True:
-            end = self._buffer.find(b"\r\n", self._at)
-            if end >= 0:
-                self._at = end + 2
-                raise LineTooLong(beginning)
+    def _drop_long_line(self) -> None:
+        """Read on to the end of the line, keeping nothing of it."""
+        while (end := self._buffer.find(b"\r\n", self._at)) < 0:
             self._buffer = b"\r" if self._buffer.endswith(b"\r") else b""
             self._at = 0
             self._receive(COMMAND_READ)
+        self._at = end + 2
 
     def _receive(self, size: int, eager: bool = False) -> None:
         """Wait for more octets and add them to the buffer.
