@@ -685,12 +685,27 @@ def test_without_proc_there_is_no_quota(tmp_path: Path):
     ("dom\u200bain = mx.example", r"dom\u200bain: unknown key; did you mean 'domain'?"),
     ("domain\u3164 = mx.example", r"domain\u3164: unknown key; did you mean 'domain'?"),
     ("dom\x1b[2Jain = x", r"dom\x1b[2Jain: unknown key"),
-    ("loglevel = \u202egubed", r"loglevel: '\u202egubed': must be"),
-    ("loglevel = in\u115ffo", r"loglevel: 'in\u115ffo': must be"),
+    ("loglevel = \u202egubed", r"loglevel: '\u202egubed': has the invisible"),
+    ("loglevel = in\u115ffo", r"loglevel: 'in\u115ffo': has the invisible"),
     ("[map\u00adpings]", r"[map\u00adpings]"),
-    ("tls_cert = no\u2028where.pem", r"tls_cert: cannot read "),
+    ("tls_cert = no\u2028where.pem", r"tls_cert: 'no\u2028where.pem': has the invisible"),
 ])  # fmt: skip
 def test_what_cannot_be_seen_in_the_file_can_be_seen_in_its_faults(faults, line: str, shown: str):
     found = faults(f"{line}\n")
     assert any(fault.startswith(f"willi.conf:1: {shown}") for fault in found), found
     assert all(fault == visible(fault) and len(fault.splitlines()) == 1 for fault in found)
+
+
+@pytest.mark.parametrize("key", ["domain", "user", "listen", "tls_min_version", "xclient_hosts"])
+def test_an_invisible_character_in_a_value_is_named_with_its_line(faults, key):
+    (fault,) = faults(f"read_timeout = 5m\n{key} = mx.ex\u200bample\n")
+    why = "has the invisible character U+200B ZERO WIDTH SPACE: delete it"
+    assert fault == f"willi.conf:2: {key}: 'mx.ex\\u200bample': {why}"
+
+
+def test_an_invisible_character_in_a_mapping_is_named_but_a_password_may_have_one(faults, load):
+    section = "[mappings]\n[[m]]\ntype = mysql\nquery = SELECT server FROM t{} WHERE p = ?\npassword = a\u00a0b\n"
+    (fault,) = faults("", section.format("\u00a0"))
+    assert ": query: 'SELECT server FROM t\\xa0 WHERE p = ?': has the invisible character U+00A0" in f": {fault}"
+    (mapping,) = load("", section.format("")).mappings
+    assert mapping.password == "a\u00a0b"

@@ -168,6 +168,24 @@ def test_equal_routes_are_one_object(file):
     assert len(routes) == 2
 
 
+@pytest.mark.parametrize(
+    "content",
+    [
+        HEADER + ";;\nb.example;mx;true\n;;\n;\n ; ; \n",
+        HEADER + '"";"";""\nb.example;mx;true\n"";\n',
+        ";;\n" + HEADER + "b.example;mx;true\n",
+        "pattern;server;tls_verify;\nb.example;mx;true;\n;;;\n",
+        "pattern;server;;\r\nb.example;mx;;\r\n;;;\r\n",
+        'Pattern;"Server";TLS_Verify ; ;\nb.example;mx;TRUE;;\n',
+        HEADER + '# a comment;;\n"# one; with the separator";;\nb.example;mx;true\n',
+    ],
+)
+def test_rows_as_a_spreadsheet_writes_them_are_read(file, content):
+    mapping = read(file, content)
+    assert len(mapping) == 1
+    assert find(mapping, "b.example") == to("mx")
+
+
 def test_a_header_alone_is_an_empty_mapping(file):
     mapping = read(file, HEADER)
     assert len(mapping) == 0
@@ -216,6 +234,13 @@ def test_what_a_csv_writer_writes_is_found_again(tmp_path_factory, patterns):
 )
 def test_a_bad_line_is_named_with_its_reason(file, line, why):
     assert faults(file, HEADER + "# comment\nok.example;mx\n" + line + "\n") == (f"map.csv:4: {why}",)
+
+
+@pytest.mark.parametrize("line", ["b.example\u200b;mx", "b.example;mx\u200b.example", "\u200bb.example;mx"])
+def test_an_invisible_character_is_named_with_its_line(file, line):
+    (fault,) = faults(file, HEADER + "ok.example;mx\n" + line + "\n")
+    assert fault.startswith("map.csv:3: ")
+    assert fault.endswith(": has the invisible character U+200B ZERO WIDTH SPACE: delete it")
 
 
 def test_a_line_that_is_not_utf_8_is_named(file):

@@ -249,7 +249,7 @@ def test_keys_of_anything_are_one_two_or_three_and_lower_case(recipient, delimit
 NAMES = st.from_regex(r"[a-z0-9ü]([a-z0-9ü-]{0,10}[a-z0-9ü])?", fullmatch=True)
 DOMAINS = st.lists(NAMES, min_size=1, max_size=4).map(".".join)
 LOCAL_PARTS = st.from_regex(r"[a-zA-Z0-9ßÄ!#$%&'*+/=?^_`{|}~-]+(\.[a-z0-9]+)*", fullmatch=True)
-QUOTED = st.from_regex(r'"([^\\"\n\r\0]|\\[ -~])*"', fullmatch=True)
+QUOTED = st.from_regex(r'"([ !#-\[\]-~À-ÿ]|\\[ -~])*"', fullmatch=True)
 ADDRESSES = st.builds("{}@{}".format, LOCAL_PARTS | QUOTED, DOMAINS | DOMAINS.map(str.upper))
 
 
@@ -309,6 +309,41 @@ def test_a_pattern_that_can_never_match_is_refused(pattern):
     with pytest.raises(ValueError) as fault:
         fold_pattern(pattern)
     assert str(fault.value) == f"{pattern!r}: neither an address nor a domain"
+
+
+INVISIBLE = {
+    "\u200b": "U+200B ZERO WIDTH SPACE",
+    "\u200c": "U+200C ZERO WIDTH NON-JOINER",
+    "\u200d": "U+200D ZERO WIDTH JOINER",
+    "\u200e": "U+200E LEFT-TO-RIGHT MARK",
+    "\u2028": "U+2028 LINE SEPARATOR",
+    "\u202e": "U+202E RIGHT-TO-LEFT OVERRIDE",
+    "\u2060": "U+2060 WORD JOINER",
+    "\u2064": "U+2064 INVISIBLE PLUS",
+    "\u00a0": "U+00A0 NO-BREAK SPACE",
+    "\u00ad": "U+00AD SOFT HYPHEN",
+    "\u034f": "U+034F COMBINING GRAPHEME JOINER",
+    "\u0085": "U+0085",
+    "\u3164": "U+3164 HANGUL FILLER",
+    "\ufe0f": "U+FE0F VARIATION SELECTOR-16",
+    "\ufeff": "U+FEFF ZERO WIDTH NO-BREAK SPACE",
+    "\U000e0020": "U+E0020 TAG SPACE",
+}
+
+
+@pytest.mark.parametrize(("character", "named"), INVISIBLE.items())
+@pytest.mark.parametrize("text", ["{}b.example", "b{}.example", "b.example{}", "a{}nn@b.example", "bücher{}.example"])
+@pytest.mark.parametrize("parse", [fold_pattern, parse_servers])
+def test_an_invisible_character_is_refused_and_named(character, named, text, parse):
+    written = text.format(character)
+    with pytest.raises(ValueError) as fault:
+        parse(written)
+    assert str(fault.value) == f"{written!r}: has the invisible character {named}: delete it"
+
+
+@pytest.mark.parametrize("pattern", ["نامه\u200cای.example", "ශ්\u200dරී.example", "👩\u200d💻@b.example"])
+def test_a_joiner_between_letters_that_need_it_is_a_letter(pattern):
+    assert fold_pattern(pattern) in keys_of(pattern if "@" in pattern else f"ann@{pattern}")
 
 
 @pytest.mark.parametrize("pattern", [".b.example", "*.b.example", "*", "bob@*", "bob@.b.example"])

@@ -354,6 +354,12 @@ def test_not_now_is_no_answer_and_the_next_host_is_asked(
     assert alone.ask("b.example") == to("mx1")
 
 
+def test_an_invisible_character_in_a_row_is_a_failure_that_names_it(mariadb: Mariadb, open_database: Open):
+    database = open_database(mariadb.table(("b.example", "mx\u200b.example", True)))
+    with pytest.raises(LookupFailed, match=r"the row for 'b\.example': .*U\+200B ZERO WIDTH SPACE"):
+        database.ask("b.example")
+
+
 def test_an_error_of_the_query_itself_is_not_taken_for_not_now(troubled: Callable[..., Database]):
     database = troubled(1146, 1)
     with pytest.raises(LookupFailed, match=r"not now \(1146\)"):

@@ -11,7 +11,7 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
-from willi_lib.routing import Policy
+from willi_lib.routing import Policy, refuse_invisible
 from willi_lib.text import visible
 
 from .lines import EQUALS, SECTIONS, Entry, Fault, Section, parse
@@ -26,6 +26,7 @@ NO_MAPPING = (
     "there is no mapping, so that every recipient would be refused; write the three lines [[file]],"
     " type = csv and file = upstream_servers.csv below a line [mappings], or see willi.conf.example"
 )
+MAY_HAVE_INVISIBLE = ("password",)  # characters
 
 
 class ConfigError(Exception):
@@ -108,6 +109,8 @@ class Reader:
                     raise ValueError(unknown(name, known))
                 if doubt:
                     raise ValueError(doubt)
+                if name not in MAY_HAVE_INVISIBLE:
+                    refuse_invisible(written if isinstance(written, str) else ",".join(written))
                 values[name] = known[name].value(written, self.directory)
         return values, lines
 

@@ -12,7 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from ipaddress import ip_address
 from typing import Literal, NamedTuple, Protocol
-from unicodedata import normalize
+from unicodedata import category, name, normalize
 
 DEFAULT_PORT = 25
 UNSURE = "the table is empty, or its file is being written"
@@ -178,6 +178,14 @@ _ATOM = r"[^\x00-\x20\x7f\"(),.:;<>@\[\]\\]+"
 _DOT_STRING = re.compile(rf"{_ATOM}(?:\.{_ATOM})*")
 
 
+_JOINERS = "\u200c\u200d"
+_UNSEEN = ("Cc", "Cf", "Zs", "Zl", "Zp")  # categories: controls, marks for the direction and the like, blanks
+# Fillers, selectors, the empty braille pattern: of the other categories, and not seen either.
+_IGNORED = re.compile(
+    "[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u2800\u3164\ufe00-\ufe0f\uffa0\U000e0000-\U000e0fff]"
+)
+
+
 def keys_of(recipient: str, delimiter: str = "") -> tuple[str, ...]:
     """The keys to ask for, folded: user+ext@domain, user@domain, domain.
 
@@ -205,6 +213,7 @@ def fold_pattern(pattern: str) -> str:
     """
     if _FOLDED.fullmatch(pattern):
         return pattern
+    refuse_invisible(pattern)
     local, at, domain = pattern.rpartition("@")
     domain = _fold_domain(domain)
     if at and not local:
@@ -220,6 +229,21 @@ def fold_pattern(pattern: str) -> str:
     if not (_UNQUOTED.fullmatch(local) or _QUOTED.fullmatch(local)):
         raise ValueError(f"{pattern[:80]!r}: neither an address nor a domain")
     return f"{_fold_local_part(local)}@{domain}"
+
+
+def refuse_invisible(text: str) -> None:
+    """Raises ValueError if what an administrator wrote has a character that is not seen, as copied from a web page.
+
+    It would make another name of it without a word. Joiners belong to some scripts: between two letters that are no
+    ASCII they may stand.
+    """
+    if text.isascii():
+        return
+    for before, character, after in zip(" " + text, text, text[1:] + " ", strict=False):
+        is_unseen = _IGNORED.match(character) or (category(character) in _UNSEEN and not character.isascii())
+        if is_unseen and not (character in _JOINERS and not before.isascii() and not after.isascii()):
+            code = f"U+{ord(character):04X} {name(character, '')}".strip()
+            raise ValueError(f"{text[:80]!r}: has the invisible character {code}: delete it")
 
 
 def _fold_local_part(local: str) -> str:
@@ -274,6 +298,7 @@ def parse_servers(text: str) -> tuple[Server, ...]:
     the form of one, and become lower case and A-labels.
     Raises ValueError with a short reason for the administrator.
     """
+    refuse_invisible(text)
     entries = [entry.strip() for entry in text.split(",")]
     if not all(entries):
         raise ValueError(f"{text[:80]!r}: a server is missing")

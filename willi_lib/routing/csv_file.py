@@ -1,7 +1,7 @@
 """Routes from a file of lines `pattern;server;tls_verify`.
 
 The first line is that header. Empty lines and lines that begin with `#` are skipped,
-blanks around a field too. `tls_verify` may be missing or empty: true. A field may stand
+blanks around a field and empty fields at the end too. `tls_verify` may be missing or empty: true. A field may stand
 in double quotes as in any CSV file, but not go on in the next line. UTF-8, with or
 without a byte order mark.
 
@@ -16,6 +16,7 @@ import csv
 import errno
 import io
 import os
+import re
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from math import inf
@@ -221,6 +222,8 @@ class _Builder:
         if not text:
             return
         pattern, rest = _split(text)
+        if pattern.startswith("#") and not rest.strip("; "):  # a comment in one cell, quoted for its semicolon
+            return
         key = _fold(pattern, rest)
         route = self._routes.get(rest) or self._new_route(rest)
         known = self.table.get(key)
@@ -262,18 +265,22 @@ def _fold(pattern: str, rest: str) -> str:
         raise
 
 
+_BLANK = ';"'
+_BLANK_ROW = re.compile(r'(?:""|[;\s])*')
+
+
 def _text(line: bytes) -> str:
-    """The text of a line; empty also for a comment. Raises ValueError."""
+    """The text of a line; empty also for a comment, and for a blank row of a spreadsheet. Raises ValueError."""
     try:
         text = line.decode().strip()
     except UnicodeDecodeError:
         raise ValueError("not UTF-8") from None
-    return "" if text.startswith("#") else text
+    return "" if text.startswith("#") or (text[:1] in _BLANK and _BLANK_ROW.fullmatch(text)) else text
 
 
 def _is_header(text: str) -> bool:
     pattern, rest = _split(text.lower())
-    names = [name.strip() for name in (pattern, *rest.split(";"))]
+    names = [name.strip() for name in (pattern, *rest.rstrip("; ").split(";"))]
     return names in (["pattern", "server", "tls_verify"], ["pattern", "server"])
 
 
