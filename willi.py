@@ -141,6 +141,8 @@ def serve(settings: Settings, debug: bool) -> int:
         settings = dataclasses.replace(settings, loglevel="debug", log="stdout", workers=1)
     log.set_up(settings.loglevel, settings.log)
     log.info("Starting", version=VERSION, config=settings.path)
+    if settings.log == "syslog" and (fault := log.syslog_fault()):
+        print(f"willi.py: no line of the log is kept: {fault}", file=sys.stderr, flush=True)
     try:
         if debug:
             master.run_alone(settings)

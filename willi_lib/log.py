@@ -19,6 +19,7 @@ from _socket import AF_UNIX, MSG_DONTWAIT, SOCK_DGRAM
 from _socket import socket as Socket  # not gevent's, which would make stdout non-blocking for all who share it
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from functools import lru_cache
 from typing import Protocol
 
@@ -30,6 +31,8 @@ SYSLOG_FACILITY = 2 << 3  # mail, RFC 5424 §6.2.1
 SYSLOG_SEVERITIES = {"debug": 7, "info": 6, "warn": 4, "error": 3}
 MAX_LINE = 4000  # octets with all that stands around a line; PIPE_BUF is 4096
 MAX_PREFIX = 100  # octets of it for the time, or for what syslog wants
+ROOM = MAX_LINE - MAX_PREFIX
+MAX_OCTETS = 4  # of a character in UTF-8
 MAX_VALUE = 1000  # characters; a reply of 200 lines must not flood the log
 SHORTER = (MAX_VALUE, 300, 100, 30, 10)  # characters of a value, where the line would be too long
 KEPT = frozenset(("sid", "to"))  # are cut last; `to` has no more than fits, see session_log.py
@@ -63,7 +66,8 @@ class _Sink:
 
     def put(self, level: str, line: str) -> None:
         """Write a line behind those that wait. It is lost if too many do, or if the loss of others is still untold."""
-        self.flush()
+        if self.lost or self._waiting:
+            self.flush()
         if self.lost or len(self._waiting) >= MAX_WAITING:
             self.lost += 1
         else:
@@ -99,6 +103,15 @@ def is_stdout(descriptor: int) -> bool:
         return _sink.target is _sink.stdout and os.path.samestat(os.fstat(1), os.fstat(descriptor))
     except OSError:  # one of them is closed
         return False
+
+
+def syslog_fault() -> str:
+    """Why no line gets to syslog; empty if they do."""
+    try:
+        _Syslog().connected().close()
+    except OSError as error:
+        return f"{SYSLOG_SOCKET}: {error.strerror}"
+    return ""
 
 
 def lost() -> int:
@@ -192,9 +205,13 @@ def _in_quotes(text: str) -> str:
 
 
 def _log(level: str, message: str, fields: dict[str, Value], trace: str = "") -> None:
-    if LEVELS[level] >= _sink.threshold:
-        lines = (_line(level, message, fields, trace, most) for most in SHORTER)
-        _sink.put(level, next(line for line in lines if len(_octets(line)) <= MAX_LINE - MAX_PREFIX))
+    if LEVELS[level] < _sink.threshold:
+        return
+    for most in SHORTER:  # the first will do, as a rule
+        line = _line(level, message, fields, trace, most)
+        if len(line) * MAX_OCTETS <= ROOM or len(_octets(line)) <= ROOM:
+            break
+    _sink.put(level, line)
 
 
 def _line(level: str, message: str, fields: dict[str, Value], trace: str, most: int) -> str:
@@ -223,28 +240,35 @@ class _Stdout:
 
     def __init__(self) -> None:
         self._write: Callable[[bytes], int] | None = None
+        self._has_journal = False
         self._is_torn = False  # half a line is the last thing that was written
 
     def octets(self, _level: str, line: str) -> bytes:
         """With the time, unless it goes to the journal, which has its own."""
-        return _octets(f"{line}\n" if _is_journal() else f"t={_stamp(int(time.time()))} {line}\n")
+        if self._write is None:
+            self._open()
+        return _octets(f"{line}\n" if self._has_journal else f"t={_stamp(int(time.time()))} {line}\n")
 
     def send(self, octets: bytes) -> None:
         """Raises OSError."""
-        self._write = self._write or _writer()  # not before: the master writes first, as root
-        octets = b"\n" * self._is_torn + octets
+        if self._write is None:
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+        if self._is_torn:
+            octets = b"\n" + octets
         written = self._write(octets)
         self._is_torn = written < len(octets) and not _take_back(written)
         if written < len(octets):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
+    def _open(self) -> None:
+        """At the first line, which is the master's: it may still be root."""
+        with suppress(OSError):  # stdout is closed
+            self._has_journal, self._write = _is_journal(), _writer()
+
 
 def _is_journal() -> bool:
     """Whether stdout is what $JOURNAL_STREAM says (systemd.exec(5)): it is inherited by what writes elsewhere, too."""
-    try:
-        status = os.fstat(1)
-    except OSError:  # closed: writing will say so
-        return False
+    status = os.fstat(1)
     return os.environ.get("JOURNAL_STREAM") == f"{status.st_dev}:{status.st_ino}"
 
 
@@ -294,12 +318,13 @@ class _Syslog:
     def send(self, octets: bytes) -> None:
         """Raises OSError: no daemon, or one that does not keep up."""
         try:
-            self._connected().send(octets)
+            self.connected().send(octets)
         except ConnectionError:  # the daemon was restarted: its socket is a new one
             self._socket = None
-            self._connected().send(octets)
+            self.connected().send(octets)
 
-    def _connected(self) -> Socket:
+    def connected(self) -> Socket:
+        """Raises OSError."""
         if self._socket is None:
             fresh = Socket(AF_UNIX, SOCK_DGRAM)
             fresh.setblocking(False)

@@ -321,6 +321,21 @@ def test_why_willi_cannot_start_stands_on_stderr_too(tmp_path: Path, log: str):
     assert (fault in done.stdout) == (log == "stdout")
 
 
+def test_a_missing_syslog_is_told_at_the_start_and_by_check(tmp_path: Path):
+    need("unshare", "mount", root=True)
+    without = ["unshare", "-m", "sh", "-euc", '[ ! -e /dev/log ] || mount --bind /dev/null /dev/log; exec "$@"', "sh"]
+    config = write_config(tmp_path / "willi.conf", {
+        "listen": "192.0.2.77:25", "log": "syslog", "mappings": {"all": {"type": "static", "server": HOST}},
+    })  # fmt: skip
+    for words, text in (
+        ((), "willi.py: no line of the log is kept: /dev/log: "),
+        (("check", "--json"), "no line of the log is kept (log = syslog): /dev/log: "),
+    ):
+        command = [*without, PYTHON, str(ROOT / "willi.py"), *words, "-c", str(config)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+        assert text in done.stdout + done.stderr
+
+
 def test_why_willi_cannot_start_is_told_once_where_both_are_the_same(tmp_path: Path):
     (tmp_path / "map.csv").write_text("pattern;server\nb.example\n")
     config = write_config(tmp_path / "willi.conf", {

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from ipaddress import IPv4Network, IPv6Network, ip_address, ip_network
 
+from willi_lib import log
 from willi_lib.config import Settings, StaticSettings
 
 from .report import Report
@@ -89,6 +90,7 @@ def look_at_promises(settings: Settings, report: Report) -> None:
             report.warn(rule.setting, rule.what, rule.advice)
     _look_at_networks("xclient_hosts", settings.xclient_hosts, report)
     _look_at_networks("proxy_protocol_hosts", settings.proxy_protocol_hosts, report)
+    _look_at_syslog(settings, report)
     _look_at_status(settings, report)
     _look_at_descriptors(settings, report)
     _look_at_mappings(settings, report)
@@ -116,6 +118,13 @@ def _look_at_networks(setting: str, networks: Sequence[IPv4Network | IPv6Network
 
 def _in_own(network: IPv4Network | IPv6Network) -> bool:
     return any(network.version == own.version and network.subnet_of(own) for own in OWN)  # type: ignore[arg-type]
+
+
+def _look_at_syslog(settings: Settings, report: Report) -> None:
+    fault = log.syslog_fault() if settings.log == "syslog" else ""
+    if fault:
+        what = f"no line of the log is kept (log = syslog): {fault}"
+        report.warn("log", what, "start a syslog daemon, or set log = stdout")
 
 
 def _look_at_status(settings: Settings, report: Report) -> None:
