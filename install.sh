@@ -2,8 +2,9 @@
 # Install Willi from an unpacked release into /opt/willi, or upgrade it. As root:
 #
 #     ./install.sh                              /usr/bin/python3, or else the first python3 of the PATH
-#     PYTHON=/usr/bin/python3.12 ./install.sh   another Python, 3.10 or later
+#     PYTHON=/usr/bin/python3.12 ./install.sh   another Python, 3.10 to 3.14
 #     ./install.sh --uninstall                  remove the program and the service; /opt/willi/etc stays
+#     /opt/willi/install.sh --back              back to the program that was the service willi before this one
 #
 # What is where afterwards:
 #
@@ -16,6 +17,9 @@
 #
 # An upgrade is built in a new directory beside the old one, and one rename puts it in force. Until then nothing that
 # runs has changed. If the new program does not come up, the old one is put back.
+#
+# Another program that runs as the service willi, such as the Willi that was written in Go, reads willi.conf, too. So the
+# new file is written beside it, as willi.conf.new, and takes its place only when the new program does.
 set -eu
 PATH=$PATH:/usr/sbin:/usr/bin:/sbin:/bin   # `su` without - has no sbin
 export PATH
@@ -24,6 +28,7 @@ TARGET=/opt/willi
 CONFIG=$TARGET/etc/willi.conf
 UNIT=/etc/systemd/system/willi.service
 INIT=/etc/init.d/willi
+SERVICE_FILES="$UNIT:willi.service $INIT:willi.init"   # and their names in a release
 LOGROTATE=/etc/logrotate.d/willi
 LINKED="willi.py willi_lib venv willi.service willi.init install.sh"   # in $TARGET, into the release in force
 OLDEST_PYTHON=3.10
@@ -33,14 +38,26 @@ main() {
     case ${1-} in
         '') install_willi ;;
         --uninstall) uninstall_willi ;;
-        *) sed -n '2,6s/^# \{0,1\}//p' "$0"; exit 2 ;;
+        --back) go_back ;;
+        *) sed -n '2,7s/^# \{0,1\}//p' "$0"; exit 2 ;;
     esac
 }
 
-say() { echo "$*"; }
-fail() { echo "install.sh: $*" >&2; exit 1; }
+# A terminal that is lost is no reason to stop half way.
+say() { echo "$*" || true; }
+complain() { echo "install.sh: $*" >&2 || true; }
+fail() { complain "$*"; exit 1; }
+interrupted() { complain "interrupted. What runs and what is installed is as it was."; exit 130; }
+not_now() { complain "the service is being replaced, which cannot be left half done. Please wait."; }
+
+# From here on a Ctrl-C or a lost terminal would leave the service stopped.
+cannot_be_interrupted() {
+    trap not_now HUP INT TERM
+    trap '' PIPE
+}
 
 install_willi() {
+    trap interrupted HUP INT TERM
     need_root
     source=$(cd "$(dirname "$0")" && pwd -P)
     need_release
@@ -55,15 +72,16 @@ install_willi() {
     lock
     release=$TARGET/releases/$(date +%Y-%m-%d.%H%M%S)
     trap throw_away EXIT
-    trap 'exit 130' HUP INT TERM
-    build
     previous=$(in_force)
     serving=$(service_state)
+    build
+    need_libraries
+    choose_configuration
     check_configuration
-    # From here on a Ctrl-C or a lost terminal would leave the service stopped.
-    trap : HUP INT TERM
+    cannot_be_interrupted
     save_changed_service_files
     put_in_force "$release"
+    put_configuration_in_force
     run_service
     remove_other_releases
     say_what_is_next
@@ -146,7 +164,7 @@ no_login() {
 
 make_directories() {
     mkdir -p $TARGET/releases
-    # Passwords may be in there. What somebody puts there is of the group willi as well, however it comes.
+    # Passwords may be in there. Every new file is of the group willi as well, however it comes.
     [ -d $TARGET/etc ] || install -d -m 2750 -o root -g willi $TARGET/etc
     [ "$(stat -L -c %G $TARGET/etc)" != willi ] || chmod g+s $TARGET/etc
 }
@@ -188,19 +206,64 @@ pip_install() {
         install --use-pep517 --requirement "$release/requirements.txt" "$@"
 }
 
-# All that Willi reads at its start: the file, tables, certificates. Nothing is connected to.
+# As the user that will need them: every module of Willi, and so every library. A file system may not let them run.
+need_libraries() {
+    import='import importlib, pkgutil, sys
+sys.path.insert(0, sys.argv[1])
+import willi_lib
+for module in pkgutil.walk_packages(willi_lib.__path__, "willi_lib."):
+    importlib.import_module(module.name)'
+    said=$(as_service "$release/venv/bin/python" -I -c "$import" "$release" 2>&1) && return
+    case ,$(findmnt --noheadings --output OPTIONS --target $TARGET 2>/dev/null), in
+        *,noexec,*) fail "no program can run in $TARGET: its file system is mounted noexec. Nothing has changed." \
+            "mount -o remount,exec $(findmnt --noheadings --output TARGET --target $TARGET), change /etc/fstab" \
+            "likewise, and run install.sh again." ;;
+    esac
+    fail "the new program cannot be used here. Nothing has changed. It says: $(echo "$said" | tail -n 1)"
+}
+
+# Where the configuration of the new program is: beside the one that another program may have to read once more.
+choose_configuration() {
+    configuration=$CONFIG
+    [ -z "$previous" ] || return 0
+    if [ -e $CONFIG.new ]; then
+        configuration=$CONFIG.new
+    elif [ "$serving" != running ]; then
+        return 0
+    fi
+    if [ "$serving" = running ] && is_in_new_form $CONFIG; then
+        fail "the program that runs as the service willi could not start again with $CONFIG, which is in the new form" \
+            "already. Nothing has changed. Put the file that it has read back in place, the new one beside it, and run" \
+            "install.sh again:
+    mv $CONFIG $CONFIG.new
+    cp -p YOUR_COPY_OF_THE_OLD_FILE $CONFIG"
+    fi
+    [ -e "$configuration" ] && [ $configuration != $CONFIG ] ||
+        fail "another program runs as the service willi. Nothing has changed. Leave $CONFIG to it, write the new" \
+            "configuration into $CONFIG.new, and run install.sh again. README.md says more:" \
+            "\"Coming from the Go program\"."
+}
+
+is_in_new_form() {
+    load='import sys; sys.path.insert(0, sys.argv[1]); from willi_lib.config import load; load(sys.argv[2])'
+    as_service "$release/venv/bin/python" -I -c "$load" "$release" "$1" 2>/dev/null
+}
+
+# All that Willi needs at its start: the file, tables, certificates, addresses. Nothing is connected to.
 check_configuration() {
-    [ -e $CONFIG ] || return 0
-    if faults=$(as_service "$release/venv/bin/python" "$release/willi.py" check --quick -c $CONFIG 2>&1); then
+    [ -e "$configuration" ] || return 0
+    if faults=$(new_program check --quick -c "$configuration" 2>&1); then
         faults=
         return
     fi
     case $serving in
-        running) fail "$number cannot use the configuration. Nothing has changed, and the old program goes on. Mend this" \
-            "and run install.sh again:
+        running) fail "$number cannot use the configuration. Nothing has changed, and the old program goes on. Correct" \
+            "this, and run install.sh again:
 $faults" ;;
     esac
 }
+
+new_program() { as_service "$release/venv/bin/python" "$release/willi.py" "$@"; }
 
 # As whom the service runs: root could read more. Drop-ins and /etc/default/willi may name others.
 as_service() (
@@ -239,7 +302,7 @@ put_in_force() {
     done
 }
 
-# A link is replaced by rename(2), so that there is always one. Files of an installation by hand make way for it.
+# A link is replaced by rename(2), so that there is always one. Files that were installed by hand make way for it.
 point_to() {
     [ -L "$2" ] || rm -rf "$2"
     ln -sfn "$1" "$2.new"
@@ -249,18 +312,29 @@ point_to() {
 has_systemd() { [ -d /run/systemd/system ]; }
 has_init() { command -v start-stop-daemon >/dev/null && command -v update-rc.d >/dev/null; }
 
-# What somebody has changed in place, or another program has put there, is not lost.
+# What was changed in place, or another program has put there, is not lost.
 save_changed_service_files() {
-    replaced=
-    for pair in $UNIT:willi.service $INIT:willi.init; do
+    for pair in $SERVICE_FILES; do
         file=${pair%:*}
         name=${pair#*:}
         if [ -e "$file" ] && ! cmp -s "$file" $TARGET/current/$name; then
-            cp -p "$file" "$TARGET/etc/$name.old"
-            replaced="$replaced $pair"
+            keep_old "$file" "$TARGET/etc/$name.old"
             say "$file was not as an earlier install.sh wrote it: it is replaced, and kept as $TARGET/etc/$name.old"
         fi
     done
+}
+
+# keep_old FILE COPY. An earlier copy with other words in it becomes COPY.~1~.
+keep_old() { cmp -s "$1" "$2" || cp -p --backup=numbered "$1" "$2"; }
+
+# Last of all files: until here the program that was here before would still start.
+put_configuration_in_force() {
+    [ "$configuration" != $CONFIG ] || return 0
+    if [ -e $CONFIG ]; then
+        keep_old $CONFIG $CONFIG.old
+        say "$CONFIG of the program before is kept as $CONFIG.old"
+    fi
+    mv "$configuration" $CONFIG
 }
 
 write_service_files() {
@@ -293,9 +367,9 @@ END
 # running; stopped: by the administrator, who wants it so; failed; none: it is installed for the first time.
 service_state() {
     if has_systemd && [ -e $UNIT ]; then
-        case $(systemctl is-active willi || true) in
-            inactive) echo stopped ;;
-            failed) echo failed ;;
+        case $(systemctl show --property=ActiveState,SubState --value willi | tr '\n' ' ') in
+            'inactive '*) echo stopped ;;
+            'failed '* | *' auto-restart'*) echo failed ;;   # it is not there, however often it is tried again
             *) echo running ;;
         esac
     elif ! has_systemd && [ -x $INIT ]; then
@@ -317,9 +391,8 @@ run_service() {
     if [ "$serving" = stopped ] && [ -n "$previous" ]; then
         return
     fi
-    began=$(date +%s)
     if [ ! -e $CONFIG ]; then
-        serving=failed   # as it must, so that its log says why; say_what_is_next says it here
+        serving=none   # it cannot run, but its log then says why; say_what_is_next says it here
         restart_service >/dev/null 2>&1 || true
     elif restart_service; then
         serving=running
@@ -338,13 +411,30 @@ enable_service() {
 
 # Its own words if it fails; those of systemctl ("See journalctl -xe") say less than the log.
 restart_service() {
+    began=$(date +%s)
     if has_systemd; then
-        setsid --wait systemctl restart willi 2>/dev/null || { say_why >&2; false; }
+        [ "$serving" != running ] || say "Restarting the service. What has begun is finished first, for up to drain_timeout" \
+            "(60s unless $CONFIG says otherwise); new clients wait meanwhile."
+        patiently systemctl restart willi 2>/dev/null || { say_why >&2; false; }
     elif [ "$serving" = running ]; then
-        setsid --wait $INIT restart 9<&-
+        say "Restarting the service. What has begun is finished first, for up to drain_timeout (60s unless $CONFIG says" \
+            "otherwise); new clients are refused meanwhile."
+        patiently $INIT restart
     else
-        setsid --wait $INIT start 9<&-
+        patiently $INIT start
     fi
+}
+
+# In a session of its own, which a Ctrl-C does not reach; every 10 seconds there is a word.
+patiently() {
+    setsid --wait "$@" 9<&- &
+    steps=0
+    while kill -0 $! 2>/dev/null; do
+        sleep 0.2 || true   # a Ctrl-C ends it
+        steps=$((steps + 1))
+        [ $((steps % 50)) != 0 ] || say "... $((steps / 5)) seconds; still waiting for: $*"
+    done
+    wait $!
 }
 
 say_why() {
@@ -352,29 +442,87 @@ say_why() {
 }
 
 give_up() {
-    began=$(date +%s)
-    if [ "$serving" = running ] && [ -z "$previous" ] && [ -n "$replaced" ]; then
-        put_back_replaced
+    if [ "$serving" = running ] && [ -z "$previous" ]; then
+        put_predecessor_back || fail "$number does not start, nor does the program that was here before." \
+            "Correct what is said above, then: $(start_command)"
+        fail "$number does not start; the lines above say why. The program that was here before runs again, with its own" \
+            "$CONFIG; the new file is $CONFIG.new again. Correct it, and run install.sh again."
     fi
-    if [ "$serving" != running ] || [ -z "$previous" ]; then
+    if [ "$serving" != running ]; then
         remove_other_releases
-        fail "$number is installed, but does not start; the lines above say why. Mend it, and then: $(start_command)"
+        fail "$number is installed, but does not start; the lines above say why. Correct it, and then: $(start_command)"
     fi
     say "$number does not start; the lines above say why. The old program is put back ..."
     put_in_force "$previous"
-    restart_service || fail "and the old program does not start either. Mend what is said above, then: $(start_command)"
+    restart_service || fail "and the old program does not start either. Correct what is said above, then:" \
+        "$(start_command)"
     fail "the old program serves again, and $number was thrown away."
 }
 
-# The service of another program of this name, such as the Willi before this one.
-put_back_replaced() {
-    for pair in $replaced; do
+# --- Back to the program that was the service willi before, such as the one written in Go ---
+
+go_back() {
+    need_root
+    lock
+    old=$(kept_service_files)
+    [ -n "$old" ] || fail "there is no service file of another program in $TARGET/etc (willi.service.old or" \
+        "willi.init.old): Willi does not know what was here before."
+    cannot_be_interrupted
+    serving=running
+    put_predecessor_back || fail "the program that was here before does not start. What it says stands above." \
+        "To have Willi back, run install.sh of the release."
+    say "The program that was here before runs again. Willi is removed; its configuration is $CONFIG.new, so that" \
+        "install.sh of the release brings it back."
+}
+
+# Those that save_changed_service_files has kept, and that are not Willi's own with some changes.
+kept_service_files() {
+    for pair in $SERVICE_FILES; do
+        kept=$TARGET/etc/${pair#*:}.old
+        if [ -e "$kept" ] && ! grep -q "$TARGET/willi\.py" "$kept"; then
+            echo "$pair"
+        fi
+    done
+}
+
+# Everything is as before install.sh ran for the first time. Stopped first: `systemctl restart` would keep the listening
+# sockets for a program that does not know what they are.
+put_predecessor_back() {
+    say "The program that was here before is put back ..."
+    began=$(date +%s)
+    old=$(kept_service_files)
+    stop_service
+    for pair in $old; do
         cp -p "$TARGET/etc/${pair#*:}.old" "${pair%:*}"
     done
-    ! has_systemd || systemctl daemon-reload
-    restart_service || fail "$number does not start, nor does the service that was here before. Mend what is said above."
-    fail "$number does not start; the lines above say why. The service that was here before runs again." \
-        "Mend it, and run install.sh again."
+    if [ -e $CONFIG.old ]; then
+        mv $CONFIG $CONFIG.new
+        mv $CONFIG.old $CONFIG
+    fi
+    remove_program
+    if has_systemd; then
+        systemctl daemon-reload
+        patiently systemctl start willi 2>/dev/null && stays_up || { say_why >&2; false; }
+    else
+        patiently $INIT start && stays_up
+    fi
+}
+
+stop_service() {
+    if has_systemd; then
+        patiently systemctl stop willi
+    else
+        patiently $INIT stop
+    fi
+}
+
+# A unit without Type=, as that of the Go program, is "started" before its program has read a line of its file.
+stays_up() {
+    for _ in $(seq 15); do   # 6 seconds
+        sleep 0.4 || true
+        [ "$(service_state)" = running ] || return 1
+        ! has_systemd || [ "$(systemctl show --property=NRestarts --value willi)" = 0 ] || return 1
+    done
 }
 
 start_command() {
@@ -426,12 +574,17 @@ log_command() {
     fi
 }
 
-uninstall_willi() {
-    need_root
-    stop_and_forget_service
+# What put_in_force and build have made.
+remove_program() {
     for name in $LINKED current releases; do
         rm -rf "${TARGET:?}/$name"
     done
+}
+
+uninstall_willi() {
+    need_root
+    stop_and_forget_service
+    remove_program
     say "Willi is removed. Left are $TARGET/etc, the user willi, to whose group its files belong, the log, and what you" \
         "have set for the service. To remove these as well:"
     say "    rm -rf $TARGET /var/log/willi.log* /etc/default/willi $UNIT.d"
@@ -449,7 +602,7 @@ stop_and_forget_service() {
         has_systemd || $INIT stop
         rm -f $INIT
         update-rc.d willi remove >/dev/null
-        if logrotate_rules | cmp -s - $LOGROTATE; then rm $LOGROTATE; fi   # not one that somebody has changed
+        if logrotate_rules | cmp -s - $LOGROTATE; then rm $LOGROTATE; fi   # not one that was changed
     fi
 }
 

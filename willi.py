@@ -36,17 +36,26 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from docopt import DocoptExit, docopt
+GOOD, BAD_CONFIGURATION, BAD_USAGE, CANNOT_BIND, FAILED = range(5)
 
-from willi_lib import VERSION, log, master
-from willi_lib.config import ConfigError, Settings, load
-from willi_lib.listeners import CannotBind
-from willi_lib.text import visible
+try:
+    from docopt import DocoptExit, docopt
+
+    from willi_lib import VERSION, log, master
+    from willi_lib.config import ConfigError, Settings, load
+    from willi_lib.listeners import CannotBind
+    from willi_lib.text import visible
+except ModuleNotFoundError as missing:  # usual after an upgrade of the system: the libraries are for one Python only
+    print(
+        f"Willi cannot start: there is no module {missing.name!r} for Python {sys.version_info.major}."
+        f"{sys.version_info.minor}. If the system has another Python now, run install.sh of the release again.",
+        file=sys.stderr,
+    )
+    sys.exit(FAILED)
 
 DEFAULT_FILES = ("willi.conf", "/opt/willi/etc/willi.conf")
 # Of each command, besides -c
 OPTIONS = {"": ("--debug", "--help", "--version"), "check": ("--quick", "--json"), "lookup": (), "top": ()}
-GOOD, BAD_CONFIGURATION, BAD_USAGE, CANNOT_BIND, FAILED = range(5)
 
 
 def main() -> int:
