@@ -277,7 +277,9 @@ as_service() (
     fi
     cd /
     [ -n "$RUN_AS" ] || exec "$@"
-    exec setpriv --reuid="$RUN_AS" --regid=willi --groups="$(echo $(id -G "$RUN_AS") $groups | tr ' ' ,)" "$@"
+    ports="--inh-caps=-all,+net_bind_service --ambient-caps=-all,+net_bind_service"
+    setpriv $ports true 2>/dev/null || ports=   # a container may lack it
+    exec setpriv --reuid="$RUN_AS" --regid=willi --groups="$(echo $(id -G "$RUN_AS") $groups | tr ' ' ,)" $ports "$@"
 )
 
 # At the end, however it came: what is not in force is of no use. Nor are directories without anything in them.
@@ -412,17 +414,20 @@ enable_service() {
 # Its own words if it fails; those of systemctl ("See journalctl -xe") say less than the log.
 restart_service() {
     began=$(date +%s)
+    [ "$serving" != running ] || [ -z "$previous" ] || say_what_a_restart_waits_for
     if has_systemd; then
-        [ "$serving" != running ] || say "Restarting the service. What has begun is finished first, for up to drain_timeout" \
-            "(60s unless $CONFIG says otherwise); new clients wait meanwhile."
         patiently systemctl restart willi 2>/dev/null || { say_why >&2; false; }
     elif [ "$serving" = running ]; then
-        say "Restarting the service. What has begun is finished first, for up to drain_timeout (60s unless $CONFIG says" \
-            "otherwise); new clients are refused meanwhile."
         patiently $INIT restart
     else
         patiently $INIT start
     fi
+}
+
+say_what_a_restart_waits_for() {
+    if has_systemd; then clients="wait"; else clients="are refused"; fi
+    say "Restarting the service. What has begun is finished first, for up to drain_timeout (60s unless $CONFIG says" \
+        "otherwise); new clients $clients meanwhile."
 }
 
 # In a session of its own, which a Ctrl-C does not reach; every 10 seconds there is a word.
@@ -445,6 +450,7 @@ give_up() {
     if [ "$serving" = running ] && [ -z "$previous" ]; then
         put_predecessor_back || fail "$number does not start, nor does the program that was here before." \
             "Correct what is said above, then: $(start_command)"
+        remove_program
         fail "$number does not start; the lines above say why. The program that was here before runs again, with its own" \
             "$CONFIG; the new file is $CONFIG.new again. Correct it, and run install.sh again."
     fi
@@ -468,11 +474,20 @@ go_back() {
     [ -n "$old" ] || fail "there is no service file of another program in $TARGET/etc (willi.service.old or" \
         "willi.init.old): Willi does not know what was here before."
     cannot_be_interrupted
+    previous=$(in_force)
     serving=running
-    put_predecessor_back || fail "the program that was here before does not start. What it says stands above." \
-        "To have Willi back, run install.sh of the release."
-    say "The program that was here before runs again. Willi is removed; its configuration is $CONFIG.new, so that" \
-        "install.sh of the release brings it back."
+    if put_predecessor_back; then
+        remove_program
+        say "The program that was here before runs again. Willi is removed; its configuration is $CONFIG.new, so that" \
+            "install.sh of the release brings it back."
+        return
+    fi
+    say "The program that was here before does not start; the lines above say why. Willi is put back ..."
+    stop_service
+    write_service_files "$previous"
+    swap_configurations $CONFIG.new $CONFIG.old
+    restart_service || fail "and Willi does not start either. Correct what is said above, then: $(start_command)"
+    fail "Willi serves again."
 }
 
 # Those that save_changed_service_files has kept, and that are not Willi's own with some changes.
@@ -495,17 +510,20 @@ put_predecessor_back() {
     for pair in $old; do
         cp -p "$TARGET/etc/${pair#*:}.old" "${pair%:*}"
     done
-    if [ -e $CONFIG.old ]; then
-        mv $CONFIG $CONFIG.new
-        mv $CONFIG.old $CONFIG
-    fi
-    remove_program
+    swap_configurations $CONFIG.old $CONFIG.new
     if has_systemd; then
         systemctl daemon-reload
         patiently systemctl start willi 2>/dev/null && stays_up || { say_why >&2; false; }
     else
         patiently $INIT start && stays_up
     fi
+}
+
+# swap_configurations FROM TO: what is in FROM is in force, and what was is in TO.
+swap_configurations() {
+    [ -e "$1" ] || return 0
+    mv $CONFIG "$2"
+    mv "$1" $CONFIG
 }
 
 stop_service() {
