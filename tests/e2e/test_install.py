@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import show_on_failure
+from tests.support import old_program
 from tests.support.certificates import Authority
 from tests.support.check import NOBODY
 from tests.support.client import Client
@@ -28,7 +29,7 @@ from tests.support.machine import Layers, Machine
 from tests.support.machine import debian as make_debian
 from tests.support.mariadb import Mariadb
 from tests.support.release import build_release
-from tests.support.talk import EHLO, QUEUED, deliver, reply
+from tests.support.talk import EHLO, MAIL, QUEUED, deliver, reply
 from tests.support.traffic import CONNECT, Traffic
 from tests.support.upstream import ScriptedUpstream
 
@@ -42,6 +43,8 @@ LOG = "/var/log/willi.log"
 PID_FILE = "/run/willi.pid"
 WHY_NOT = f"{CONF}: cannot read it: No such file or directory\n"
 FIRST_WORDS = [f"willi {OLD} is installed in {HOME}.", f"It does not run yet, since there is no {CONF}. Next:"]
+INTERRUPTED = "install.sh: interrupted. What runs and what is installed is as it was."
+NOT_NOW = "install.sh: the service is being replaced, which cannot be left half done. Please wait.\n"
 BROKEN_RELEASE = "\ndef run(*_: object, **__: object) -> None:\n    raise Unusable('this release cannot start')\n"
 SENDERS = 4
 UPSTREAM_PORT = 2525
@@ -323,6 +326,16 @@ def test_who_may_not_see_the_configuration_is_told_so_and_not_that_there_is_none
     assert (done.returncode, done.stderr) == (1, f"{CONF}: cannot read it: Permission denied\n")
 
 
+def test_on_a_file_system_without_programs_it_says_so_and_changes_nothing(start_machine, without_systemd):
+    machine = start_machine(*without_systemd)
+    machine.run("mount", "-t", "tmpfs", "-o", "noexec", "tmpfs", "/opt")
+    done = install(machine, OLD)
+    assert done.returncode == 1
+    assert "no program can run in /opt/willi: its file system is mounted noexec" in done.stderr
+    assert "mount -o remount,exec /opt" in done.stderr
+    assert not machine.path(HOME).exists()
+
+
 # The init script
 
 
@@ -376,6 +389,10 @@ def test_reload_and_restart_keep_the_old_willi_if_there_is_a_fault_in_the_file(m
         done = machine.ask(INIT, action)
         assert done.returncode == 1
         assert "read_timeot: unknown key; did you mean 'read_timeout'?" in done.stderr
+    configure(machine, listen="192.0.2.77:25")  # nobody's, and the file has no fault
+    done = machine.ask(INIT, "reload")
+    assert done.returncode == 1
+    assert "Willi was left as it is:\ncannot listen on 192.0.2.77:25" in done.stderr
     configure(machine, domain="new.example")
     assert banner(machine) == "220 mx.example ESMTP Willi"
     machine.run(INIT, "reload")
@@ -482,7 +499,9 @@ def test_an_upgrade_that_is_killed_leaves_the_old_willi_and_the_next_one_clears_
     machine.write("/usr/local/bin/killer", killer, 0o755)
     with upstream_on(machine) as upstream:
         machine.run(INIT, "start")
-        assert install(machine, NEW, PYTHON="/usr/local/bin/killer").returncode != 0
+        done = install(machine, NEW, PYTHON="/usr/local/bin/killer")
+        assert done.returncode != 0
+        assert number == signal.SIGKILL or done.stderr.splitlines()[-1] == INTERRUPTED
         assert version_on(machine) == f"willi {OLD}"
         send_message(machine, upstream)
         assert nothing_but_one_release(machine) or number == signal.SIGKILL
@@ -490,6 +509,33 @@ def test_an_upgrade_that_is_killed_leaves_the_old_willi_and_the_next_one_clears_
         send_message(machine, upstream)
     assert version_on(machine) == f"willi {NEW}"
     assert nothing_but_one_release(machine)
+
+
+# $1: the installation, $2: Willi's log.
+INTERRUPT_WHILE_IT_DRAINS = """
+"$1" & job=$!
+until grep -q msg=Draining "$2"; do sleep 0.1; done
+kill -TERM $job
+wait $job
+"""
+
+
+def test_an_upgrade_says_what_it_waits_for_and_ends_well_if_it_is_interrupted_then(machine):
+    configure(machine, workers=1)
+    with upstream_on(machine) as upstream:
+        machine.run(INIT, "start")
+        with connect(machine) as client:  # in a transaction, so that it takes until drain_timeout
+            assert client.read_reply().code == 220
+            assert client.command(EHLO).code == 250
+            assert client.command(MAIL).code == 250
+            new = f"{UNPACKED}/willi-{NEW}/install.sh"
+            done = machine.ask("bash", "-c", INTERRUPT_WHILE_IT_DRAINS, "bash", new, LOG)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert "What has begun is finished first, for up to drain_timeout" in done.stdout
+        assert NOT_NOW in done.stderr
+        assert "It is running." in done.stdout
+        send_message(machine, upstream)
+    assert version_on(machine) == f"willi {NEW}"
 
 
 def test_the_installed_copy_of_install_sh_does_not_upgrade_from_itself(machine):
@@ -538,14 +584,158 @@ def drop_in(machine: Machine, text: str) -> None:
     machine.run("systemctl", "daemon-reload")
 
 
-def test_with_systemd_the_unit_fails_once_and_the_journal_says_why_in_one_line(systemd, installed_with_systemd):
+def test_with_systemd_a_first_install_leaves_no_failed_unit_and_the_journal_says_why(systemd, installed_with_systemd):
     said = installed_with_systemd.said
     assert plain_words(said) == FIRST_WORDS
     assert next_commands(said)[-1] == "systemctl start willi"
     assert systemd.run("systemctl", "is-enabled", "willi").strip() == "enabled"
-    assert systemd.ask("systemctl", "is-active", "willi").stdout.strip() == "failed"  # of this boot
-    assert show(systemd, "NRestarts") == "0"
+    assert systemd.ask("systemctl", "is-active", "willi").stdout.strip() == "inactive"  # of this boot
+    assert systemd.run("systemctl", "list-units", "--failed", "--quiet", "--plain", "willi.service") == ""
     assert journal(systemd) == WHY_NOT
+
+
+@pytest.mark.parametrize("name", [f"{ETC}/upstream_servers.csv", "/etc/systemd/system/willi.service.d/own.conf"])
+def test_with_systemd_a_configuration_that_is_lost_is_a_failure_and_no_first_install(systemd, name):
+    systemd.write(name, "")
+    systemd.run("systemctl", "daemon-reload")
+    assert systemd.ask("systemctl", "start", "willi").returncode != 0
+    assert show(systemd, "ActiveState") == "failed"
+    assert journal(systemd).endswith(WHY_NOT)
+
+
+def test_with_systemd_a_reload_that_failed_is_a_failure_of_systemctl(systemd):
+    configure(systemd)
+    systemd.run("systemctl", "start", "willi")
+    systemd.run("systemctl", "reload", "willi")
+    configure(systemd, listen="192.0.2.77:25")
+    assert systemd.ask("systemctl", "reload", "willi").returncode != 0
+    assert "cannot listen on 192.0.2.77:25: Cannot assign requested address" in journal(systemd)
+    assert (show(systemd, "ActiveState"), banner(systemd)) == ("active", "220 mx.example ESMTP Willi")
+    configure(systemd, domain="new.example")
+    systemd.run("systemctl", "reload", "willi")
+    assert banner(systemd) == "220 new.example ESMTP Willi"
+
+
+def test_with_systemd_another_python_is_told_in_one_line_and_install_sh_again_helps(systemd):
+    """What an upgrade of the system leaves: libraries for a Python that is not there any more."""
+    configure(systemd)
+    systemd.run("sh", "-c", f"cd {HOME}/venv/lib && mv python3.* python3.9")
+    assert systemd.ask("systemctl", "start", "willi").returncode != 0
+    [line, *more] = dict.fromkeys(journal(systemd).splitlines())
+    assert (line, more) == (WHY_NOT.strip(), [line for line in more if "run install.sh of the release again" in line])
+    assert len(more) == 1
+    wait_until(lambda: show(systemd, "NRestarts") != "0", "another try", 30)
+    with upstream_on(systemd) as upstream:
+        assert install(systemd, NEW).returncode == 0
+        send_message(systemd, upstream)
+
+
+# From another program, and back to it
+
+
+NEW_CONF = f"{CONF}.new"
+
+
+@pytest.fixture
+def with_old_program(start_machine: StartMachine, debian: Path) -> Machine:
+    """systemd runs the other program, and Willi is not installed."""
+    machine = start_machine(debian, boot=True)
+    old_program.start(machine)
+    wait_until(lambda: speaks(machine, old_program.BANNER), "the old program")
+    return machine
+
+
+def speaks(machine: Machine, words: str) -> bool:
+    """Whether that is the banner."""
+    try:
+        return banner(machine) == words
+    except OSError:
+        return False
+
+
+def write_new_configuration(machine: Machine, **settings: Setting) -> None:
+    """As the README wants it: beside the one of the old program."""
+    old = machine.path(CONF).read_text()
+    machine.run("groupadd", "--force", "--system", "willi")
+    configure(machine, **settings)
+    machine.run("mv", CONF, NEW_CONF)
+    machine.run("chmod", "644", NEW_CONF)
+    machine.write(CONF, old)
+
+
+def old_program_goes_on(machine: Machine) -> bool:
+    """It serves, and would again after a restart."""
+    machine.run("systemctl", "restart", "willi")
+    wait_until(lambda: speaks(machine, old_program.BANNER), "the old program after a restart", 30)
+    return machine.path(CONF).read_text() == old_program.SETTINGS
+
+
+def test_from_the_old_program_to_willi_and_back(with_old_program):
+    machine = with_old_program
+    write_new_configuration(machine)
+    done = install(machine, NEW)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert machine.path(f"{CONF}.old").read_text() == old_program.SETTINGS
+    with upstream_on(machine) as upstream:
+        send_message(machine, upstream)
+    done = machine.ask(f"{HOME}/install.sh", "--back")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert old_program_goes_on(machine)
+    assert sorted(path.name for path in machine.path(HOME).iterdir()) == ["etc", "willi"]
+    done = install(machine, NEW)  # and once more
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert banner(machine) == "220 mx.example ESMTP Willi"
+
+
+def test_a_way_back_that_fails_leaves_willi_running(with_old_program):
+    machine = with_old_program
+    write_new_configuration(machine)
+    assert install(machine, NEW).returncode == 0
+    machine.path(f"{CONF}.old").write_text("not what it reads")
+    done = machine.ask(f"{HOME}/install.sh", "--back")
+    assert done.returncode == 1
+    assert "Failed to load config file" in done.stderr
+    assert done.stderr.endswith("install.sh: Willi serves again.\n")
+    assert banner(machine) == "220 mx.example ESMTP Willi"
+    assert show(machine, "ActiveState") == "active"
+
+
+def test_a_willi_that_does_not_start_makes_way_for_the_old_program_and_its_file(with_old_program):
+    machine = with_old_program
+    write_new_configuration(machine)
+    machine.run("cp", "-R", f"{UNPACKED}/willi-{NEW}", "/root/willi")
+    with machine.path("/root/willi/willi_lib/master.py").open("a") as master:
+        master.write(BROKEN_RELEASE)
+    done = machine.ask("/root/willi/install.sh")
+    assert done.returncode == 1
+    assert "this release cannot start" in done.stderr
+    assert "The program that was here before runs again" in done.stderr
+    assert banner(machine) == old_program.BANNER
+    assert old_program_goes_on(machine)
+    assert machine.path(NEW_CONF).exists()
+    assert not machine.path(f"{HOME}/current").exists()
+
+
+@pytest.mark.parametrize(
+    ("prepare", "words"),
+    [
+        pytest.param(lambda machine: None, f"write the new configuration into {NEW_CONF}", id="no new file"),
+        pytest.param(lambda machine: configure(machine), "which is in the new form already", id="rewritten in place"),
+        pytest.param(
+            lambda machine: write_new_configuration(machine, read_timeot="5m"), "read_timeot: unknown key", id="a fault"
+        ),
+    ],
+)
+def test_the_old_program_is_not_touched_before_there_is_a_file_for_the_new_one(with_old_program, prepare, words):
+    machine = with_old_program
+    machine.run("groupadd", "--system", "willi")
+    prepare(machine)
+    pid = show(machine, "MainPID")
+    done = install(machine, NEW)
+    assert done.returncode == 1
+    assert words in " ".join(done.stderr.split())
+    assert show(machine, "MainPID") == pid
+    assert banner(machine) == old_program.BANNER
 
 
 def test_with_systemd_no_client_is_refused_by_reloads_restarts_and_upgrades(systemd):

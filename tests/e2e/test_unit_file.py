@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
+from pathlib import Path
+
+import pytest
 
 from tests.support.loopback import ROOT, need
 
@@ -29,3 +33,19 @@ def test_the_unit_is_hardened():
     done = analyze("security", "--offline=true", f"--threshold={MOST_EXPOSED}", "--no-pager", str(UNIT))
     assert done.returncode == 0, done.stdout + done.stderr
     assert "Overall exposure level for willi.service" in done.stdout
+
+
+@pytest.mark.parametrize(("renewed", "copied"), [("mx.example.org", True), ("www.example.org", False)])
+def test_the_hook_for_certbot_copies_one_certificate_only(tmp_path: Path, renewed: str, copied: bool):
+    text = UNIT.read_text(encoding="utf-8")
+    [lines] = re.findall(r"^(#     #!/bin/sh\n(?:#     .*\n)+)", text, re.MULTILINE)
+    etc, live = tmp_path / "etc", tmp_path / "live"
+    etc.mkdir()
+    (live / renewed).mkdir(parents=True)
+    for name in ("privkey.pem", "fullchain.pem"):
+        (live / renewed / name).write_text(renewed)
+    hook = lines.replace("#     ", "").replace("/opt/willi/etc/", f"{etc}/").replace("/etc/letsencrypt/live", str(live))
+    hook = hook.replace("-o root -g willi ", "")  # there is no such group here
+    run = ["sh", "-euc", hook]
+    subprocess.run(run, env={"PATH": "/usr/bin:/bin", "RENEWED_LINEAGE": str(live / renewed)}, check=True, timeout=60)
+    assert sorted(path.name for path in etc.iterdir()) == (["fullchain.pem", "privkey.pem"] if copied else [])
