@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+import textwrap
 
 import pytest
 
@@ -155,10 +156,10 @@ def test_the_readme_explains_each_field_of_its_log_lines():
 
 
 def test_the_configuration_of_the_readme_can_be_used(tmp_path):
-    [settings] = re.findall(r"^```ini\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+    settings, _ = re.findall(r"<<END\n(.*?)^    END$", README, re.MULTILINE | re.DOTALL)
     [table] = re.findall(r"^```\n(pattern;.*?)^```$", README, re.MULTILINE | re.DOTALL)
     (tmp_path / "upstream_servers.csv").write_text(table, encoding="utf-8")
-    [mapping] = open_mappings(load(tmp_path, settings))
+    [mapping] = open_mappings(load(tmp_path, textwrap.dedent(settings)))
     assert isinstance(mapping, CsvFile)
     mapping.load()
     assert len(mapping) == 3
