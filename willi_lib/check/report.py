@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ COLOURS = {"ok": "\x1b[32m", "warn": "\x1b[33m", "wrong": "\x1b[1;31m"}  # green
 PLAIN = "\x1b[0m"
 CLEAR_LINE = "\r\x1b[K"
 BAR = 30  # characters
+CLOSED = re.compile(r"(/[^:]+): (?:cannot read it: )?Permission denied$")  # a file that the service must read
 
 Level = Literal["ok", "warn", "wrong"]
 
@@ -81,7 +83,8 @@ class Report:
         """Each line is wrong, and names its subject itself: `file:line: why`."""
         for line in text.split("\n"):
             subject, _, what = line.partition(": ")
-            self.wrong(subject, what, advice)
+            closed = CLOSED.search(line)
+            self.wrong(subject, what, f"chgrp willi {closed[1]}; chmod 640 {closed[1]}" if closed else advice)
 
     def add(self, finding: Finding) -> None:
         """Print it, unless it has to wait for the end."""
