@@ -15,6 +15,7 @@ from xml.etree import ElementTree
 import pytest
 
 from tests.conftest import show_on_failure
+from tests.runner.limits import allow
 from tests.support.loopback import ROOT, need, wait_until
 
 SHORT = ("--rounds", "1", "--size", "0.05", "plain")
@@ -66,6 +67,7 @@ class Bench:
     """A run of it, its output in files, its results and its temporary folder in ours."""
 
     def __init__(self, directory: Path, arguments: Sequence[str]) -> None:
+        allow(240)
         self.temporary, self.results = directory / "tmp", directory / "results"
         self.output, self.progress = directory / "output", directory / "progress"
         for needed in (self.temporary, self.results):
@@ -79,7 +81,7 @@ class Bench:
 
     def wait(self) -> int:
         """The exit status; nothing is left then: no file, and no process that was told one of ours."""
-        status = self.process.wait(60)
+        status = self.process.wait(200)
         assert list(self.temporary.iterdir()) == []
         lines = [path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline") if path.parent.exists()]
         assert [line for line in lines if os.fsencode(self.temporary) in line] == []

@@ -14,6 +14,7 @@ from time import monotonic
 import pytest
 
 from tests.conftest import StartUpstream, StartWilli
+from tests.runner.limits import allow
 from tests.support.certificates import Authority
 from tests.support.client import Client
 from tests.support.daemon import Setting, Willi, run_willi, write_config
@@ -392,6 +393,7 @@ def test_at_its_end_willi_takes_leave_of_the_database(
 def test_a_table_of_a_million_rows(
     mariadb: Mariadb, routed: StartWithDatabase, upstream: ScriptedUpstream, capsys: pytest.CaptureFixture[str]
 ):
+    allow(300)
     name = mariadb.table()
     mariadb.query(
         f"INSERT INTO {name}.routes SELECT CONCAT('user', seq, '@b.example'), %s, FALSE FROM {name}.seq_1_to_{ROWS}",

@@ -156,8 +156,8 @@ def test_a_dripping_proxy_header_is_given_up(start_willi: StartWilli, upstream: 
 
 def test_the_time_an_upstream_takes_is_not_the_clients(start_willi: StartWilli, upstream: ScriptedUpstream):
     """The second chunk comes at once; that the first one was answered late is not its fault."""
-    willi = start_willi(server=upstream.server, read_timeout="1s", loglevel="debug")
-    upstream.answers[b"BDAT 5"] = [Delay(1.2)]
+    willi = start_willi(server=upstream.server, read_timeout="4s", loglevel="debug")
+    upstream.answers[b"BDAT 5"] = [Delay(4.5)]
     client = in_envelope(willi)
     assert chunk(client, b"no LF") == "250 2.0.0 ok"
     client.send(b"BDAT 6 LAST\r\nthe")

@@ -133,6 +133,11 @@ def _kill_all() -> None:
 
 
 def _remove(directory: Path) -> None:
+    for pattern in (f"{directory.name}-*", f"*/{directory.name}-*"):  # see tests/support/machine.py
+        for group in Path("/sys/fs/cgroup").glob(pattern):
+            for path, _, _ in os.walk(group, topdown=False):
+                with suppress(OSError):
+                    Path(path).rmdir()
     mounts = Path("/proc/self/mounts").read_text()
     if str(directory) in mounts:
         print(f"{directory} stays: something is mounted there", flush=True)

@@ -149,7 +149,8 @@ class Machine:
         resolver = self._directory / "resolv.conf"
         resolver.write_text("")
         self.console = self._directory / "console.log"
-        self._groups = [group / self._directory.name for group in _control_groups()]
+        name = f"{run_directory().name}-{self._directory.name}"  # the runner removes what is left of such a name
+        self._groups = [group / name for group in _control_groups()]
         self.host = Host(resolver)
         try:
             self._start(":".join(map(str, reversed(below))), layer or layers.directory("layer"), boot, binds or {})

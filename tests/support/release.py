@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tests.runner.limits import allow
 from tests.support.loopback import ROOT
 
 WHEELS = ROOT / "release" / "wheels"  # of all releases that the tests build: fetched once
@@ -54,6 +55,7 @@ def commit(tree: Path, name: str, content: str) -> None:
 
 def make(tree: Path, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
     """Run make in a tree. Its environment has the variables; its output is in stdout."""
+    allow(SECONDS + 10)
     return subprocess.run(
         ["make", "--no-print-directory", *arguments], cwd=tree, env=environment(**variables), stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=SECONDS, check=False, text=True,
