@@ -13,6 +13,7 @@ import pytest
 
 from tests.conftest import StartUpstream, StartWilli
 from tests.e2e.test_processes import is_there, served_by, status_of
+from tests.runner.limits import allow
 from tests.support.certificates import Authority
 from tests.support.client import Client
 from tests.support.daemon import Willi, in_a_hurry
@@ -244,6 +245,7 @@ def test_mail_goes_on_without_the_status_process_which_comes_back(willi: Willi, 
 
 
 def test_workers_lose_nothing_while_the_status_process_stands_still(willi: Willi, status: Status):
+    allow(300)
     stopped = status_process(willi)
     assert stopped
     os.kill(stopped, signal.SIGSTOP)

@@ -101,6 +101,7 @@ def debian() -> Path:
 def _make_debian(path: Path) -> None:
     command = [
         "mmdebstrap", "--quiet", "--variant=minbase", f"--include={','.join(PACKAGES)}", NEEDLESS,
+        "--dpkgopt=force-unsafe-io",
         *(f"--customize-hook={FETCH.format(package=package)}" for package in MAIL_SERVERS),
     ]  # fmt: skip
     _run([*command, _codename(), str(path), "-"], "\n".join(_sources()), MAKING)
