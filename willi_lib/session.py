@@ -18,6 +18,7 @@ from .routing import LookupFailed, NoRoute
 from .service import XCLIENT_ATTRIBUTES, Service
 from .session_log import SessionLog
 from .smtp import reply as replies
+from .smtp.proxy_protocol import is_header
 from .smtp.reply import Reject, Reply
 from .smtp.syntax import (
     UNAVAILABLE,
@@ -141,6 +142,10 @@ class Session:
 
     def command(self, line: bytes) -> Reply:
         """Run one command. What it raises, `guarded` turns into a reply."""
+        if is_header(line, () if line else self.wire.peek_lines()):
+            self.log.warn("A PROXY header is not expected from this host: is it missing in proxy_protocol_hosts?")
+            self.service.counts.add(REFUSED, "proxy_header")
+            return replies.NO_HEADER
         try:
             verb, argument = split_command(line)
         except Reject:

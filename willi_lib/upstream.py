@@ -115,6 +115,7 @@ class Upstream:
         self._ahead: deque[bytes] = deque()  # sent in a group, answers still to come
         self.xclient_offer = ""  # the attributes that it lists; not all go on to list them afterwards (for `check`)
         self.xclient_answer: Reply | None = None
+        self.address_told = True  # unless it does not take that of this client
 
     # -- commands
 
@@ -556,7 +557,8 @@ class Connector:
         if answer.code not in TOLD:
             return _judge_refusal(upstream, client, answer, half_told, sid)
         upstream.xclient = "accepted"
-        if client.address and ("ADDR", UNAVAILABLE) in attributes:
+        upstream.address_told = not client.address or ("ADDR", UNAVAILABLE) not in attributes
+        if not upstream.address_told:
             fields = {"sid": sid, "client": str(client), "upstream": str(upstream.server)}
             log.warn("XCLIENT: the upstream does not take this address, and was told none", **fields)
         return True

@@ -29,6 +29,11 @@ def careful(upstream: ScriptedUpstream) -> ScriptedUpstream:
     return upstream
 
 
+@pytest.fixture
+def pair(certificates: Authority) -> Pair:
+    return certificates.issue(HOST)
+
+
 def of_host(path: Path, upstream: ScriptedUpstream) -> list[Finding]:
     return about(findings(path), upstream.server)
 
@@ -247,6 +252,74 @@ def test_the_refusal_of_a_stranger_counts_as_an_answer(tmp_path: Path, careful: 
     careful.answers[STRANGER] = reply("550 5.7.1 your address is on a list")
     [facts] = of_host(configure(tmp_path, f"b.example;{careful.server}\n"), careful)
     assert "does not relay (550)" in facts.what
+
+
+# -- what a client in clear, and one of IPv6, would meet
+
+
+@pytest.mark.parametrize(
+    ("answer", "level", "words"),
+    [
+        ("530 5.7.57 Client not authenticated to send mail", "wrong", "takes no mail from us (MAIL: 530 5.7.57"),
+        ("530 5.7.0 Must issue a STARTTLS command first", "wrong", "takes no mail from us (MAIL: 530 5.7.0"),
+        ("550 5.7.1 no null sender here", "warn", "MAIL FROM:<> is refused (550 5.7.1 no null sender here)"),
+        ("450 4.7.1 greylisted", "warn", "whether it relays is not known (MAIL: 450 4.7.1 greylisted)"),
+    ],
+)
+@pytest.mark.parametrize("mixed", ["first", "defer"])
+def test_a_refused_mail_is_no_answer_to_whether_it_relays(
+    tmp_path: Path, careful: ScriptedUpstream, answer: str, level: str, words: str, mixed: str
+):
+    careful.answers[b"MAIL"] = reply(answer)
+    path = configure(tmp_path, f"b.example;{careful.server}\n", f"mixed_recipients = {mixed}")
+    facts, problem = of_host(path, careful)
+    assert "does not relay" not in facts.what
+    assert problem.level == level and words in problem.what
+
+
+def test_an_upstream_that_wants_tls_is_asked_over_tls(tmp_path: Path, start_upstream: StartUpstream, pair: Pair):
+    upstream = start_upstream(tls=pair.server_context())
+    upstream.extensions = XCLIENT
+    upstream.answers[b"MAIL"] = [reply("530 5.7.0 Must issue a STARTTLS command first")]
+    upstream.answers[NOBODY] = reply("454 4.7.1 Relay access denied")
+    [facts] = of_host(configure(tmp_path, f"b.example;{upstream.server};no\n"), upstream)
+    assert facts.level == "ok" and facts.what.endswith("wants TLS, does not relay (454)")
+
+
+def with_ipv6(directory: Path, csv: str, more: str = "") -> Path:
+    path = configure(directory, csv, more)
+    text = path.read_text()
+    path.write_text(text.replace(f"listen = {HOST}:", f"listen = [::1]:{free_port('127.0.0.1')}, {HOST}:"))
+    return path
+
+
+def test_an_upstream_that_takes_no_ipv6_address_by_xclient(tmp_path: Path, postfix: Postfix):
+    """Postfix with inet_protocols = ipv4."""
+    line = f"b.example;{postfix.server};no\n"
+    [problem] = bad(about(findings(with_ipv6(tmp_path, line)), postfix.server))
+    assert problem.level == "warn" and problem.what.startswith("XCLIENT: it takes no IPv6 address")
+    assert "inet_protocols = all" in problem.advice
+    [problem] = bad(about(findings(with_ipv6(tmp_path, line, "xclient = require")), postfix.server))
+    assert problem.level == "warn" and "an IPv6 client (2001:db8::1) is refused there: 451 4.3.5" in problem.what
+    assert bad(about(findings(configure(tmp_path, line)), postfix.server)) == [], "there are no IPv6 clients"
+
+
+@pytest.mark.parametrize("version", ["v1", "v2"])
+def test_an_upstream_that_takes_no_ipv6_address_in_a_proxy_header(
+    tmp_path: Path, start_upstream: StartUpstream, version: str
+):
+    upstream = start_upstream(proxy=True)
+    ok, refused = reply("220 upstream.example ESMTP"), reply("421 4.3.0 mx.example Server local error")
+    upstream.answers[GREETING] = [ok, ok, refused]  # Postfix's; for the first client, the stranger, and that of IPv6
+    upstream.answers[NOBODY] = reply("454 4.7.1 Relay access denied")
+    path = with_ipv6(tmp_path, f"b.example;{upstream.server}\n", f"send_proxy = {version}")
+    [problem] = bad(of_host(path, upstream))
+    assert problem.level == "warn" and "an IPv6 client (2001:db8::1) is refused there: 421 4.3.0" in problem.what
+
+
+def test_an_upstream_that_takes_ipv6_addresses(tmp_path: Path, careful: ScriptedUpstream):
+    assert bad(of_host(with_ipv6(tmp_path, f"b.example;{careful.server}\n"), careful)) == []
+    assert careful.connections[2].commands[1].endswith(b" ADDR=IPV6:2001:db8::1")
 
 
 def test_what_an_upstream_says_cannot_control_a_terminal(tmp_path: Path, careful: ScriptedUpstream):

@@ -254,12 +254,8 @@ def test_a_proxy_header_from_strangers_does_not_count(
     client = willi.connect(greeting=False)
     client.send(header)
     assert client.read_reply().code == 220
-    assert client.read_reply().code in (500, 501)
-    if header.startswith(b"PROXY"):
-        assert say(client, EHLO, MAIL, BOB)[1:] == [SENDER_KEPT, "250 2.0.0 ok"]
-        told = [line for line in upstream.commands if line.startswith(b"XCLIENT")]
-        assert told and b"ADDR=127.0.0.1" in told[-1]
-    assert b"192.0.2.1" not in b"".join(upstream.commands)
+    assert client.read_to_end() == b"421 4.7.0 No PROXY header is expected from your address\r\n"
+    assert upstream.connections == []
 
 
 # Injection by way of an argument

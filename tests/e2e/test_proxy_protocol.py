@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import time
+from contextlib import suppress
 
 import pytest
 
@@ -17,6 +18,8 @@ from tests.support.upstream import EXTENSIONS, GREETING, ScriptedUpstream
 
 BALANCER = "127.0.0.5"
 SIGNATURE = b"\r\n\r\n\0\r\nQUIT\n"
+NO_HEADER = b"421 4.7.0 No PROXY header is expected from your address\r\n"
+NOT_EXPECTED = "A PROXY header is not expected from this host: is it missing in proxy_protocol_hosts?"
 V1 = b"PROXY TCP4 192.0.2.7 198.51.100.1 4711 25\r\n"
 ADDRESSES = bytes([192, 0, 2, 7, 198, 51, 100, 1]) + (4711).to_bytes(2, "big") + (25).to_bytes(2, "big")
 V2 = SIGNATURE + b"\x21\x11\0\x0c" + ADDRESSES
@@ -150,10 +153,11 @@ def test_a_header_that_does_not_come_is_waited_for_3_seconds(willi: Willi):
 @pytest.mark.parametrize("header", [V1, V2], ids=["v1", "v2"])
 def test_a_header_is_never_guessed_from_anyone_else(header: bytes, willi: Willi, upstream: ScriptedUpstream):
     with connect(willi, source="127.0.0.6") as client:
+        port = client.socket.getsockname()[1]
         assert client.read_reply().code == 220, "without waiting for anything"
-        client.send(header)
-        client.finish()
-        assert not client.read_to_end().startswith(b"250")
+        client.send(header + EHLO + b"\r\n")
+        assert client.read_to_end() == NO_HEADER
+    assert willi.wait_for_log(lvl="warn", msg=NOT_EXPECTED)["client"] == f"127.0.0.6:{port}"
     with greeted(willi, source="127.0.0.6") as client:
         assert deliver(client) == QUEUED
     assert b"ADDR=127.0.0.6" in told_of(upstream)
@@ -163,10 +167,24 @@ def test_a_header_may_not_come_twice(willi: Willi, upstream: ScriptedUpstream):
     with connect(willi) as client:
         client.send(V1 + V1.replace(b"192.0.2.7", b"203.0.113.1"))
         assert client.read_reply().code == 220
-        assert client.read_reply().code == 500
-        say(client, EHLO)
-        assert deliver(client) == QUEUED
-    assert b"ADDR=192.0.2.7" in told_of(upstream)
+        assert client.read_to_end() == NO_HEADER
+    assert upstream.connections == []
+    assert willi.wait_for_log(lvl="warn", msg=NOT_EXPECTED)["client"] == "192.0.2.7:4711"
+
+
+@pytest.mark.parametrize("way", ["by octets", "behind EHLO"])
+@pytest.mark.parametrize("header", [V1, V2, LOCAL, b"PROXY UNKNOWN\r\n"], ids=["v1", "v2", "LOCAL", "UNKNOWN"])
+def test_a_header_from_a_stranger_ends_the_session_however_it_comes(header: bytes, way: str, willi: Willi):
+    with connect(willi, source="127.0.0.6") as client:
+        assert client.read_reply().code == 220
+        if way == "by octets":
+            with suppress(ConnectionError):  # it need not wait for all of them
+                client.send_slowly(header)
+        else:
+            say(client, EHLO)
+            client.send(header)
+        assert client.read_to_end().endswith(NO_HEADER)
+    assert willi.wait_for_log(msg=NOT_EXPECTED)["client"].startswith("127.0.0.6:")
 
 
 def test_what_the_balancer_may_its_clients_may_not(start_willi: StartWilli, upstream: ScriptedUpstream):

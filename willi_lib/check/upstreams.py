@@ -1,9 +1,9 @@
-"""Talk to every address of every host of every route: as far as MAIL, and once as a stranger who wants a relay.
+"""Talk to every address of every host of every route: as far as MAIL, and once as a stranger that wants a relay.
 
-The stranger says MAIL with the empty sender and RCPT to an address that cannot exist
-(RFC 2606 §2), then RSET and QUIT: no message is sent. His address is one that no machine has
+The stranger says MAIL with the empty sender, in clear, and RCPT to an address that cannot exist
+(RFC 2606 §2), then RSET and QUIT: no message is sent. Its address is one that no machine has
 (RFC 5737), so that an upstream that knows clients by XCLIENT or a PROXY header does not take
-him for a host of its own network.
+it for a host of its own network. Where Willi may have clients of IPv6, one of these is introduced as well.
 """
 
 from __future__ import annotations
@@ -19,10 +19,11 @@ from willi_lib.routing import Route, Server
 from willi_lib.service import XCLIENT_ATTRIBUTES
 from willi_lib.smtp import reply as replies
 from willi_lib.smtp.reply import BadReply, Reject, Reply
+from willi_lib.smtp.syntax import UNAVAILABLE
 from willi_lib.smtp.wire import Clock, WireError
 from willi_lib.status.words import several
 from willi_lib.tls import CertificateFacts
-from willi_lib.upstream import Client, Connector, Refused, Upstream, UpstreamFailed
+from willi_lib.upstream import NOT_FROM_US, Client, Connector, Refused, Upstream, UpstreamFailed, WantsTls
 
 from .files import WARN_DAYS, days_left
 from .promises import is_own
@@ -33,11 +34,12 @@ from .routes import Destinations
 PROBES_AT_A_TIME = 20
 MAX_NAMED = 5  # hosts without an address, if it is the name servers that are silent
 SILENT_DNS = rf"{NO_ANSWER}|\(dns_timeout\)"
-STRANGER = "192.0.2.1"  # RFC 5737
+STRANGER, STRANGER6 = "192.0.2.1", "2001:db8::1"  # RFC 5737, RFC 3849
 NOBODY = "relay-test@willi-check.invalid"  # RFC 2606
 FAULTS = (UpstreamFailed, WireError, BadReply, Reject, Refused)
 
 ALLOW_XCLIENT = "allow Willi's address to use XCLIENT there (Postfix: smtpd_authorized_xclient_hosts)"
+ALLOW_IPV6 = "have it use IPv6 (Postfix: inet_protocols = all), if it takes IPv4 clients"
 SEES_US = "it takes us for the client, in its blocklists, limits and SPF"
 # What to do about a failure, by its text.
 ADVICE = (
@@ -56,6 +58,7 @@ ADVICE = (
     (r"refused$", "start the server there, or correct host and port in the route"),
     (r"greeting: |EHLO: |HELO: ", "it refuses us, whoever the client is: allow Willi's address there"),
 )
+TRY_AGAIN = "try again in some minutes, if it is greylisting"
 ASK_ITS_LOG = "the log of that server should say why"
 EXPECTS_HEADER = "does that port expect a PROXY header (send_proxy)?"
 
@@ -119,6 +122,8 @@ class Prober:
         self._settings = settings
         self._loses_recipients = several and settings.mixed_recipients == "first"
         self._connector = Connector(settings, resolver)
+        others = (*settings.proxy_protocol_hosts, *settings.xclient_hosts)
+        self._has_ipv6_clients = bool(others) or any(":" in (one.host or "::") for one in settings.listen)
 
     def hosts_of(self, route: Route) -> list[Route]:
         """The same route to each of its hosts alone. Why there are not more of them `look_at_dns` has said."""
@@ -156,18 +161,19 @@ class Prober:
                 upstream.quit()
         except FAULTS as error:
             return self._failure(target, where, error)
-        if target.takes_all or self._settings.mixed_recipients == "first":
-            self._ask_for_relay(target, address, clock, notes)
+        self._try_as_stranger(target, address, clock, notes)
+        if self._has_ipv6_clients:
+            self._try_ipv6(target, address, clock, notes)
         return notes
 
-    def _open(self, target: Target, address: Address, clock: Clock, client: str, name: str) -> Upstream:
-        """Introduce a client that is in TLS, so that STARTTLS is tried. Raises any of FAULTS."""
+    def _open(
+        self, target: Target, address: Address, clock: Clock, client: str, name: str, tls: bool = True
+    ) -> Upstream:
+        """Introduce a client. tls: that it is in TLS, so that STARTTLS is tried. Raises any of FAULTS."""
         who = Client(client, 25, own=lambda: ("127.0.0.1", 25), name=lambda: name)
-        who.helo, who.tls = self._settings.domain, "as if"
-        return self._connector._open(
-            target.route, target.server, address, who, clock, "check",
-            self._settings.upstream_timeout,
-        )
+        who.helo, who.tls = self._settings.domain, "as if" if tls else None
+        limit = self._settings.upstream_timeout
+        return self._connector._open(target.route, target.server, address, who, clock, "check", limit)
 
     def _failure(self, target: Target, where: str, error: Exception) -> Finding:
         text = str(error).removeprefix(f"{target.server}: ")
@@ -195,29 +201,56 @@ class Prober:
         if limit.isdecimal() and 0 < int(limit) < self._settings.max_message_bytes:
             notes.fact(f"takes {limit} octets, less than max_message_bytes")
 
-    # -- whether it relays
+    # -- what it makes of a stranger, and whether it relays
 
-    def _ask_for_relay(self, target: Target, address: Address, clock: Clock, notes: Notes) -> None:
+    def _try_as_stranger(self, target: Target, address: Address, clock: Clock, notes: Notes) -> None:
+        """Say MAIL as a client in clear, and RCPT if its answer matters: can recipients of others get there?"""
         try:
             with clock.limit(self._settings.upstream_timeout, "checking"):
-                upstream = self._open(target, address, clock, client=STRANGER, name="willi-check.invalid")
-                answer = _ask_for_nobody(upstream)
+                upstream, answer = self._say_mail(target, address, clock, notes)
+                if not answer.positive:
+                    _judge_mail(answer, notes)
+                elif target.takes_all or self._settings.mixed_recipients == "first":
+                    self._judge(upstream.ask(b"RCPT TO:<" + NOBODY.encode() + b">"), notes)
+                if answer.positive:
+                    upstream.ask(b"RSET")
                 upstream.quit()
         except (Reject, Refused) as refusal:
-            answer = refusal.reply
+            self._judge(refusal.reply, notes)
         except FAULTS as error:
             notes.warn(f"whether it relays is not known: {error}", ASK_ITS_LOG)
-            return
-        self._judge(answer, notes)
+
+    def _say_mail(self, target: Target, address: Address, clock: Clock, notes: Notes) -> tuple[Upstream, Reply]:
+        """The answer to MAIL, over TLS if the upstream wants that. Raises any of FAULTS."""
+        upstream = self._open(target, address, clock, STRANGER, "willi-check.invalid", tls=False)
+        answer = upstream.ask(b"MAIL FROM:<>")
+        if answer.code == NOT_FROM_US and isinstance(upstream.unwelcome("MAIL", answer), WantsTls):
+            notes.fact("wants TLS")
+            upstream.quit()
+            upstream = self._open(target, address, clock, STRANGER, "willi-check.invalid")
+            answer = upstream.ask(b"MAIL FROM:<>")
+        return upstream, answer
+
+    def _try_ipv6(self, target: Target, address: Address, clock: Clock, notes: Notes) -> None:
+        """Whether the upstream can be told an address of IPv6, if it can be told one at all."""
+        try:
+            with clock.limit(self._settings.upstream_timeout, "checking"):
+                upstream = self._open(target, address, clock, STRANGER6, UNAVAILABLE)
+                if not upstream.address_told:
+                    notes.warn("XCLIENT: it takes no IPv6 address, and does not know such clients", ALLOW_IPV6)
+                upstream.quit()
+        except FAULTS as error:
+            text = str(error).removeprefix(f"{target.server}: ")
+            notes.warn(f"an IPv6 client ({STRANGER6}) is refused there: {text}", ALLOW_IPV6)
 
     def _judge(self, answer: Reply, notes: Notes) -> None:
-        about_relaying = answer.code == 454 or b"relay" in b" ".join(answer.lines).lower()
+        about_relaying = answer.code in (454, NOT_FROM_US) or b"relay" in b" ".join(answer.lines).lower()
         if answer.positive:
             notes.wrong(
                 f"takes mail for anybody ({answer}): with it Willi is an open relay",
                 "have it refuse recipients that are not its own, and keep Willi's address out of its mynetworks",
             )
-        elif answer.permanent and self._loses_recipients:
+        elif answer.permanent and answer.code != NOT_FROM_US and self._loses_recipients:
             notes.warn(
                 f"refuses recipients of other upstreams for good ({answer}): a message to both reaches only one",
                 "set mixed_recipients = defer, or have it say 454 (Postfix: defer_unauth_destination)",
@@ -225,16 +258,19 @@ class Prober:
         elif answer.permanent or about_relaying:
             notes.fact(f"does not relay ({answer.code})")
         else:
-            notes.warn(f"whether it relays is not known ({answer})", "try again in some minutes, if it is greylisting")
+            notes.warn(f"whether it relays is not known ({answer})", TRY_AGAIN)
 
 
-def _ask_for_nobody(upstream: Upstream) -> Reply:
-    """The answer to a recipient that nobody has. Raises UpstreamFailed."""
-    answer = upstream.ask(b"MAIL FROM:<>")
-    if answer.positive:
-        answer = upstream.ask(b"RCPT TO:<" + NOBODY.encode() + b">")
-        upstream.ask(b"RSET")
-    return answer
+def _judge_mail(answer: Reply, notes: Notes) -> None:
+    """A refused MAIL says nothing about relaying."""
+    if answer.code == NOT_FROM_US:
+        advice = "have it take mail from Willi's address without a password"
+        notes.wrong(f"takes no mail from us (MAIL: {answer}): all of it gets a 451", advice)
+    elif answer.permanent:
+        what = f"MAIL FROM:<> is refused ({answer}): no bounce gets there, and whether it relays is not known"
+        notes.warn(what, "have it take the empty sender (RFC 5321 §6.1)")
+    else:
+        notes.warn(f"whether it relays is not known (MAIL: {answer})", TRY_AGAIN)
 
 
 def _describe_tls(upstream: Upstream, address: str, notes: Notes) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv6Address, ip_address
 
@@ -64,6 +65,11 @@ def parse(buffer: bytes) -> tuple[Endpoints | None, int] | None:
     if buffer.startswith(_V2_SIGNATURE[: len(buffer)]):
         return _parse_v2(buffer)
     raise BadHeader(f"not a PROXY header: {buffer[:16]!r}")
+
+
+def is_header(line: bytes, following: Sequence[bytes] = ()) -> bool:
+    """Whether what was read as a command line is the beginning of a header. following: the lines that came with it."""
+    return line.startswith(_V1_START) or line == b"\0" or [line, *following[:2]] == [b"", b"", b"\0"]
 
 
 def build_v1(endpoints: Endpoints) -> bytes:
