@@ -636,46 +636,39 @@ def test_any_text_is_settings_or_faults_of_one_line_each(lines):
 # CPUs
 
 
-def mounts(*lines: str) -> str:
-    return "\n".join(["22 1 8:1 / / rw - ext4 /dev/sda1 rw", "23 22 0:20 / /proc rw - proc proc rw", *lines, ""])
-
-
-@pytest.mark.parametrize(("cgroup", "mountinfo", "files", "quota"), [
+@pytest.mark.parametrize(("groups", "files", "quota"), [
     # version 2: any level may have one, the smallest counts
-    ("0::/a/b", ["31 22 0:28 / TOP rw - cgroup2 cgroup2 rw"], {"a/b/cpu.max": "150000 100000"}, 1.5),
-    ("0::/a/b", ["31 22 0:28 / TOP rw - cgroup2 none rw"],
-     {"cpu.max": "max 100000", "a/cpu.max": "50000 100000", "a/b/cpu.max": "400000 100000"}, 0.5),
-    ("0::/a", ["31 22 0:28 / TOP rw - cgroup2 cgroup2 rw"], {"a/cpu.max": "max 100000", "b/cpu.max": "1 100000"}, inf),
-    # in a container, whose root is the group itself
-    ("0::/", ["31 22 0:28 / TOP ro - cgroup2 cgroup rw"], {"cpu.max": "200000 100000"}, 2),
-    ("0::/../x", ["31 22 0:28 / TOP ro - cgroup2 cgroup rw"], {"cpu.max": "200000 100000"}, 2),
+    ("0::/a/b", {"a/b/cpu.max": "150000 100000"}, 1.5),
+    ("0::/a/b", {"cpu.max": "max 100000", "a/cpu.max": "50000 100000", "a/b/cpu.max": "400000 100000"}, 0.5),
+    ("0::/a", {"a/cpu.max": "max 100000", "b/cpu.max": "1 100000"}, inf),
+    # in a container, which does not see what is above its own group
+    ("0::/", {"cpu.max": "200000 100000"}, 2),
+    ("0::/../x", {"cpu.max": "200000 100000"}, 2),
+    ("0::/docker/1", {"cpu.max": "200000 100000"}, 2),
     # version 1, alone and beside version 2
-    ("4:cpu,cpuacct:/a\n3:memory:/b", ["31 22 0:28 / TOP rw shared:9 - cgroup cgroup rw,cpu,cpuacct"],
-     {"a/cpu.cfs_quota_us": "300000", "a/cpu.cfs_period_us": "100000", "b/cpu.cfs_quota_us": "1"}, 3),
-    ("2:cpu:/docker/1\n0::/docker/1", ["31 22 0:28 /docker/1 TOP ro - cgroup cgroup rw,cpu"],
-     {"cpu.cfs_quota_us": "100000", "cpu.cfs_period_us": "50000"}, 2),
-    ("2:cpu:/a", ["31 22 0:28 / TOP rw - cgroup cgroup rw,cpu"],
-     {"a/cpu.cfs_quota_us": "-1", "a/cpu.cfs_period_us": "100000"}, inf),
-    ("2:cpuacct:/a", ["31 22 0:28 / TOP rw - cgroup cgroup rw,cpuacct"], {"a/cpu.max": "1 100000"}, inf),
+    ("4:cpu,cpuacct:/a\n3:memory:/b",
+     {"cpu,cpuacct/a/cpu.cfs_quota_us": "300000", "cpu,cpuacct/a/cpu.cfs_period_us": "100000"}, 3),
+    ("2:cpu:/docker/1\n0::/docker/1", {"cpu/cpu.cfs_quota_us": "100000", "cpu/cpu.cfs_period_us": "50000"}, 2),
+    ("2:cpu:/a", {"cpu/a/cpu.cfs_quota_us": "-1", "cpu/a/cpu.cfs_period_us": "100000"}, inf),
+    ("2:cpuacct:/a", {"cpuacct/a/cpu.cfs_quota_us": "1", "cpuacct/a/cpu.cfs_period_us": "100000"}, inf),
     # nonsense and nothing
-    ("0::/a", [], {}, inf),
-    ("nonsense", ["31 22 0:28 / TOP rw - cgroup2 cgroup2 rw"], {"cpu.max": "1 100000"}, inf),
-    ("0::/a", ["31 22 0:28 / TOP rw - cgroup2 cgroup2 rw"], {"a/cpu.max": "nonsense"}, inf),
-    ("0::/a", ["31 22 0:28 / TOP rw - cgroup2 cgroup2 rw"], {"a/cpu.max": "0 0"}, inf),
+    ("0::/a", {}, inf),
+    ("nonsense", {"cpu.max": "1 100000"}, inf),
+    ("0::/a", {"a/cpu.max": "nonsense"}, inf),
+    ("0::/a", {"a/cpu.max": "0 0"}, inf),
 ])  # fmt: skip
 def test_a_quota_of_cpus_is_that_of_the_control_groups(
-    tmp_path: Path, cgroup: str, mountinfo: list[str], files: dict[str, str], quota: float
+    tmp_path: Path, groups: str, files: dict[str, str], quota: float
 ):
     for name, text in files.items():
-        (tmp_path / "top" / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / "top" / name).write_text(text + "\n")
-    (tmp_path / "cgroup").write_text(cgroup + "\n")
-    (tmp_path / "mountinfo").write_text(mounts(*mountinfo).replace("TOP", str(tmp_path / "top")))
-    assert cpu_quota(tmp_path) == quota
+        (tmp_path / "mounted" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "mounted" / name).write_text(text + "\n")
+    (tmp_path / "groups").write_text(groups + "\n")
+    assert cpu_quota(tmp_path / "groups", tmp_path / "mounted") == quota
 
 
 def test_without_proc_there_is_no_quota(tmp_path: Path):
-    assert cpu_quota(tmp_path / "none") == inf
+    assert cpu_quota(tmp_path / "none", tmp_path) == inf
 
 
 # What is quoted from the file

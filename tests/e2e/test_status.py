@@ -17,6 +17,7 @@ from tests.runner.limits import allow
 from tests.support.certificates import Authority
 from tests.support.client import Client
 from tests.support.daemon import Willi, in_a_hurry
+from tests.support.dns import DnsServer
 from tests.support.loopback import HOST, free_port, wait_until
 from tests.support.promise import greeted, in_data
 from tests.support.status import Status, status_process
@@ -406,6 +407,27 @@ def test_not_ready_while_workers_say_nothing(start_willi: StartWilli, upstream: 
     finally:
         os.kill(worker, signal.SIGCONT)
     wait_until(lambda: status.get("/readyz").status == 200, "ready again")
+
+
+def test_a_host_shows_what_was_wrong_with_each_of_its_addresses(
+    start_willi: StartWilli, start_upstream: StartUpstream, certificates: Authority, dns: DnsServer, status: Status
+):
+    other = start_upstream(host="127.0.0.2", tls=certificates.issue("other.example").server_context())
+    dns.zone["up.example"] = {"A": ["127.0.0.2", "127.0.0.3"]}
+    server = f"up.example:{other.port}"
+    willi = start_willi(
+        mappings={"all": {"type": "static", "server": server, "upstream_tls_ca": str(certificates.ca)}},
+        upstream_tls="always", status_listen=status.setting, dns=dns,
+    )  # fmt: skip
+    willi.tolerate("Upstream failed")
+    assert say(greeted(willi), MAIL, BOB)[1].startswith("451 4.4.1")
+    wait_until(lambda: status.answers() and status.overview()["hosts"], "the host")
+    [host] = status.overview()["hosts"]
+    whole = [host["last_error"], *status.overview()["problems"], willi.lines(msg="Upstream failed")[0]["error"]]
+    for text in whole:
+        assert "[127.0.0.2]: TLS handshake: Hostname mismatch, " in text
+        assert "[127.0.0.3]: Connection refused" in text
+    assert len(whole) == 3
 
 
 # What it says to whom
