@@ -17,9 +17,9 @@ from tests.support.loopback import ROOT
 FLOORS = [
     {"smtp"},  # these two know only themselves
     {"routing"},
-    {"config", "log", "text", "systemd", "reload", "scoreboard", "limits", "memory", "dns", "tls", "counts"}
+    {"config", "log", "text", "systemd", "reload", "scoreboard", "limits", "memory", "tls", "counts"}
     | {"reports", "privileges", "process_name"},
-    {"mappings", "mapping_watch", "news", "upstream", "listeners", "child", "certificate_files"},
+    {"jobs", "dns", "mappings", "mapping_watch", "news", "upstream", "listeners", "child", "certificate_files"},
     {"relay", "lookup"},
     {"dispatch"},
     {"service", "session_log"},
@@ -39,7 +39,8 @@ WORLD = {
 }  # fmt: skip
 # `dns` asks c-ares by way of gevent; `check` is a process of its own and patches it as the worker does.
 KNOW_GEVENT = {
-    "smtp.wire", "dns", "routing.mysql", "routing.database", "mapping_watch", "check", "worker", "reporter", "status",
+    "smtp.wire", "dns", "routing.mysql", "routing.database", "mapping_watch", "jobs", "check", "worker", "reporter",
+    "status",
 }  # fmt: skip
 
 

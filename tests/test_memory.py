@@ -60,3 +60,18 @@ def test_few_connections_cost_a_look_at_the_memory():
 leave(HEADROOM // 2)
 assert not all(memory.allows(number) for number in range(EVERY + 1))
 """)
+
+
+def test_a_job_that_has_no_memory_goes_on_later():
+    run("""
+from willi_lib import jobs, log
+jobs.PAUSE = 0.01
+log.silence()
+turns = []
+def job():
+    turns.append(0)
+    if len(turns) < 3:
+        raise MemoryError
+jobs.keep_going(job)
+assert len(turns) == 3
+""")

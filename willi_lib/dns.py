@@ -206,8 +206,9 @@ class Resolver:
             return lambda: known
         asking = self._asking.get(address)
         if asking is None:
-            asking = self._asking[address] = AsyncResult()
-            gevent.spawn(self._find_name, address)
+            asking = AsyncResult()
+            gevent.spawn(self._find_name, address)  # may fail for lack of memory
+            self._asking[address] = asking
         deadline = monotonic() + self._timeout
         return lambda: self._wait_for_name(asking, deadline)
 

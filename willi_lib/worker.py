@@ -36,6 +36,7 @@ from .child import DATABASE_DOWN, FAULT, GO, LEAVING, MAX_WORDS, NEWS, READY, TR
 from .config import Settings
 from .counts import REFUSED, Counts
 from .dns import Resolver
+from .jobs import keep_going
 from .limits import OPEN, RATE, Limits
 from .mapping_watch import DatabaseDown, MappingWatch, Start
 from .mappings import MappingError, open_mappings
@@ -264,8 +265,8 @@ class Worker:
         for server in self._servers:
             server.start()
         jobs = (self._watch_mappings, self._show_life, self._report, self._release_answers)
-        helpers = [gevent.spawn(job) for job in (*jobs, self._resolver.follow_resolv_conf)]
-        answering = gevent.spawn(self._reporter.answer_questions)
+        helpers = [gevent.spawn(keep_going, job) for job in (*jobs, self._resolver.follow_resolv_conf)]
+        answering = gevent.spawn(keep_going, self._reporter.answer_questions)
         self._asked_to_end.wait()
         about_to_end()
         answering.kill()

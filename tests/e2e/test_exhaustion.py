@@ -132,3 +132,22 @@ def test_a_message_for_which_there_is_no_memory_ends_with_421_and_is_not_finishe
         assert client.command(b"NOOP").code == 250
     assert willi.workers == [worker]
     assert "Traceback" not in willi.text
+
+
+def test_too_little_memory_for_a_changed_table_leaves_the_old_one_and_it_is_read_later(
+    start_willi: StartWilli, upstream: ScriptedUpstream
+):
+    head = f"pattern;server\nb.example;{upstream.server}\n"
+    willi = start_willi(csv=head)
+    willi.tolerate("CSV file not read, the old table stays")
+    (worker,) = willi.workers
+    leave_memory(worker, 20 * MEGABYTE)
+    rows = (f"user{number}@b{number}.example;127.0.0.1:{number % 60000 + 1}\n" for number in range(250_000))
+    willi.replace_csv(head + "".join(rows))
+    fault = willi.wait_for_log(msg="CSV file not read, the old table stays", seconds=60)
+    assert fault["error"] == f"{willi.csv}: not enough memory to read it"
+    with greeted(willi) as client:
+        assert deliver(client) == QUEUED
+    resource.prlimit(worker, resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    assert willi.wait_for_log(msg="CSV file read again", seconds=90)["patterns"] == "250001"
+    assert willi.workers == [worker]

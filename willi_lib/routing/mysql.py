@@ -167,33 +167,39 @@ class Mysql:
             self._outage.next_try = now + RETRY_INTERVAL
         asking = self._asking.get(key)
         if asking is None:
-            asking = self._asking[key] = AsyncResult()
-            gevent.spawn(self._run, key, asking)
+            asking = AsyncResult()
+            gevent.spawn(self._run, key, asking)  # may fail for lack of memory
+            self._asking[key] = asking
         return asking
 
     def _run(self, key: str, asking: AsyncResult[Route | None]) -> None:
         """Ask the database, in a greenlet of its own, and tell all who wait."""
+        try:
+            asking.set(self._ask_database(key))
+        except Exception as failure:  # noqa: BLE001 -- the sessions hear of it
+            asking.set_exception(failure)
+        finally:
+            if self._asking.get(key) is asking:
+                del self._asking[key]
+
+    def _ask_database(self, key: str) -> Route | None:
+        """Raises Down, TooSlow, LookupFailed."""
         began = monotonic()
         try:
             route = self._database.ask(key)
-        except (TooSlow, LookupFailed) as failure:
+        except (TooSlow, LookupFailed):
             self._note_up()
-            asking.set_exception(failure)
+            raise
         except Down as why:
             if self._answered < began:  # if others had answers meanwhile, it is a matter of this key
                 self._note_down(str(why), began)
-            asking.set_exception(why)
-        except Exception as failure:  # noqa: BLE001 -- it is raised in the sessions, where it becomes a reply
-            asking.set_exception(failure)
-        else:
-            self._note_up()
-            self._remember(key, route)
-            asking.set(route)
-        if self._asking.get(key) is asking:
-            del self._asking[key]
+            raise
+        self._note_up()
+        self._remember(key, route)
+        return route
 
     def _failure(self, asking: AsyncResult[Route | None]) -> Exception:
-        """A new exception for each session that has waited in vain."""
+        """A new exception for each session that has no answer."""
         why = asking.exception
         if why is None:
             return LookupFailed(f"no answer within {self._timeout:g} s", self._outage is not None)

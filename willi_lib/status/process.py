@@ -21,6 +21,7 @@ from gevent.event import AsyncResult
 
 from willi_lib import log
 from willi_lib.config import Settings
+from willi_lib.jobs import keep_going
 from willi_lib.privileges import drop_privileges
 from willi_lib.reports import Links
 
@@ -48,7 +49,7 @@ def run(
     gevent.spawn(lambda: ends.set(_hear(master)))
     signal.setitimer(signal.ITIMER_REAL, 0)
     gevent.spawn(serving.start, has_predecessor)
-    gevent.spawn(_show_life, master)
+    gevent.spawn(keep_going, lambda: _show_life(master))
     if ends.get() == HAND_OVER:
         serving.hand_over()
 

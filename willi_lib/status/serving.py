@@ -15,6 +15,7 @@ from gevent.event import AsyncResult, Event
 
 from willi_lib import log
 from willi_lib.config import Settings
+from willi_lib.jobs import keep_going
 from willi_lib.reports import MAX_ANY, Links, Report, packed, parse, send
 
 from .http import Application, make_servers
@@ -48,7 +49,7 @@ class Serving:
         has_predecessor: whose numbers come first, or a reader would see them begin at zero. And nobody shall hear that
         no worker serves, only because none has had the time to say so.
         """
-        self._reader = gevent.spawn(self._read)
+        self._reader = gevent.spawn(keep_going, self._read)
         if has_predecessor and not self._has_past.wait(2 * HANDOVER_TIMEOUT):
             log.warn("The status process before this one has handed over nothing, its counters are lost")
         self._has_news.wait(NEWS_TIMEOUT)
@@ -118,5 +119,5 @@ def serve_beside(
             send(links.to_reports, {"master": facts()})
             gevent.sleep(INTERVAL)
 
-    gevent.spawn(tell)
+    gevent.spawn(keep_going, tell)
     gevent.spawn(Serving(settings, sockets, links).start)
