@@ -166,6 +166,8 @@ def serve(settings: Settings, debug: bool) -> int:
     except Exception:  # noqa: BLE001 -- a fault of ours: the supervisor shall start us again
         log.bug("Internal error")
         return FAILED
+    finally:
+        log.finish()
     return GOOD
 
 
@@ -175,7 +177,6 @@ def cannot_start(faults: str, status: int) -> int:
         log.error("Cannot start", error=fault)
         if log.lost() or not log.is_stdout(2):
             print(f"willi.py: cannot start: {visible(fault)}", file=sys.stderr)
-    log.finish()
     return status
 
 

@@ -65,7 +65,7 @@ def run(settings: Settings, read_again: Callable[[], Settings]) -> None:
 
     Raises CannotBind, Unusable, CannotStart.
     """
-    name_process("willi-master")  # its command line stays: the init script knows it by that
+    name_process("willi-master", in_command=False)  # the init script knows it by its command
     Master(settings, read_again).run()
 
 
@@ -210,7 +210,6 @@ class Master:
             except Exception:  # noqa: BLE001 -- those that serve shall go on, whatever it is
                 log.bug("Internal error")
         log.info("Stopped")
-        log.finish()
 
     def _on_signal(self, number: int) -> None:
         if number == signal.SIGHUP:
@@ -427,7 +426,7 @@ class Master:
 
     def _leave(self, settings: Settings, name: str) -> None:
         """In a child: let go of what every child must let go of."""
-        name_process(name, f"{name} {settings.path}")
+        name_process(name)
         os.environ.pop("NOTIFY_SOCKET", None)
         for number in (signal.SIGHUP, signal.SIGINT):  # meant for the master, even if a terminal sends it to all
             signal.signal(number, signal.SIG_IGN)
