@@ -18,7 +18,7 @@ FLOORS = [
     {"smtp"},  # these two know only themselves
     {"routing"},
     {"config", "log", "text", "systemd", "reload", "scoreboard", "limits", "memory", "tls", "counts"}
-    | {"reports", "privileges", "process_name"},
+    | {"reports", "privileges", "process_name", "file_signature", "key_exchange", "pem_files"},
     {"jobs", "dns", "mappings", "mapping_watch", "news", "upstream", "listeners", "child", "certificate_files"},
     {"relay", "lookup"},
     {"dispatch"},

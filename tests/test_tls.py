@@ -2,20 +2,35 @@
 
 from __future__ import annotations
 
+import dataclasses
+import os
 import re
+import resource
 import ssl
 import subprocess
+import sys
+import warnings
 from contextlib import suppress
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
 import pytest
 
-from tests.support.certificates import Pair
-from willi_lib.config import Certificate
-from willi_lib.tls import CertificateError, certificate_facts, client_context, server_context
+from tests.support.certificates import Authority, Pair
+from tests.support.loopback import ROOT
+from willi_lib import key_exchange
+from willi_lib.config import Certificate, Settings
+from willi_lib.tls import (
+    VERSIONS,
+    CertificateError,
+    certificate_facts,
+    client_context,
+    server_context,
+    server_tls,
+)
 
-pytestmark = pytest.mark.filterwarnings("ignore:ssl.TLSVersion.TLSv1:DeprecationWarning")  # that is what some are about
+# The clients of some tests speak old versions; what Willi makes must not be warned of.
+pytestmark = pytest.mark.filterwarnings("ignore:ssl.TLSVersion.TLSv1:DeprecationWarning:tests")
 
 
 def shake_hands(
@@ -146,10 +161,241 @@ def test_a_file_that_cannot_be_used_is_named(certificates, tmp_path, which, cont
             work()
 
 
-def test_a_key_of_another_certificate_is_refused(certificates):
-    one, other = certificates.issue("mx.example"), certificates.issue("mx2.example")
-    with pytest.raises(CertificateError, match="KEY_VALUES_MISMATCH"):
-        server_context([Certificate(str(one.cert), str(other.key))], "1.2")
+# Files that are something else
+
+
+def converted(tmp_path: Path, name: str, *arguments: str | Path) -> Path:
+    """What the openssl command makes of a file."""
+    made = tmp_path / name
+    subprocess.run(["openssl", *arguments, "-out", made], check=True, capture_output=True)
+    return made
+
+
+def fault(cert: Path, key: Path, *others: Pair) -> str:
+    with pytest.raises(CertificateError) as caught:
+        server_context([Certificate(str(cert), str(key)), *map(configured, others)], "1.2")
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.fixture(scope="session")
+def one(certificates: Authority) -> Pair:
+    return certificates.issue("mx.example")
+
+
+def test_a_key_of_another_certificate_is_named_with_what_to_compare(certificates, one):
+    other = certificates.issue("mx2.example")
+    said = fault(one.cert, other.key)
+    assert said.startswith(f"{other.key}: tls_key is not the key of the certificate in tls_cert {one.cert}; compare ")
+    assert "openssl x509 -noout -pubkey" in said and "openssl pkey -pubout" in said
+
+
+def test_keys_in_another_order_than_their_certificates_are_told_so(certificates, one):
+    other = certificates.issue("mx2.example")
+    said = fault(one.cert, other.key, Pair(other.cert, one.key))
+    assert said.endswith(f"; that is {one.key}: name certificates and keys in the same order")
+
+
+def test_a_key_of_another_kind_is_named(certificates, one):
+    rsa = certificates.issue_rsa("mx.example")
+    assert "is not the key of the certificate" in fault(one.cert, rsa.key)
+
+
+def test_certificate_and_key_exchanged(one):
+    assert fault(one.key, one.cert) == (
+        f"{one.key}: tls_cert is the private key, and tls_key {one.cert} the certificate: exchange the two"
+    )
+
+
+def test_a_chain_that_does_not_begin_with_the_certificate(certificates, one, tmp_path):
+    chain = tmp_path / "chain.pem"
+    chain.write_bytes(certificates.ca.read_bytes() + one.cert.read_bytes())
+    assert fault(chain, one.key) == (
+        f"{chain}: tls_cert begins with another certificate than that of {one.key}: put that one first"
+    )
+
+
+@pytest.mark.parametrize("encryption", [("pkey", "-aes128"), ("ec", "-aes128")], ids=["PKCS#8", "traditional"])
+def test_a_key_with_a_passphrase(one, tmp_path, encryption):
+    key = converted(tmp_path, "locked.key", *encryption, "-passout", "pass:secret", "-in", one.key)
+    assert fault(one.cert, key) == (
+        f"{key}: tls_key has a passphrase, and Willi never asks for one: "
+        f"openssl pkey -in {key} -out {tmp_path}/locked.pem, and chmod 640"
+    )
+
+
+def test_pkcs12(one, tmp_path):
+    both = converted(
+        tmp_path, "mx.p12", "pkcs12", "-export", "-in", one.cert, "-inkey", one.key, "-passout", "pass:secret"
+    )
+    assert fault(both, both) == (
+        f"{both}: tls_cert is a PKCS#12 file, PEM is needed: openssl pkcs12 -in {both} -nokeys -out {tmp_path}/mx.pem"
+    )
+    said = fault(one.cert, both)
+    assert said.startswith(f"{both}: tls_key is a PKCS#12 file, PEM is needed: openssl pkcs12 -in {both} -nocerts ")
+
+
+@pytest.mark.parametrize(
+    ("which", "command", "said"),
+    [
+        ("cert", ("x509", "-outform", "DER"), "openssl x509 -inform DER -in "),
+        ("key", ("pkey", "-outform", "DER"), "openssl pkey -inform DER -in "),
+        ("key", ("ec", "-outform", "DER"), "openssl pkey -inform DER -in "),
+        ("cert", ("crl2pkcs7", "-nocrl", "-certfile"), "openssl pkcs7 -print_certs -in "),
+        ("key", ("pkey", "-pubout"), "is a public key: name the private key"),
+    ],
+)
+def test_a_file_in_another_form_is_told_with_the_command_that_helps(one, tmp_path, which, command, said):
+    source = getattr(one, which)
+    made = converted(tmp_path, "other.form", *command, *(() if command[-1] == "-certfile" else ("-in",)), source)
+    files = {"cert": one.cert, "key": one.key, which: made}
+    told = fault(files["cert"], files["key"])
+    assert told.startswith(f"{made}: tls_{which} is ") and said in told
+
+
+def test_a_request_is_no_certificate(one, tmp_path):
+    request = converted(tmp_path, "mx.csr", "req", "-new", "-key", one.key, "-subj", "/CN=mx.example")
+    assert fault(request, one.key) == (
+        f"{request}: tls_cert is a request for a certificate: name the file that the authority has issued for it"
+    )
+
+
+def test_one_file_may_hold_certificate_and_key(one, tmp_path):
+    both = tmp_path / "both.pem"
+    both.write_bytes(one.key.read_bytes() + one.cert.read_bytes())
+    assert server_context([Certificate(str(both), str(both))], "1.2")
+
+
+# RSA and ECDSA
+
+
+def only(kind: str) -> ssl.SSLContext:
+    """A client that knows certificates of one kind, or `any`."""
+    client = unverified(ssl.TLSVersion.TLSv1_2)
+    client.set_ciphers({"RSA": "aRSA", "ECDSA": "aECDSA", "any": "DEFAULT"}[kind])
+    return client
+
+
+@pytest.mark.parametrize("first", ["ECDSA", "RSA"])
+@pytest.mark.parametrize("name", ["mx.example", "mx.example.", None, "unknown.example"])
+def test_pairs_of_both_kinds_for_one_name_serve_together(certificates, first, name):
+    pairs = {"ECDSA": certificates.issue("mx.example", "x.example"), "RSA": certificates.issue_rsa("mx.example")}
+    second = next(kind for kind in pairs if kind != first)
+    server = serving(pairs[first], certificates.issue("other.example"), pairs[second])
+    for kind in ("ECDSA", "RSA"):
+        client, _ = shake_hands(server, only(kind), name)
+        assert client.getpeercert(binary_form=True) == der(pairs[kind])
+    shake_hands(server, only("any"), name)
+
+
+def test_a_name_that_only_one_of_them_bears_is_served_by_that_one(certificates):
+    ecdsa, rsa = certificates.issue("mx.example", "x.example"), certificates.issue_rsa("mx.example", "y.example")
+    server = serving(ecdsa, rsa)
+    assert shown_to(server, "x.example") == der(ecdsa)
+    assert shown_to(server, "y.example") == der(rsa)
+    with pytest.raises(ssl.SSLError):
+        shake_hands(server, only("RSA"), "x.example")
+
+
+def test_a_wildcard_of_the_other_kind_helps_out(certificates):
+    exact, wildcard = certificates.issue("mx.example"), certificates.issue_rsa("*.example")
+    server = serving(exact, wildcard)
+    client, _ = shake_hands(server, only("RSA"), "mx.example")
+    assert client.getpeercert(binary_form=True) == der(wildcard)
+    client, _ = shake_hands(server, only("ECDSA"), "mx.example")
+    assert client.getpeercert(binary_form=True) == der(exact)
+
+
+@pytest.mark.parametrize("name", ["mx2.example.", "MX2.EXAMPLE.", "a.wild.example."])
+def test_a_name_with_a_dot_at_its_end_is_the_same_name(certificates, name):
+    first, second = certificates.issue("mx.example"), certificates.issue("mx2.example", "*.wild.example")
+    assert shown_to(serving(first, second), name) == der(second)
+
+
+# What is kept over a reload
+
+
+def settings_with(pair: Pair) -> Settings:
+    return Settings(
+        path="", domain="mx.example", mappings=(), tls_cert=(str(pair.cert),), tls_key=(str(pair.key),)
+    )  # fmt: skip
+
+
+def test_the_context_is_kept_as_long_as_the_files_are_the_same(certificates, tmp_path):
+    first, second = certificates.issue("mx.example"), certificates.issue("mx2.example")
+    pair = Pair(tmp_path / "cert.pem", tmp_path / "key.pem")
+    for source, target in ((first.cert, pair.cert), (first.key, pair.key)):
+        target.write_bytes(source.read_bytes())
+    before = server_tls(settings_with(pair))
+    pair.cert.touch()
+    assert server_tls(settings_with(pair), before) is before
+    other_version = dataclasses.replace(settings_with(pair), tls_min_version="1.3")
+    assert server_tls(other_version, before).context is not before.context
+    for source, target in ((second.cert, pair.cert), (second.key, pair.key)):
+        target.write_bytes(source.read_bytes())
+    assert server_tls(settings_with(pair), before).context is not before.context
+
+
+# The key exchange (D(HE)at)
+
+
+def offering(groups: str, context: ssl.SSLContext) -> ssl.SSLContext:
+    """The peer that knows only these."""
+    key_exchange._set_groups(context, groups)
+    return context
+
+
+@pytest.mark.parametrize(
+    ("group", "agreed"),
+    [("X25519", True), ("P-256", True), ("P-521", True), ("ffdhe2048", True), ("ffdhe3072", True), ("ffdhe4096", False),
+     ("ffdhe6144", False), ("ffdhe8192", False)],
+)  # fmt: skip
+def test_costly_groups_are_not_agreed_on_with_clients_or_upstreams(certificates, one, group, agreed):
+    ours = client_context(verify=True, ca_file=str(certificates.ca))
+    for server, client in (
+        (serving(one), offering(group, unverified())),
+        (offering(group, one.server_context()), ours),
+        (offering(group, one.server_context()), client_context(verify=False)),
+    ):
+        if agreed:
+            assert shake_hands(server, client)[0].version() == "TLSv1.3"
+        else:
+            with pytest.raises(ssl.SSLError):
+                shake_hands(server, client)
+    assert not key_exchange.has_costly_groups()
+
+
+def test_nor_is_dhe_before_tls_1_3(certificates, one):
+    contexts = [serving(one, oldest=oldest) for oldest in ("1.0", "1.2")]
+    contexts += [client_context(verify=True, ca_file=str(certificates.ca)), client_context(verify=False)]
+    for context in contexts:
+        ciphers = context.get_ciphers()
+        assert "kx-ecdhe" in {cipher["kea"] for cipher in ciphers} and "kx-dhe" not in {c["kea"] for c in ciphers}
+
+
+@pytest.mark.parametrize(
+    ("groups", "offered"), [("P-384:X25519", (24, 29)), ("ffdhe8192:P-384:ffdhe2048:X25519", (24, 256, 29))]
+)
+def test_what_openssl_cnf_chooses_stays_chosen(tmp_path, groups, offered):
+    file = tmp_path / "openssl.cnf"
+    file.write_text(
+        f"openssl_conf = init\n[init]\nssl_conf = ssl\n[ssl]\nsystem_default = choice\n[choice]\nGroups = {groups}\n"
+    )
+    program = "from willi_lib import key_exchange, tls; print(key_exchange._offered_groups(tls.client_context(False)))"
+    done = subprocess.run(
+        [sys.executable, "-c", program], env={**os.environ, "OPENSSL_CONF": str(file)}, cwd=ROOT,
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert done.stdout.strip() == str(offered)
+
+
+def test_nothing_that_willi_makes_is_deprecated(one, certificates):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for oldest in VERSIONS:
+            serving(one, oldest=oldest)
+        client_context(verify=False)
+        client_context(verify=True, ca_file=str(certificates.ca))
 
 
 # What an administrator wants to know
@@ -238,3 +484,25 @@ def test_a_file_of_issuers_that_cannot_be_used_is_named(tmp_path, content):
     with pytest.raises(CertificateError, match=r"ca\.pem: .+"):
         client_context(verify=True, ca_file=str(tmp_path / "ca.pem"))
     assert client_context(verify=False, ca_file=str(tmp_path / "ca.pem"))
+
+
+@pytest.mark.parametrize("content", [b"", b"no PEM"])
+def test_authorities_of_the_system_that_cannot_be_read_are_named(tmp_path, monkeypatch, content):
+    """The ssl module's own way of loading them would leave an empty set, and say nothing."""
+    file = tmp_path / "ca.pem"
+    file.write_bytes(content)
+    monkeypatch.setenv("SSL_CERT_FILE", str(file))
+    with pytest.raises(CertificateError, match=rf"{file}: the authorities of this system: "):
+        client_context(verify=True)
+
+
+def test_authorities_are_read_at_the_start_and_without_a_descriptor_that_fails(certificates, monkeypatch):
+    monkeypatch.setenv("SSL_CERT_FILE", str(certificates.ca))
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, hard))
+    try:
+        with pytest.raises(CertificateError, match="Too many open files"):
+            client_context(verify=True)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert client_context(verify=True).get_ca_certs()

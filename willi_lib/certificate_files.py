@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import ssl
 from time import monotonic
 
 from .config import MysqlSettings, Settings
+from .file_signature import file_signature
 
 INTERVAL = 5.0  # seconds between looks
 RETRY = 60.0  # seconds until what did not work is tried again
@@ -48,13 +49,6 @@ def _signature(settings: Settings) -> str:
     """Differs when one of the files does."""
     authorities = [settings.upstream_tls_ca, *(mapping.policy.upstream_tls_ca for mapping in settings.mappings)]
     authorities += [mapping.tls_ca for mapping in settings.mappings if isinstance(mapping, MysqlSettings)]
+    of_system = ssl.get_default_verify_paths()
+    authorities += [of_system.cafile or "", of_system.capath or ""]
     return " ".join(map(file_signature, filter(None, [*settings.tls_cert, *settings.tls_key, *authorities])))
-
-
-def file_signature(path: str | Path) -> str:
-    """Differs when the file is another one, or has been written."""
-    try:
-        found = Path(path).stat()
-    except OSError as error:
-        return f"{path}:{error.errno}"
-    return f"{path}:{found.st_dev}:{found.st_ino}:{found.st_mtime_ns}:{found.st_size}"

@@ -20,6 +20,7 @@ from time import monotonic
 from .config import Settings
 from .news import News
 from .scoreboard import Scoreboard
+from .tls import ServerTls
 
 READY = b"ready"
 GO = b"go"
@@ -48,6 +49,7 @@ class Generation:
 
     settings: Settings
     board: Scoreboard
+    tls: ServerTls
     news: News = field(default_factory=News)
 
 

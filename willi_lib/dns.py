@@ -28,7 +28,7 @@ from gevent.event import AsyncResult
 from gevent.resolver import ares, cares
 
 from . import log
-from .certificate_files import file_signature
+from .file_signature import file_signature
 from .smtp.syntax import TEMPUNAVAIL, UNAVAILABLE, is_host_name
 
 RESOLV_CONF = Path("/etc/resolv.conf")

@@ -26,6 +26,7 @@ from .reload import write_answer
 from .reports import Links, Report
 from .scoreboard import Row, Scoreboard
 from .status.keeper import Keeper, status_addresses
+from .tls import CertificateError, server_tls
 
 SIGNALS = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGCHLD)
 TICK = 1.0  # seconds
@@ -84,7 +85,8 @@ def run_alone(settings: Settings) -> None:
     from .status import serving as status
 
     try:
-        serving = worker.Worker(settings, listeners.sockets, Row(board, 0), links, News().take, Start())
+        tls = server_tls(settings)
+        serving = worker.Worker(settings, tls, listeners.sockets, Row(board, 0), links, News().take, Start())
     except worker.STARTUP_FAULTS as faults:
         raise Unusable(str(faults)) from None
     log.info("Ready", listen=str(listeners), pid=os.getpid())
@@ -176,8 +178,9 @@ class Master:
     """The workers and what they share."""
 
     def __init__(self, settings: Settings, read_again: Callable[[], Settings]) -> None:
-        """Raises CannotBind."""
-        self._current = Generation(settings, _board_for(settings))
+        """Raises Unusable."""
+        self._certificates = CertificateFiles()
+        self._current = self._new_generation(settings)
         self._candidate: Generation | None = None  # whose workers are starting
         self._read_again = read_again
         self._pid = os.getpid()
@@ -185,7 +188,6 @@ class Master:
         self._status = Keeper(self._become_status)
         self._facts = Facts()
         self._children: list[Child] = []
-        self._certificates = CertificateFiles()
         self._wanted: Reload = ""  # a reload that has not begun yet
         self._reload: Reload = ""  # the last one that has
         self._waits_since: float | None = None  # for a database, with an automatic reload
@@ -260,9 +262,19 @@ class Master:
 
     # -- one generation after the other
 
+    def _new_generation(self, settings: Settings, before: Generation | None = None) -> Generation:
+        """Reads the certificates for clients, once for all workers. Raises Unusable."""
+        self._certificates.will_be_read(settings)
+        try:
+            tls = server_tls(settings, before.tls if before else None)
+        except CertificateError as error:
+            raise Unusable(str(error)) from None
+        if before is None:
+            return Generation(settings, _board_for(settings), tls)
+        return Generation(settings, _board_for(settings, before.board), tls, News(before.news.tables))
+
     def _begin(self, generation: Generation) -> None:
         """Start the workers of a file; `_listen` goes on when they are ready. Raises CannotBind, CannotStart."""
-        self._certificates.will_be_read(generation.settings)
         self._listeners.open(generation.settings.listen)
         self._status.open(generation.settings)
         look_at_surroundings(generation.settings)
@@ -324,9 +336,8 @@ class Master:
         systemd.notify_reloading()
         try:
             settings = self._read_again()
-            board, news = _board_for(settings, self._current.board), News(self._current.news.tables)
-            self._begin(Generation(settings, board, news))
-        except (ConfigError, CannotBind, CannotStart) as faults:
+            self._begin(self._new_generation(settings, self._current))
+        except (ConfigError, CannotBind, CannotStart, Unusable) as faults:
             self._give_up(str(faults))
         except Exception:  # noqa: BLE001 -- systemd must hear READY again
             log.bug("Internal error")
@@ -402,7 +413,8 @@ class Master:
             alone = not any(child.state is State.SERVING for child in self._children)
             start = Start(self._current.news.tables, alone, self._reload if generation is self._candidate else "")
             row = Row(generation.board, number)
-            status = worker.run(generation.settings, self._listeners.sockets, row, links, channel, start)
+            settings, tls = generation.settings, generation.tls
+            status = worker.run(settings, tls, self._listeners.sockets, row, links, channel, start)
         except BaseException:  # noqa: BLE001 -- the stack below is the master's
             log.bug("Internal error")
         finally:

@@ -10,12 +10,10 @@ import errno
 import os
 import re
 import socket as stdlib_socket
-import ssl
 from _socket import socket as Socket
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from time import monotonic
 
 from . import log
@@ -29,7 +27,7 @@ from .smtp.body import END_OF_DATA
 from .smtp.reply import BadReply, Reject, Reply
 from .smtp.syntax import TEMPUNAVAIL, UNAVAILABLE, parse_features, xclient_lines
 from .smtp.wire import Clock, PeerGone, Wire, WireError
-from .tls import CertificateError, client_context
+from .tls import upstream_contexts
 
 NO_MX = 1 << 16  # a preference that no MX record has
 BEST_MX = "the best MX host is Willi itself"
@@ -275,9 +273,11 @@ class Connector:
     """Opens upstream connections; remembers for a while which hosts failed."""
 
     def __init__(self, settings: Settings, resolver: Resolver, counts: Counts | None = None) -> None:
+        """Raises CertificateError: authorities that cannot be read."""
         self._settings = settings
         self._counts = counts or Counts()
         self._resolver = resolver
+        self._contexts = upstream_contexts(settings)
         self._wants: Cache[bool] = Cache()  # hosts that take nothing in clear
         self._ourselves: Cache[bool] = Cache()  # MX hosts that turned out to be ourselves
         self._down: dict[tuple[str, int], float] = {}  # host and port: down until (monotonic)
@@ -523,10 +523,7 @@ class Connector:
         if upstream.wire.buffered:
             raise UpstreamFailed("STARTTLS: clear text after the 220")  # response injection
         route = upstream.route
-        try:
-            context = _context(route.tls_verify, route.policy.upstream_tls_ca)
-        except CertificateError as error:
-            raise OurFault(f"upstream_tls_ca: {error}") from None
+        context = self._contexts[route.tls_verify, route.policy.upstream_tls_ca]
         upstream.wire.start_tls(context, server_side=False, server_name=upstream.server.host.rstrip("."))
         if upstream.wire.pending():  # in clear it has been dropped; in the records of its handshake nobody has looked
             raise UpstreamFailed(f"{upstream.server}: spoke before EHLO")
@@ -653,11 +650,6 @@ def _proxy_header(policy: Policy, client: Client) -> bytes:
     endpoints = proxy_protocol.Endpoints(client.address, client.port, own_address, own_port)
     build = proxy_protocol.build_v1 if policy.send_proxy == "v1" else proxy_protocol.build_v2
     return build(endpoints)
-
-
-@lru_cache(maxsize=64)
-def _context(verify: bool, ca_file: str) -> ssl.SSLContext:
-    return client_context(verify, ca_file)
 
 
 def _connect(address: Address, port: int) -> Socket:

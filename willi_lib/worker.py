@@ -55,7 +55,7 @@ from .smtp import reply as replies
 from .smtp.reply import Reply
 from .smtp.syntax import canonical
 from .smtp.wire import Clock, PeerGone, Wire, WireError, give_way
-from .tls import CertificateError, server_context
+from .tls import CertificateError, ServerTls
 from .upstream import Client, Connector
 
 ACCEPT_PAUSE = 1.0  # seconds without a descriptor: trying all the time would take the CPU from those who may free one
@@ -141,13 +141,13 @@ class Listener(StreamServer):
 
 
 def run(
-    settings: Settings, sockets: Sequence[stdlib_socket.socket], row: Row, links: Links,
+    settings: Settings, tls: ServerTls, sockets: Sequence[stdlib_socket.socket], row: Row, links: Links,
     channel: stdlib_socket.socket, start: Start,
 ) -> int:  # fmt: skip
     """A worker of the master's, from READY and GO to its end; the exit status."""
     master = gevent.socket.socket(fileno=channel.detach())
     try:
-        worker = Worker(settings, sockets, row, links, lambda message: _tell(master, message), start)
+        worker = Worker(settings, tls, sockets, row, links, lambda message: _tell(master, message), start)
         gevent.signal_handler(signal.SIGTERM, worker.end)  # a second one changes nothing: systemd sends it to all
         signal.setitimer(signal.ITIMER_REAL, 0)
         master.sendall(READY)
@@ -184,10 +184,10 @@ class Worker:
     """Everything that one process holds."""
 
     def __init__(
-        self, settings: Settings, sockets: Sequence[stdlib_socket.socket], row: Row, links: Links,
+        self, settings: Settings, tls: ServerTls, sockets: Sequence[stdlib_socket.socket], row: Row, links: Links,
         tell: Callable[[Message], None], start: Start,
     ) -> None:  # fmt: skip
-        """Loads all tables and certificates, and becomes `user`: whatever is wrong is wrong before the first client.
+        """Loads all tables and authorities, and becomes `user`: whatever is wrong is wrong before the first client.
 
         tell: hears what there is to say of the CSV files.
         Raises MappingError, CsvError, CertificateError.
@@ -204,7 +204,7 @@ class Worker:
             self._mappings,
             Connector(settings, resolver, counts),
             resolver,
-            server_context(settings.certificates, settings.tls_min_version),
+            tls.context,
             counts,
         )
         self._row = row

@@ -20,7 +20,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import StartUpstream, StartWilli
-from tests.support.certificates import Authority
+from tests.support.certificates import Authority, Pair
 from tests.support.check import GOOD, NOBODY, WRONG, Finding, about, bad, configure, findings, lines
 from tests.support.daemon import PYTHON, Willi, run_willi
 from tests.support.dns import DnsServer, Fault
@@ -180,7 +180,27 @@ def test_a_quick_check_names_what_would_keep_willi_from_starting(tmp_path: Path,
     assert re.findall(r"^wrong  (\S+: )", done.stdout, re.MULTILINE) == [f"{tmp_path}/map.csv:{n}: " for n in (2, 3)]
     path = configure(tmp_path, "b.example;127.0.0.1\n", more=f"tls_cert = {pair.cert}\ntls_key = {other.key}")
     done = run_willi("check", "--quick", "-c", path)
-    assert (done.returncode, done.stdout) == (WRONG, f"wrong  {pair.cert}, {other.key}: KEY_VALUES_MISMATCH\n")
+    said = f"wrong  {other.key}: tls_key is not the key of the certificate in tls_cert {pair.cert}; compare "
+    assert done.returncode == WRONG and done.stdout.startswith(said)
+
+
+def test_a_key_with_a_passphrase_is_named_and_nobody_is_asked_for_it(tmp_path: Path, certificates: Authority):
+    need("setsid", "openssl")
+    pair, locked = certificates.issue("mx.example"), tmp_path / "locked.key"
+    lock = ["openssl", "pkey", "-aes128", "-passout", "pass:secret", "-in", str(pair.key), "-out", str(locked)]
+    subprocess.run(lock, check=True, capture_output=True)
+    path = configure(tmp_path, "", more=f"tls_cert = {pair.cert}\ntls_key = {locked}")
+    ours, theirs = os.openpty()  # the command's own terminal, where OpenSSL would ask
+    for arguments in (["check", "--quick"], ["check"], []):
+        command = ["setsid", "--ctty", "--wait", PYTHON, str(ROOT / "willi.py"), *arguments, "-c", str(path)]
+        done = subprocess.run(command, stdin=theirs, capture_output=True, text=True, timeout=100, check=False)
+        assert done.returncode == WRONG
+        assert f"{locked}: tls_key has a passphrase" in done.stdout and f"openssl pkey -in {locked}" in done.stdout
+    os.set_blocking(ours, False)
+    with pytest.raises(BlockingIOError):
+        os.read(ours, 100)
+    os.close(ours)
+    os.close(theirs)
 
 
 @pytest.mark.parametrize("address", ["192.0.2.77:25", "[2001:db8::77]:25"])
@@ -259,13 +279,13 @@ def test_check_by_root_finds_files_that_the_workers_may_not_read(
     open_directory: Path, certificates: Authority, mode: int, good: bool
 ):
     need(root=True)
-    authority = open_directory / "ca.pem"
+    authority = open_directory / "ca.pem"  # which they read as root
     authority.write_bytes(certificates.ca.read_bytes())
+    authority.chmod(0o600)
     path = configure(open_directory, "", f"user = nobody\nupstream_tls_ca = {authority}")
-    files = [authority, open_directory / "map.csv"]
-    for file in files:
-        file.chmod(mode)
-    assert unreadable(path) == ([] if good else [str(file) for file in files])
+    table = open_directory / "map.csv"
+    table.chmod(mode)
+    assert unreadable(path) == ([] if good else [str(table)])
 
 
 def test_a_group_that_may_read_is_enough(open_directory: Path):
@@ -281,15 +301,62 @@ def test_a_group_that_may_read_is_enough(open_directory: Path):
 def test_check_names_a_certificate_that_is_no_use(tmp_path: Path, certificates: Authority):
     old, other = certificates.expired("mx.willi.example"), certificates.issue("mx.willi.example")
     path = configure(tmp_path, "", f"tls_cert = {old.cert}\ntls_key = {old.key}")
-    [expired] = about(findings(path), str(old.cert))
+    expired = about(findings(path), str(old.cert))[0]
     assert expired.level == "wrong" and expired.what.startswith("for mx.willi.example, until ")
-    assert "renew it" in expired.advice
+    assert "(expired " in expired.what and "renew it" in expired.advice
     path = configure(tmp_path, "", f"tls_cert = {old.cert}\ntls_key = {other.key}")
-    [mismatched] = about(findings(path), f"{old.cert}, {other.key}")
-    assert (mismatched.level, mismatched.what) == ("wrong", "KEY_VALUES_MISMATCH")
+    [mismatched] = about(findings(path), str(other.key))
+    assert mismatched.level == "wrong" and "is not the key of the certificate" in mismatched.what
     started = run_willi("-c", path)
     assert started.returncode == WRONG
-    assert "KEY_VALUES_MISMATCH" in started.stdout
+    assert "is not the key of the certificate" in started.stdout
+
+
+def about_file(tmp_path: Path, pair: Pair, *behind: Path) -> list[Finding]:
+    """What check says of a file with a certificate and those behind it."""
+    file = tmp_path / "served.pem"
+    file.write_bytes(b"".join(one.read_bytes() for one in (pair.cert, *behind)))
+    return about(findings(configure(tmp_path, "", f"tls_cert = {file}\ntls_key = {pair.key}")), str(file))
+
+
+def test_check_sees_the_whole_chain(tmp_path: Path, certificates: Authority, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("SSL_CERT_FILE", str(certificates.ca))
+    directories = {days: tmp_path / str(days) for days in (90, 7, -1)}
+    for directory in directories.values():
+        directory.mkdir()
+    good, ending, ended = (
+        Authority(directory, certificates, begins=-9, ends=days) for days, directory in directories.items()
+    )
+    pairs = [authority.issue("mx.willi.example") for authority in (good, ending, ended)]
+    assert about_file(tmp_path, pairs[0], good.ca, certificates.ca)[1:] == []
+    assert about_file(tmp_path, pairs[0], good.ca)[1:] == []
+    [_, missing] = about_file(tmp_path, pairs[0])
+    assert missing.level == "warn" and "its chain ends at CN=Willi tests below" in missing.what
+    assert "fullchain.pem" in missing.advice
+    [_, soon] = about_file(tmp_path, pairs[1], ending.ca)
+    assert soon.level == "warn" and "the certificate of CN=Willi tests below in it ends on " in soon.what
+    [_, over] = about_file(tmp_path, pairs[2], ended.ca)
+    assert over.level == "wrong" and "the certificate of CN=Willi tests below in it ended on " in over.what
+
+
+def test_check_sees_a_certificate_of_tomorrow(tmp_path: Path, certificates: Authority):
+    tomorrow = about_file(tmp_path, certificates.not_yet_valid("mx.willi.example"))[0]
+    assert tomorrow.level == "wrong" and ", but not before " in tomorrow.what
+
+
+def test_a_self_signed_certificate_has_its_chain(tmp_path: Path, certificates: Authority):
+    assert about_file(tmp_path, certificates.self_signed("mx.willi.example"))[1:] == []
+
+
+def test_authorities_that_cannot_be_read_are_wrong(tmp_path: Path):
+    (tmp_path / "ca.pem").write_text("no PEM\n")
+    path = configure(tmp_path, "", f"upstream_tls_ca = {tmp_path}/ca.pem")
+    [authorities] = about(findings(path), f"{tmp_path}/ca.pem")
+    assert authorities.level == "wrong" and authorities.what.startswith("upstream_tls_ca: ")
+    quick = run_willi("check", "--quick", "-c", path)
+    assert quick.returncode == WRONG and f"{tmp_path}/ca.pem: upstream_tls_ca: " in quick.stdout
+    started = run_willi("-c", path)
+    assert started.returncode == WRONG and "upstream_tls_ca: " in started.stdout
 
 
 def test_a_certificate_for_other_names_is_warned_of(tmp_path: Path, certificates: Authority):

@@ -428,6 +428,21 @@ def test_a_changed_certificate_beside_a_broken_file_is_tried_once_a_minute(
     willi.wait_for_log(msg="Reloaded", seconds=60)
 
 
+def test_changed_authorities_of_the_system_are_read_again(
+    start_willi: StartWilli, upstream: ScriptedUpstream, certificates: Authority, tmp_path: Path
+):
+    bundle = tmp_path / "ca-certificates.crt"
+    bundle.write_bytes(certificates.ca.read_bytes())
+    prefix = in_a_hurry(**{"certificate_files.INTERVAL": 0.2})
+    environment = {"SSL_CERT_FILE": str(bundle)}
+    willi = start_willi(server=upstream.server, workers=1, prefix=prefix, environment=environment)
+    bundle.write_text("")
+    willi.tolerate(FAILED)
+    assert "the authorities of this system" in willi.wait_for_log(msg=FAILED)["error"]  # and those before stay
+    bundle.write_bytes(certificates.ca.read_bytes() * 2)
+    willi.wait_for_log(msg="Reloaded", seconds=60)
+
+
 def test_a_changed_path_of_a_certificate_is_one_reload(
     start_willi: StartWilli, upstream: ScriptedUpstream, certificates: Authority, postfix_certificate: Pair
 ):

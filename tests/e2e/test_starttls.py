@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import ssl
 
 import pytest
@@ -10,6 +12,7 @@ from tests.conftest import StartWilli
 from tests.support.certificates import Authority, Pair
 from tests.support.client import Client
 from tests.support.daemon import Willi
+from tests.support.loopback import wait_until
 from tests.support.talk import BOB, EHLO, MAIL, OK, QUEUED, SENDER_KEPT, deliver, greeted, say
 from tests.support.upstream import Ended, ScriptedUpstream
 
@@ -157,3 +160,43 @@ def deliver_on(client: Client) -> str:
     assert client.command(b"DATA").code == 354
     client.send(b"x" * 300_000 + b"\r\n.\r\n")  # more than one TLS record
     return str(client.read_reply())
+
+
+# Sessions that are resumed
+
+
+def shake(willi: Willi, session: ssl.SSLSession | None = None) -> tuple[ssl.SSLSession, bool]:
+    """A handshake of TLS 1.2, where the ticket comes with it: the session, and whether it was resumed."""
+    context = resuming
+    with greeted(willi) as client:
+        assert str(client.command(b"STARTTLS")) == READY
+        client.socket = context.wrap_socket(client.socket, server_hostname="mx.example", session=session)
+        assert client.socket.session
+        return client.socket.session, bool(client.socket.session_reused)
+
+
+def _resuming() -> ssl.SSLContext:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    context.maximum_version = ssl.TLSVersion.TLSv1_2
+    return context
+
+
+resuming = _resuming()  # a session belongs to its context
+
+
+def test_a_session_is_resumed_by_any_worker_and_after_a_reload(
+    start_willi: StartWilli, upstream: ScriptedUpstream, pairs: list[Pair]
+):
+    willi = start_willi(server=upstream.server, workers=1, tls_cert=str(pairs[0].cert), tls_key=str(pairs[0].key))
+    session, resumed = shake(willi)
+    assert not resumed
+    willi.reload()
+    assert shake(willi, session)[1]
+    willi.tolerate("Worker ended by itself")
+    wait_until(lambda: len(willi.workers) == 1, "the end of the old worker")
+    os.kill(willi.workers[0], signal.SIGKILL)
+    willi.wait_for_log(msg="Worker replaced")
+    assert shake(willi, session)[1]
+    willi.reload({"tls_cert": str(pairs[1].cert), "tls_key": str(pairs[1].key)})
+    assert not shake(willi, session)[1]

@@ -10,6 +10,8 @@ from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
 EC_KEY = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes")
+RSA_KEY = ("-newkey", "rsa:2048", "-nodes")
+OF_AUTHORITY = ("-addext", "basicConstraints=critical,CA:TRUE", "-addext", "keyUsage=critical,keyCertSign,cRLSign")
 # `openssl x509` has -not_before only since OpenSSL 3.4, and takes no negative -days from then on: `openssl ca` takes
 # two dates in every version.
 CONFIGURATION = """\
@@ -45,17 +47,22 @@ class Pair:
 
 
 class Authority:
-    """A root certificate (`ca`) and what it signs. A name may be an address."""
+    """A root or intermediate certificate (`ca`) and what it signs. A name may be an address."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(
+        self, directory: Path, signed_by: Authority | None = None, begins: int = 0, ends: int = 7
+    ) -> None:
+        """signed_by: None for a root. begins, ends: days from now."""
         directory.chmod(0o755)  # Postfix reads some of it after giving up root
         self._directory = directory
         self.ca = directory / "ca.pem"
         self._ca_key = directory / "ca.key"
-        _openssl(
-            "req", "-x509", *EC_KEY, "-keyout", self._ca_key, "-out", self.ca, "-days", "7", "-subj", "/CN=Willi tests",
-            "-addext", "keyUsage=critical,keyCertSign,cRLSign",
-        )  # fmt: skip
+        new = ("req", *EC_KEY, "-keyout", self._ca_key, "-subj", f"/CN=Willi tests{' below' if signed_by else ''}")
+        if signed_by:
+            _openssl(*new, *OF_AUTHORITY, "-out", directory / "ca.csr")
+            signed_by._sign(directory / "ca.csr", self.ca, begins, ends)
+        else:
+            _openssl(*new, "-x509", "-out", self.ca, "-days", "7", *OF_AUTHORITY[2:])
         self._configuration = directory / "ca.cnf"
         self._configuration.write_text(CONFIGURATION.format(directory=directory))
         (directory / "issued").touch()
@@ -72,6 +79,10 @@ class Authority:
         """One that is good from tomorrow on."""
         return self._signed("not-yet-valid", names, begins=1, ends=8)
 
+    def issue_rsa(self, *names: str) -> Pair:
+        """The same as `issue`, with an RSA key."""
+        return self._signed("rsa", names, begins=0, ends=7, key=RSA_KEY)
+
     def self_signed(self, *names: str) -> Pair:
         """One that nobody trusts."""
         pair = self._pair("self-signed", names)
@@ -87,17 +98,20 @@ class Authority:
         stem = f"{kind}-{'-'.join(names)}".replace(":", "_").replace("*", "any")
         return Pair(self._directory / f"{stem}.pem", self._directory / f"{stem}.key")
 
-    def _signed(self, kind: str, names: tuple[str, ...], begins: int, ends: int) -> Pair:
+    def _signed(self, kind: str, names: tuple[str, ...], begins: int, ends: int, key: tuple[str, ...] = EC_KEY) -> Pair:
         """begins, ends: days from now."""
         pair = self._pair(kind, names)
         if not pair.cert.exists():
             request = pair.cert.with_suffix(".csr")
-            _openssl("req", *EC_KEY, "-keyout", pair.key, "-out", request, *_subject(names))
-            _openssl(
-                "ca", "-config", self._configuration, "-batch", "-notext", "-in", request, "-out", pair.cert,
-                "-startdate", _date(begins), "-enddate", _date(ends),
-            )  # fmt: skip
+            _openssl("req", *key, "-keyout", pair.key, "-out", request, *_subject(names))
+            self._sign(request, pair.cert, begins, ends)
         return pair
+
+    def _sign(self, request: Path, certificate: Path, begins: int, ends: int) -> None:
+        _openssl(
+            "ca", "-config", self._configuration, "-batch", "-notext", "-in", request, "-out", certificate,
+            "-startdate", _date(begins), "-enddate", _date(ends),
+        )  # fmt: skip
 
 
 def _subject(names: tuple[str, ...]) -> tuple[str, ...]:

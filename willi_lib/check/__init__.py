@@ -13,9 +13,10 @@ from willi_lib.config import Settings
 from willi_lib.dns import Resolver
 from willi_lib.mappings import MappingError, open_mappings
 from willi_lib.routing.csv_file import CsvError, CsvFile
-from willi_lib.tls import CertificateError, server_context
+from willi_lib.tls import CertificateError, server_context, upstream_contexts
 
-from .files import look_at_certificates, look_at_files
+from .certificates import look_at_certificates
+from .files import look_at_files
 from .lookup import lookup
 from .ports import look_at_ports, look_whether_ports_stop_a_start
 from .promises import look_at_promises
@@ -41,7 +42,10 @@ def check(settings: Settings, as_json: bool = False) -> int:
     destinations = look_at_mappings(settings, report)
     look_at_postmaster(settings, report)
     dns_answers = look_at_dns(settings, destinations, resolver, report)
-    look_at_upstreams(settings, destinations, resolver, report, dns_answers)
+    try:
+        look_at_upstreams(settings, destinations, resolver, report, dns_answers)
+    except CertificateError as error:
+        report.faults(str(error), "name a file of certificates in PEM that the user of the service can read")
     return report.end()
 
 
@@ -54,6 +58,7 @@ def check_quickly(settings: Settings, as_json: bool = False) -> int:
             if isinstance(mapping, CsvFile):
                 mapping.load()
         server_context(settings.certificates, settings.tls_min_version)
+        upstream_contexts(settings)
     except (MappingError, CsvError, CertificateError) as faults:
         report.faults(str(faults))
     look_whether_ports_stop_a_start(settings, report)

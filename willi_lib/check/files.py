@@ -1,4 +1,4 @@
-"""Certificates and their days, and who may read and write the files that willi.conf names."""
+"""Who may read and write the files that willi.conf names."""
 
 from __future__ import annotations
 
@@ -7,50 +7,15 @@ import os
 import pwd
 import subprocess
 from collections.abc import Iterator
-from datetime import datetime, timezone
 from pathlib import Path
 
 from willi_lib.config import CsvSettings, MysqlSettings, Settings
 from willi_lib.mappings import others_can_read
-from willi_lib.status.words import time_left
-from willi_lib.tls import CertificateError, certificate_facts
 
 from .report import Report
 
-WARN_DAYS = 14  # before a certificate ends
 OTHERS_READ = 0o004  # of a file's mode
 OTHERS_WRITE = 0o002
-
-
-def days_left(expires: datetime) -> int:
-    """Whole days until then; below 0 if it is over."""
-    return (expires - datetime.now(timezone.utc)).days
-
-
-def look_at_certificates(settings: Settings, report: Report) -> None:
-    """Those shown to clients."""
-    if not settings.certificates:
-        report.warn("tls_cert", "not set: STARTTLS is not offered, mail comes in clear", "set tls_cert and tls_key")
-    names: set[str] = set()
-    for pair in settings.certificates:
-        try:
-            facts = certificate_facts(pair)
-        except CertificateError as error:
-            report.faults(str(error), "issue the certificate anew, and name it and its own key in the same order")
-            continue
-        names.update(facts.names)
-        days = days_left(facts.expires)
-        left = time_left((facts.expires - datetime.now(timezone.utc)).total_seconds())
-        text = f"for {', '.join(facts.names) or 'no name'}, until {facts.expires:%Y-%m-%d} ({left})"
-        if days >= WARN_DAYS:
-            report.ok(pair.cert, text)
-        else:
-            complain = report.wrong if days < 0 else report.warn
-            complain(pair.cert, text, "renew it: a running Willi reads the new file by itself")
-    domain = settings.domain.lower()
-    if names and not names & {domain, f"*.{domain.partition('.')[2]}"}:
-        what = f"no certificate is for {settings.domain}: senders that verify (MTA-STS, DANE) do not deliver"
-        report.warn("tls_cert", what, "have one issued for the names in your MX records")
 
 
 def look_at_files(settings: Settings, report: Report) -> None:
@@ -106,8 +71,7 @@ def _look_at_rights(settings: Settings, report: Report) -> None:
     account = pwd.getpwnam(settings.user)
     group = grp.getgrnam(settings.group).gr_gid if settings.group else account.pw_gid
     groups = os.getgrouplist(settings.user, group)
-    files = {mapping.policy.upstream_tls_ca for mapping in settings.mappings}
-    files |= {mapping.file for mapping in settings.mappings if isinstance(mapping, CsvSettings)}
+    files = {mapping.file for mapping in settings.mappings if isinstance(mapping, CsvSettings)}
     for file in filter(os.path.exists, sorted(files)):
         test = subprocess.run(["test", "-r", file], user=account.pw_uid, group=group, extra_groups=groups, check=False)
         if test.returncode != 0:

@@ -25,7 +25,7 @@ from willi_lib.status.words import several
 from willi_lib.tls import CertificateFacts
 from willi_lib.upstream import NOT_FROM_US, Client, Connector, Refused, Upstream, UpstreamFailed, WantsTls
 
-from .files import WARN_DAYS, days_left
+from .certificates import WARN_DAYS, days_left
 from .promises import is_own
 from .report import Finding, Notes, Report
 from .resolver import SEE_RESOLV_CONF
@@ -78,7 +78,7 @@ class Target:
 def look_at_upstreams(
     settings: Settings, destinations: Destinations, resolver: Resolver, report: Report, dns_answers: bool
 ) -> None:
-    """Several at a time, each once, although many routes may share it."""
+    """Several at a time, each once, although many routes may share it. Raises CertificateError."""
     prober = Prober(settings, destinations.several, resolver)
     pool = Pool(PROBES_AT_A_TIME)
     to_servers: dict[Route, bool] = {}
