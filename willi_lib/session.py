@@ -35,7 +35,7 @@ from .smtp.syntax import (
     xclient_port,
 )
 from .smtp.wire import BadFraming, LineTooLong, TimeLimit, TlsFailed, Wire, WireError
-from .upstream import Client, Refused, Upstream, UpstreamFailed
+from .upstream import Client, Refused, UpstreamFailed
 
 OUT_OF_MEMORY = "out of memory"  # in the log
 # Between two messages that were accepted; what goes beyond is an error, and errors have max_errors.
@@ -68,6 +68,10 @@ class ShuttingDown(Exception):
     """Willi ends, and this client has no transaction."""
 
 
+class ClientGone(Exception):
+    """The client has hung up while its upstream was asked. No WireError: what failed is no upstream."""
+
+
 class Session:
     """The dialogue with one client."""
 
@@ -91,6 +95,7 @@ class Session:
         self.has_quit = False
         self.draining = False
         self.waiting = False  # for a command
+        self.asking = False  # the upstream, before the message
         self.ending = False  # nothing is left but to hang up
 
     # -- the loop
@@ -107,6 +112,8 @@ class Session:
             self.end_with(replies.TOO_SLOW, str(limit))
         except ShuttingDown:
             self.end_with(replies.SHUTTING_DOWN, "shutting down")
+        except ClientGone:
+            self.log.debug("Client gone", error="it hung up while the upstream was asked")
         except MemoryError:  # what failed was large, as a rule, and this is small
             self.end_with(replies.OUT_OF_MEMORY, OUT_OF_MEMORY)
         except TlsFailed as error:
@@ -183,7 +190,7 @@ class Session:
             return self.refuse(replies.LOOKUP_FAILED, str(failure))
         except UpstreamFailed as failure:
             return self.fail(failure)
-        except (WireError, ShuttingDown, MemoryError):  # run() closes; there is nobody left to answer
+        except (WireError, ShuttingDown, ClientGone, MemoryError):  # run() closes; there is nobody left to answer
             raise
         except Exception as bug:  # noqa: BLE001 -- our fault: it may try again, elsewhere its octets may be no commands
             self.log.bug("Internal error")
@@ -245,6 +252,14 @@ class Session:
         """End after the running transaction; at once if there is none. Called from another greenlet."""
         self.draining = True
         self.clock.interrupt(ShuttingDown(), unless=lambda: not self.waiting or self.stage not in IDLE)
+
+    def look_at_client(self) -> None:
+        """End if the client has hung up while its upstream takes its time. Called from another greenlet.
+
+        Not while the upstream judges a whole message: its verdict is worth a line in the log.
+        """
+        if self.asking and self.wire.has_hung_up():
+            self.clock.interrupt(ClientGone(), unless=lambda: not self.asking)
 
     def stop(self) -> None:
         """End now, whatever is under way: drain_timeout is over."""
@@ -366,8 +381,7 @@ class Session:
         if self.stage is Stage.FAILED and transaction.recipients:
             raise Reject(replies.UPSTREAM_LOST)
         try:
-            with self.clock.limit(self.settings.upstream_timeout, "asking the upstream (upstream_timeout)"):
-                answer = self.dispatch.ask_rcpt(transaction, recipient)
+            answer = self.ask_upstream(lambda: self.dispatch.ask_rcpt(transaction, recipient))
         except WireError as error:  # the limit has struck in between, as in a DNS look-up
             raise UpstreamFailed(str(error)) from None
         except Refused as refusal:  # of MAIL, or of the client
@@ -386,7 +400,7 @@ class Session:
             return replies.UPSTREAM_LOST
         if upstream is None or not (transaction.recipients or upstream.is_ahead(b"DATA")):
             return transaction.no_recipients()
-        answer = self.guarded(lambda: self.ask_for_content(upstream))
+        answer = self.guarded(lambda: self.ask_upstream(upstream.begin_data))
         if not transaction.recipients and (answer.code == 354 or answer.permanent):
             if answer.code == 354:
                 self.drop_upstream()  # it waits for a message that the client will not send
@@ -399,10 +413,14 @@ class Session:
         self.stage = Stage.CONTENT
         return answer
 
-    def ask_for_content(self, upstream: Upstream) -> Reply:
-        """DATA upstream; its 354."""
-        with self.clock.limit(self.settings.upstream_timeout, "asking the upstream (upstream_timeout)"):
-            return upstream.begin_data()
+    def ask_upstream(self, work: Callable[[], Reply]) -> Reply:
+        """Ask it something, within upstream_timeout. `look_at_client` ends this if the client hangs up meanwhile."""
+        self.asking = True
+        try:
+            with self.clock.limit(self.settings.upstream_timeout, "asking the upstream (upstream_timeout)"):
+                return work()
+        finally:
+            self.asking = False
 
     def content(self) -> Reply:
         """The message after 354."""

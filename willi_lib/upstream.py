@@ -109,7 +109,7 @@ class Upstream:
         self.introduced = False  # and waits for MAIL, which may take time
         self.in_transaction = False  # it heard MAIL, and no end of that
         self.could_use_tls = False  # it offers STARTTLS, and the setting allows that
-        self.out_of_step = False  # its last reply was badly framed: the next one could be a part of it
+        self.out_of_step = False  # dropped after a badly framed reply: the next one could be a part of that
         self._ahead: deque[bytes] = deque()  # sent in a group, answers still to come
         self.xclient_offer = ""  # the attributes that it lists; not all go on to list them afterwards (for `check`)
         self.xclient_answer: Reply | None = None
@@ -210,9 +210,11 @@ class Upstream:
 
     def finish_chunk(self, octets: bytes, seconds: float) -> Reply:
         """The same for a chunk of BDAT, which ends by its length."""
-        if self.out_of_step or self.wire.pending():  # an answer before its question must not be taken for the verdict
+        if self.out_of_step:
+            raise UpstreamFailed(f"{self.server}: badly framed reply to the chunk before")
+        if self.wire.pending():  # an answer before its question must not be taken for the verdict
             self._last_words()
-            did = "spoke" if self.wire.buffered or self.out_of_step else "hung up"
+            did = "spoke" if self.wire.buffered else "hung up"
             raise UpstreamFailed(f"{self.server}: {did} inside the message")
         self.send(octets)
         try:
@@ -222,6 +224,7 @@ class Upstream:
             raise UpstreamFailed(f"{self.server}: {error}") from None
         if not in_order:
             self.out_of_step = True
+            self.drop()
             log.warn("Badly framed reply to a message", upstream=str(self.server), reply=str(verdict))
         if not verdict.positive and verdict.code < 400:
             raise UpstreamFailed(f"{self.server}: no verdict: {verdict}")

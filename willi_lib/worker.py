@@ -295,7 +295,7 @@ class Worker:
             gevent.sleep(PULSE)
 
     def _release_answers(self) -> None:
-        """Send answers that have waited for the rest of their group since the last look.
+        """Send answers that have waited for the rest of their group since the last look; end where nobody listens.
 
         One look at all sessions now and then costs less than a timer for each group.
         """
@@ -305,6 +305,8 @@ class Worker:
             holding = {session.wire for session in self._sessions if session.wire.holds_output}
             for wire in holding & before:
                 wire.send_held()
+            for session in self._sessions:
+                session.look_at_client()
             before = holding
 
     def _report(self) -> None:

@@ -7,6 +7,7 @@ from contextlib import ExitStack
 import pytest
 
 from tests.conftest import StartUpstream, StartWilli
+from tests.support.certificates import Pair
 from tests.support.client import Client
 from tests.support.daemon import Willi
 from tests.support.loopback import free_port, wait_until
@@ -28,7 +29,7 @@ from tests.support.talk import (
     say,
     two_domains,
 )
-from tests.support.upstream import GREETING, Close, ScriptedUpstream
+from tests.support.upstream import GREETING, Close, Delay, Ended, ScriptedUpstream, Silence
 from willi_lib.dispatch import MAX_IN_VAIN
 from willi_lib.session import MAX_DEFERRALS, MAX_JUNK
 
@@ -86,6 +87,40 @@ def test_a_client_that_was_reset_does_not_count_for_ever(start_willi: StartWilli
         client.reset()
         wait_until(lambda: is_let_in(willi), "room after a reset")
         wait_until(lambda: is_let_in(willi), "and again")
+
+
+@pytest.mark.parametrize("way", ["close", "reset", "close in TLS"])
+@pytest.mark.parametrize("verb", [GREETING, b"RCPT", b"DATA"], ids=["greeting", "RCPT", "DATA"])
+def test_a_client_that_hangs_up_while_its_upstream_takes_its_time_does_not_count(
+    verb: bytes, way: str, start_willi: StartWilli, upstream: ScriptedUpstream, postfix_certificate: Pair
+):
+    upstream.answers[verb] = Silence()
+    willi = start_willi(
+        server=upstream.server, max_connections_per_ip=1, connect_timeout="4m",
+        tls_cert=postfix_certificate.cert, tls_key=postfix_certificate.key,
+    )  # fmt: skip
+    client = willi.connect(source="127.0.0.2")
+    if way == "close in TLS":
+        assert say(client, EHLO)[0].startswith("250 ") and client.starttls().code == 220
+    say(client, EHLO, MAIL, *([BOB] if verb == b"DATA" else []))
+    client.send((b"DATA" if verb == b"DATA" else BOB) + b"\r\n")
+    upstream.connection().wait_for_command(verb) if verb != GREETING else upstream.connection()
+    if way == "reset":
+        client.reset()
+    else:
+        client.close()
+    wait_until(lambda: is_let_in(willi), "room after the client has gone", 60)
+    assert upstream.connection().wait_for_end() is Ended.EOF
+
+
+def test_a_client_that_has_sent_all_and_still_listens_is_answered(start_willi: StartWilli, upstream: ScriptedUpstream):
+    """As with `nc` and a file: its side is closed, and its commands are still to be read."""
+    upstream.answers[BOB] = Delay(6)
+    with greeted(start_willi(server=upstream.server)) as client:
+        client.send(b"\r\n".join((MAIL, BOB, b"DATA", b"hello", b".", b"QUIT", b"")))
+        client.finish()
+        assert [client.read_reply().code for _ in range(5)] == [250, 250, 354, 250, 221]
+        client.expect_eof()
 
 
 def test_one_ipv6_network_is_one_client(start_willi: StartWilli, upstream: ScriptedUpstream):

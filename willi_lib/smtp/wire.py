@@ -27,6 +27,8 @@ READ_EVENT, WRITE_EVENT = 1, 2  # libev's EV_READ and EV_WRITE
 COMMAND_READ = 16 << 10  # octets a recv when lines are expected
 FIRST_BODY_READ = 64 << 10  # octets a recv of message content, doubled while the peer fills it ...
 LARGEST_BODY_READ = 256 << 10  # ... up to this
+CLOSE_NOTIFY = 64  # octets up to which a last record of TLS may be a goodbye, and holds no message
+CLOSE_WAIT = 8  # TCP: the peer has closed (linux/tcp_states.h)
 MAX_RECORD = 16 << 10  # octets of content in a TLS record, RFC 8446 §5.1
 ENCRYPTED_READ = 64 << 10  # octets a recv under TLS; OpenSSL's buffer grows to this and stays
 MAX_PENDING_OUTPUT = 64 << 10  # octets of replies kept back for one write
@@ -334,6 +336,21 @@ class Wire:
         if octets:
             self._buffer, self._at = octets, 0
         return octets is not None
+
+    def has_hung_up(self) -> bool:
+        """Whether the peer has closed the connection and left nothing to be done. Takes nothing, does not wait."""
+        if self.buffered or (self._tls and self._holds_records()):
+            return False
+        try:
+            unread = self._socket.recv(CLOSE_NOTIFY + 1, stdlib_socket.MSG_PEEK)
+        except BlockingIOError:
+            return False
+        except OSError:  # it was reset
+            return True
+        if self._tls is None or len(unread) > CLOSE_NOTIFY:
+            return not unread
+        state = self._socket.getsockopt(stdlib_socket.IPPROTO_TCP, stdlib_socket.TCP_INFO, 1)[0]
+        return state == CLOSE_WAIT  # with nothing unread but a goodbye of TLS
 
     def _drop_long_line(self) -> None:
         """Read on to the end of the line, keeping nothing of it."""
