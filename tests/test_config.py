@@ -176,6 +176,12 @@ GOOD = [
     ("send_proxy", "v2", "v2"),
     ("proxy_protocol_hosts", "192.0.2.1", (ip_network("192.0.2.1/32"),)),
     ("xclient_hosts", "192.0.2.0/24, 2001:db8::/32", (ip_network("192.0.2.0/24"), ip_network("2001:db8::/32"))),
+    # What is IPv4 and written as IPv6 is IPv4.
+    ("proxy_protocol_hosts", "::ffff:192.0.2.1", (ip_network("192.0.2.1"),)),
+    ("xclient_hosts", "::FFFF:c000:200/120, ::ffff:0:0/96", (ip_network("192.0.2.0/24"), ip_network("0.0.0.0/0"))),
+    ("xclient_hosts", "::/64, ::fffe:0:0/96", (ip_network("::/64"), ip_network("::fffe:0:0/96"))),
+    ("listen", "[::ffff:127.0.0.1]:25", (Address("127.0.0.1", 25),)),
+    ("status_listen", "[::ffff:7f00:1]:8025", Address("127.0.0.1", 8025)),
     ("status_listen", "127.0.0.1:8025", Address("127.0.0.1", 8025)),
     ("status_listen", "", None),
     ("status_listen", ":8025 # for all", Address("", 8025)),

@@ -381,6 +381,8 @@ def test_a_pattern_in_postfix_style_is_refused_with_advice():
         ("[mx.b.example]", (Server("mx.b.example", 25),)),
         ("[2001:DB8:0::1]", (Server("2001:db8::1", 25),)),
         ("[2001:db8::1]:26", (Server("2001:db8::1", 26),)),
+        ("[::ffff:192.0.2.1]:26", (Server("192.0.2.1", 26),)),
+        ("[::FFFF:c000:201]", (Server("192.0.2.1", 25),)),
         ("mx:B.example", (Server("b.example", mx=True),)),
         ("MX:münchen.example", (Server("xn--mnchen-3ya.example", mx=True),)),
         (

@@ -14,8 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import show_on_failure
+from tests.conftest import StartPostfix, StartWilli, show_on_failure
 from tests.support.certificates import Authority, Pair
+from tests.support.client import Client
 from tests.support.corpus import DOMAINS, SESSIONS, Session
 from tests.support.daemon import Setting, Willi
 from tests.support.differences import ALL, DIFFERENCES, EXIM, LACKING, OPENSMTPD, POSTFIX, Difference
@@ -164,3 +165,22 @@ def test_what_the_server_lacks_is_what_the_page_says(comparison: Comparison):
 def test_the_corpus_is_as_large_as_it_should_be(comparison: Comparison):
     assert len(comparison.through.outcomes) >= 60
     assert sum(map(len, (outcome.stored for outcome in comparison.through.outcomes.values()))) >= 60
+
+
+# docs/interoperation.md, "What a server cannot judge any more"
+
+EARLY = b"EHLO c.example\r\nMAIL FROM:<ann@a.example>\r\nRCPT TO:<early@b.example>\r\nDATA\r\n"
+
+
+def test_a_server_behind_willi_does_not_see_how_a_client_pipelines(
+    start_willi: StartWilli, start_postfix: StartPostfix
+):
+    strict = {"smtpd_data_restrictions": "reject_unauth_pipelining"}
+    postfix = start_postfix("mx.example", ("b.example",), settings=strict)
+    willi = start_willi(server=postfix.server)
+    for port, code, words in ((postfix.port, 503, "pipelining"), (willi.port, 354, "")):
+        with Client(port) as client:
+            client.send(EARLY)
+            answers = [client.read_reply() for _ in range(5)]
+            assert [answer.code for answer in answers] == [220, 250, 250, 250, code]
+            assert words in str(answers[-1])

@@ -5,9 +5,10 @@ from __future__ import annotations
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 
 import pytest
 
@@ -56,9 +57,12 @@ def notifications(path: Path) -> Iterator[socket.socket]:
         yield systemd
 
 
-def start(directory: Path, upstream: ScriptedUpstream, listen: str, prefix: list[str], **environment: str) -> Willi:
+def start(
+    directory: Path, upstream: ScriptedUpstream, listen: str, prefix: list[str],
+    settings: Mapping[str, Setting] = MappingProxyType({}), **environment: str,
+) -> Willi:  # fmt: skip
     mappings: dict[str, Setting] = {"all": {"type": "static", "server": upstream.server, "tls_verify": False}}
-    return Willi(directory, {"listen": listen, "workers": 2, "mappings": mappings}, prefix, environment)
+    return Willi(directory, {"listen": listen, "workers": 2, **settings, "mappings": mappings}, prefix, environment)
 
 
 def test_the_sockets_of_a_socket_unit_are_used_and_not_listen(tmp_path: Path, upstream: ScriptedUpstream):
@@ -146,6 +150,24 @@ def test_an_ipv4_client_of_a_socket_for_both_families_keeps_its_address(tmp_path
         assert deliver(client) == QUEUED
         assert willi.wait_for_log(msg="Message accepted")["client"] == client.address
         assert client.address.startswith(HOST)
+    finally:
+        willi.stop()
+
+
+def test_an_ipv4_client_of_a_socket_for_both_families_is_in_the_networks_of_ipv4(
+    tmp_path: Path, upstream: ScriptedUpstream
+):
+    """In xclient_hosts, and what max_connections_per_ip turns away is logged as IPv4, too."""
+    port = free_port()
+    launch = launcher("willi.socket", f"6 :: {port} yes")
+    willi = start(tmp_path, upstream, ":1", launch, {"xclient_hosts": "127.0.0.5", "max_connections_per_ip": 1})
+    try:
+        willi.port = port
+        with willi.connect(source="127.0.0.5") as client:
+            assert client.command(b"XCLIENT ADDR=192.0.2.7").code == 220
+        with willi.connect(source="127.0.0.6"), willi.connect(source="127.0.0.6", greeting=False) as second:
+            assert second.read_reply().code == 421
+        assert willi.wait_for_log(msg="Connection refused")["client"] == "127.0.0.6"
     finally:
         willi.stop()
 
