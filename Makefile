@@ -65,15 +65,17 @@ demo: $(VENV)/demo
 
 check: venv
 	@$(BIN)/ruff check $(CHECKED)
-	@$(BIN)/mypy --strict $(CHECKED)
-	@$(TESTS) --minutes 10 --quiet --ignore=tests/e2e --ignore=tests/fuzz --ignore=tests/chaos
+	@$(BIN)/mypy --strict $(CHECKED) & types=$$!; \
+	$(TESTS) --minutes 10 --quiet --ignore=tests/e2e --ignore=tests/fuzz --ignore=tests/chaos; tests=$$?; \
+	wait $$types && exit $$tests
 
 # In the order of the files: chaos, which takes longest, comes first.
 test: venv
 	@tests/install-packages.sh tests/e2e/packages.txt
 	@$(BIN)/ruff check $(CHECKED)
-	@$(BIN)/mypy --strict $(CHECKED)
-	@CHAOS_SECONDS=60 $(TESTS) --minutes 30 --no-loadscope-reorder $(PYTEST)
+	@$(BIN)/mypy --strict $(CHECKED) & types=$$!; \
+	CHAOS_SECONDS=60 WILLI_THOROUGH=1 $(TESTS) --minutes 30 --no-loadscope-reorder $(PYTEST); tests=$$?; \
+	wait $$types && exit $$tests
 
 e2e: venv
 	@$(TESTS) --minutes 20 --quiet $(PYTEST) tests/e2e

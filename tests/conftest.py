@@ -14,6 +14,7 @@ import pytest
 from tests.support.certificates import Authority, Pair
 from tests.support.daemon import Setting, Willi
 from tests.support.dns import DnsServer
+from tests.support.examples import examples
 from tests.support.loopback import need
 from tests.support.mariadb import Mariadb
 from tests.support.postfix import Postfix
@@ -30,7 +31,9 @@ StartUpstream = Callable[..., ScriptedUpstream]
 StartPostfix = Callable[..., Postfix]
 
 # A loaded machine is no fault of the code; and a failure must come again at the next run.
-hypothesis.settings.register_profile("willi", deadline=None, derandomize=os.environ.get("CI") == "true")
+hypothesis.settings.register_profile(
+    "willi", deadline=None, derandomize=os.environ.get("CI") == "true", max_examples=examples(100)
+)
 hypothesis.settings.load_profile("willi")
 
 

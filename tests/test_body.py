@@ -10,6 +10,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from tests.support.examples import examples
 from willi_lib.smtp.body import END_OF_DATA, MAX_HELD, DataReader, Stuffer
 
 NEXT_COMMAND = b"MAIL FROM:<eve@a.example>\r\n.\r\n"
@@ -157,7 +158,7 @@ octet_strings = st.lists(st.sampled_from(PIECES), max_size=24).map(b"".join)
 cut_lists = st.lists(st.integers(0, 60), max_size=6)
 
 
-@settings(max_examples=1000)
+@settings(max_examples=examples(1000))
 @given(octet_strings, cut_lists)
 @example(b"\r\n.\n", [])
 @example(b".\r\r\n", [])
@@ -168,14 +169,14 @@ def test_data_keeps_its_promises_however_it_arrives(message: bytes, cuts: list[i
     assert len({check_data(octets, chunks) for chunks in ways}) == 1
 
 
-@settings(max_examples=300)
+@settings(max_examples=examples(300))
 @given(octet_strings, cut_lists)
 def test_data_that_is_never_ended_keeps_its_promises(octets: bytes, cuts: list[int]):
     for chunks in ([octets], octet_by_octet(octets), split_at(octets, cuts)):
         check_data(octets, chunks)
 
 
-@settings(max_examples=1000)
+@settings(max_examples=examples(1000))
 @given(octet_strings, cut_lists)
 def test_stuffing_keeps_its_promises_however_the_content_arrives(content: bytes, cuts: list[int]):
     ways = [[content], octet_by_octet(content), split_at(content, cuts)]
@@ -190,7 +191,7 @@ def test_every_short_message_keeps_its_promises():
             check_stuffer(octets, octet_by_octet(octets))
 
 
-@settings(max_examples=300)
+@settings(max_examples=examples(300))
 @given(octet_strings, cut_lists)
 def test_what_was_stuffed_comes_out_of_a_reader_as_it_is(content: bytes, cuts: list[int]):
     _, wire = stuffed(split_at(content, cuts))
@@ -198,7 +199,7 @@ def test_what_was_stuffed_comes_out_of_a_reader_as_it_is(content: bytes, cuts: l
     assert (out, reader.malformed) == (wire, False)
 
 
-@settings(max_examples=300)
+@settings(max_examples=examples(300))
 @given(octet_strings, cut_lists)
 def test_reject_mode_finds_the_same_end_and_lets_nothing_malformed_out(message: bytes, cuts: list[int]):
     octets = message + b"\r\n.\r\n" + NEXT_COMMAND
@@ -387,7 +388,7 @@ long_lines = st.lists(st.sampled_from([*PIECES, *OVERLONG]), max_size=8).map(b""
 long_cuts = st.lists(st.integers(0, 5 * MAX_HELD), max_size=6)
 
 
-@settings(max_examples=300)
+@settings(max_examples=examples(300))
 @given(long_lines, long_cuts)
 def test_lines_too_long_to_be_held_never_look_like_an_end(message: bytes, cuts: list[int]):
     octets = message + b"\r\n.\r\n" + NEXT_COMMAND

@@ -22,7 +22,7 @@ QUERY = "SELECT server FROM routes WHERE pattern = ?"
 @pytest.fixture(autouse=True)
 def _limited(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Nothing waits for ever; and `lookup`s may say a moment after TIMEOUT why they failed."""
-    monkeypatch.setattr(module, "GRACE", 0.05)
+    monkeypatch.setattr(module, "GRACE", 0.3)
     with gevent.Timeout(PATIENCE):
         yield
 

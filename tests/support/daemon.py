@@ -19,6 +19,7 @@ from tests.support.loopback import HOST, PATIENCE, ROOT, free_port, wait_until
 
 PYTHON = os.environ.get("WILLI_PYTHON", sys.executable)
 PROBE_ADDRESS = "127.255.255.254"  # limits per address do not see the probe of start_willi
+LEFT_OPEN = 5.0  # seconds for what a test left open, when it is over
 TIME_TO_STOP = PATIENCE + 15  # seconds from SIGTERM; a running transaction may take its drain_timeout
 
 Setting = str | int | float | bool | Sequence[str] | Mapping[str, "Setting"]
@@ -98,7 +99,7 @@ class Willi:
         self.directory = directory
         self.port = free_port()
         defaults: dict[str, Setting] = {
-            "listen": f"{HOST}:{self.port}", "domain": "willi.example", "workers": 1, "drain_timeout": "5s",
+            "listen": f"{HOST}:{self.port}", "domain": "willi.example", "workers": 1, "drain_timeout": "20s",
         }  # fmt: skip
         self.settings: dict[str, Setting] = {**defaults, **settings}
         self.config = write_config(directory / "willi.conf", self.settings)
@@ -249,9 +250,12 @@ class Willi:
         self.check_log()
 
     def end(self) -> None:
-        """Stop it unless the test has, and look at its log either way."""
+        """Stop it unless the test has, and look at its log either way; what is still open is waited for briefly."""
         if self.process.poll() is None:
-            self.stop()
+            self.signal(signal.SIGTERM)
+            with suppress(subprocess.TimeoutExpired):
+                self.wait(LEFT_OPEN)
+            self.stop()  # a second signal ends all sessions
         else:
             self.check_log()
 
