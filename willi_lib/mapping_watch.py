@@ -15,7 +15,7 @@ from .routing import csv_file as csv
 from .routing.csv_file import CsvError, CsvFile, Held
 from .routing.mysql import Mysql
 
-ANSWERS_LOST = "Reload while a database is down, the answers that were remembered are lost"
+ANSWERS_LOST = "Reload while a database is down, remembered answers are lost"
 START_LOOK = 0.25  # seconds between looks of a worker that starts
 
 
@@ -51,9 +51,7 @@ class MappingWatch:
             if why := database.why_down():
                 if start.reload == "automatic":
                     raise DatabaseDown(f"{database.name}: {why}")
-                log.warn(
-                    "Reload while a database is down, remembered answers are lost", mapping=database.name, error=why
-                )
+                log.warn(ANSWERS_LOST, mapping=database.name, error=why)
         for csv_file in self._csv_files:
             held = start.held.get(csv_file.file)
             if held:

@@ -490,6 +490,14 @@ def test_a_key_that_one_of_several_comparisons_cannot_take_is_no_miss(mariadb: M
         open_database(name, query).ask("😀@b.example")
 
 
+def test_a_key_in_a_list_of_columns_of_several_character_sets_is_no_miss(mariadb: Mariadb, open_database: Open):
+    name = mariadb.table(("😀@b.example", "mx1", True), charset="utf8mb4")
+    latin = "CONVERT(pattern USING latin1) COLLATE latin1_swedish_ci"
+    with pytest.raises(LookupFailed):
+        open_database(name, f"SELECT server FROM routes WHERE ? IN ({latin}, {latin})").ask("😀@b.example")
+    assert open_database(name, f"SELECT server FROM routes WHERE {latin} = LOWER(?)").ask("😀@b.example") is None
+
+
 @pytest.mark.parametrize(
     "greeting", [b"\x05\x00\x00\x00\x0b\x08\x05\x1a\x00", b"\x00\x00\x00\x00", b"\x01\x00\x00\x00\xfe"]
 )

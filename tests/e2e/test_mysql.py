@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import re
+import shutil
+import signal
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -17,7 +19,7 @@ from tests.conftest import StartUpstream, StartWilli
 from tests.runner.limits import allow
 from tests.support.certificates import Authority
 from tests.support.client import Client
-from tests.support.daemon import Setting, Willi, run_willi, write_config
+from tests.support.daemon import Setting, Willi, in_a_hurry, run_willi, write_config
 from tests.support.loopback import HOST, free_port, wait_until
 from tests.support.mariadb import PASSWORD, Mariadb
 from tests.support.talk import (
@@ -37,6 +39,8 @@ from tests.support.upstream import ScriptedUpstream
 
 NO_ROUTE = "554 5.7.1 Relay access denied"
 CANNOT_LOOK_UP = "451 4.3.0 Cannot look up this address now"
+RELOAD_WAITS = "Reload waits for a database, since new workers would remember no answers"
+ANSWERS_LOST = "Reload while a database is down, remembered answers are lost"
 ROWS = 1_000_000
 
 StartWithDatabase = Callable[..., Willi]
@@ -208,6 +212,46 @@ def test_a_stop_does_not_wait_for_the_database(mariadb: Mariadb, routed: StartWi
 
 
 # When it is not well
+
+
+def test_an_automatic_reload_waits_for_the_database_and_sighup_says_what_is_lost(
+    mariadb: Mariadb, start_willi: StartWilli, upstream: ScriptedUpstream, certificates: Authority, tmp_path: Path
+):
+    files = {name: tmp_path / name for name in ("cert", "key")}
+
+    def renew(host: str) -> None:
+        pair = certificates.issue(host)
+        for name, file in files.items():
+            shutil.copy(getattr(pair, name), tmp_path / "new")
+            (tmp_path / "new").replace(file)
+
+    renew("old.example")
+    mapping = mariadb.mapping(mariadb.table(("b.example", upstream.server, False)))
+    prefix = in_a_hurry(**{"certificate_files.INTERVAL": 0.2, "certificate_files.RETRY": 1.0})
+    willi = start_willi(
+        mappings={"db": mapping}, prefix=prefix, **{f"tls_{name}": str(file) for name, file in files.items()}
+    )
+    willi.tolerate("Database is down")
+    with greeted(willi) as client:
+        assert rcpt(client, "bob@b.example") == OK
+    workers = willi.workers
+    try:
+        mariadb.stop()
+        renew("new.example")
+        why = willi.wait_for_log(lvl="warn", msg=RELOAD_WAITS, count=2, seconds=60)["error"]
+        assert why.startswith("mysql:db: ") and "Connection refused" in why
+        with greeted(willi) as client:
+            assert rcpt(client, "bob@b.example") == OK, "it is remembered"
+        wait_until(lambda: willi.workers == workers, "the old worker alone")
+        mariadb.start()
+        willi.wait_for_log(msg="Reloaded", seconds=60)
+        mariadb.stop()
+        willi.signal(signal.SIGHUP)
+        assert willi.wait_for_log(lvl="warn", msg=ANSWERS_LOST, seconds=60)["mapping"] == "mysql:db"
+        willi.wait_for_log(msg="Reloaded", count=2, seconds=60)
+    finally:
+        if not mariadb.running:
+            mariadb.start()
 
 
 @pytest.mark.parametrize("tls", [False, True], ids=["plain", "TLS"])

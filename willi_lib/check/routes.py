@@ -89,7 +89,8 @@ def _open_one(settings: Settings, one: StaticSettings | CsvSettings) -> Mapping:
 
 def _look_at_table(mapping: CsvFile, report: Report) -> None:
     if not len(mapping):
-        report.warn(mapping.name, several(0, "pattern"), "add a line for each domain: pattern;server;tls_verify")
+        what = f"{several(0, 'pattern')}: recipients that no other mapping has get 451"
+        report.warn(mapping.name, what, "add a line for each domain: pattern;server;tls_verify")
         return
     report.ok(mapping.name, several(len(mapping), "pattern"))
     unverified = sum(_is_unverified(route) for route in mapping.routes())

@@ -124,6 +124,7 @@ class Database:
         self._access = access
         self._query = query
         self._statement, self._parameters = statement_of(query)
+        self._compares_once = self._parameters == 1 and bool(_EQUALITY.search(query))
         self._tls = _client_context(access) if access.tls_ca else None
         self._routes = _Routes(policy, mapping)
         self._slots = BoundedSemaphore(access.pool_size)
@@ -208,7 +209,7 @@ class Database:
             usable = isinstance(number, int) and number >= 1000
             if number in GAVE_UP_ERRORS:
                 raise TooSlow(_text(error)) from None
-            if number in UNKNOWN_CHARACTER_ERRORS and not key.isascii() and self._parameters == 1:
+            if number in UNKNOWN_CHARACTER_ERRORS and not key.isascii() and self._compares_once:
                 return None  # no row can have this key; of several comparisons, another one might have found it
             raise LookupFailed(_text(error)) from None
         finally:
@@ -340,6 +341,7 @@ def _remedy(text: str) -> str:
 
 # The query and its rows
 
+_EQUALITY = re.compile(r"=\s*(?:\w+\s*\(\s*)*\?|\?\s*=")  # as in `pattern = LOWER(?)`, not `? IN (a, b)`
 _TOKEN = re.compile(
     r"""'(?:[^'\\]|\\.|'')*' | "(?:[^"\\]|\\.|"")*" | `[^`]*` | --\s[^\n]* | \#[^\n]* | /\*(?!!).*?\*/ | \? """,
     re.VERBOSE | re.DOTALL,
