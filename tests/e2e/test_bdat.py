@@ -202,7 +202,7 @@ def test_a_bdat_with_a_control_character_ends_the_session(willi: Willi, upstream
     assert upstream.messages == []
 
 
-@pytest.mark.parametrize("line", [b"BDAT 6" + b" " * 2040, b" " * 3000 + b"bdat 6", b"bdat\t" + b"x" * 100_000])
+@pytest.mark.parametrize("line", [b"BDAT 6" + b" " * 2041, b" " * 3000 + b"bdat 6", b"bdat\t" + b"x" * 100_000])
 def test_a_bdat_that_is_too_long_ends_the_session(line: bytes, willi: Willi, upstream: ScriptedUpstream):
     with in_envelope(willi) as client:
         client.send(line + b"\r\nRSET\r\n")
