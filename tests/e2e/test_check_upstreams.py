@@ -96,6 +96,18 @@ def test_every_address_of_every_host_is_asked_once(tmp_path: Path, careful: Scri
     assert len(careful.connections) == 2  # as far as MAIL, and as a stranger
 
 
+def test_mx_hosts_among_which_is_willi_itself(tmp_path: Path, dns: DnsServer):
+    dns.zone["b.example"] = {"MX": ["10 mx1.b.example.", "20 MX.Willi.Example.", "30 mx3.b.example."]}
+    dns.zone["c.example"] = {"MX": ["10 mx.willi.example.", "10 mx1.b.example.", "20 mx3.b.example."]}
+    path = configure(tmp_path, "b.example;mx:b.example\nc.example;mx:c.example\n")
+    found = findings(path, dns.prefix)
+    [backup] = about(found, "mx:b.example")
+    assert (backup.level, backup.what) == ("ok", "mx1.b.example, and Willi is the backup MX")
+    [best] = about(found, "mx:c.example")
+    assert best.level == "wrong" and "its best MX host is Willi itself" in best.what
+    assert not about(found, "mx3.b.example:25")
+
+
 # -- what they can do
 
 

@@ -31,7 +31,7 @@ def look_at_dns(settings: Settings, destinations: Destinations, resolver: Resolv
     else:
         what = f"{settings.domain} has no address in the DNS"
         report.warn("domain", what, "add an A or AAAA record for it, or set domain to the name of this host")
-    _look_at_mx(destinations, resolver, report)
+    _look_at_mx(settings.domain, destinations, resolver, report)
     return True
 
 
@@ -63,10 +63,18 @@ def _is_name(host: str) -> bool:
     return False
 
 
-def _look_at_mx(destinations: Destinations, resolver: Resolver, report: Report) -> None:
+def _look_at_mx(domain: str, destinations: Destinations, resolver: Resolver, report: Report) -> None:
+    """Where Willi is one of the MX hosts it asks only those that are better (RFC 5321 §5.1)."""
     servers = [server for route in destinations.routes for server in route.servers if server.mx]
     for server in dict.fromkeys(servers):
         try:
-            report.ok(str(server), ", ".join(resolver.mx_hosts_of(server.host)))
+            hosts = resolver.mx_of(server.host)
+            ours = min((preference for preference, host in hosts if host.rstrip(".") == domain.lower()), default=None)
+            better = [host for preference, host in hosts if ours is None or preference < ours]
+            if better:
+                report.ok(str(server), ", ".join(better) + (", and Willi is the backup MX" if ours is not None else ""))
+            else:
+                what = "its best MX host is Willi itself: mail for it gets 554 5.4.6"
+                report.wrong(str(server), what, "name the mail server itself in the route")
         except DnsFailed as error:
             report.wrong(str(server), str(error), "correct that domain's MX, or name its server in the route")
