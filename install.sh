@@ -74,9 +74,9 @@ install_willi() {
     trap throw_away EXIT
     previous=$(in_force)
     serving=$(service_state)
+    choose_configuration
     build
     need_libraries
-    choose_configuration
     check_configuration
     cannot_be_interrupted
     save_changed_service_files
@@ -175,6 +175,25 @@ lock() {
     flock -n 9 || fail "another install.sh is running."
 }
 
+# Where the configuration of the new program is: beside the one that another program may have to read once more.
+choose_configuration() {
+    configuration=$CONFIG
+    [ -z "$previous" ] || return 0
+    if [ "$serving" = running ] && grep -qs '^[[:space:]]*\[mappings\]' $CONFIG; then
+        fail "the program that runs as the service willi could not start again with $CONFIG, which is in the new form" \
+            "already. Nothing has changed. Put the file that it has read back in place, the new one beside it, and run" \
+            "install.sh again:
+    mv $CONFIG $CONFIG.new
+    cp -p YOUR_COPY_OF_THE_OLD_FILE $CONFIG"
+    elif [ -e $CONFIG.new ]; then
+        configuration=$CONFIG.new
+    elif [ "$serving" = running ]; then
+        fail "another program runs as the service willi. Nothing has changed. Leave $CONFIG to it, write the new" \
+            "configuration into $CONFIG.new, and run install.sh again. README.md says more:" \
+            "\"Coming from the Go program\"."
+    fi
+}
+
 build() {
     say "Building in $release ..."
     mkdir "$release"
@@ -220,33 +239,6 @@ for module in pkgutil.walk_packages(willi_lib.__path__, "willi_lib."):
             "likewise, and run install.sh again." ;;
     esac
     fail "the new program cannot be used here. Nothing has changed. It says: $(echo "$said" | tail -n 1)"
-}
-
-# Where the configuration of the new program is: beside the one that another program may have to read once more.
-choose_configuration() {
-    configuration=$CONFIG
-    [ -z "$previous" ] || return 0
-    if [ -e $CONFIG.new ]; then
-        configuration=$CONFIG.new
-    elif [ "$serving" != running ]; then
-        return 0
-    fi
-    if [ "$serving" = running ] && is_in_new_form $CONFIG; then
-        fail "the program that runs as the service willi could not start again with $CONFIG, which is in the new form" \
-            "already. Nothing has changed. Put the file that it has read back in place, the new one beside it, and run" \
-            "install.sh again:
-    mv $CONFIG $CONFIG.new
-    cp -p YOUR_COPY_OF_THE_OLD_FILE $CONFIG"
-    fi
-    [ -e "$configuration" ] && [ $configuration != $CONFIG ] ||
-        fail "another program runs as the service willi. Nothing has changed. Leave $CONFIG to it, write the new" \
-            "configuration into $CONFIG.new, and run install.sh again. README.md says more:" \
-            "\"Coming from the Go program\"."
-}
-
-is_in_new_form() {
-    load='import sys; sys.path.insert(0, sys.argv[1]); from willi_lib.config import load; load(sys.argv[2])'
-    as_service "$release/venv/bin/python" -I -c "$load" "$release" "$1" 2>/dev/null
 }
 
 # All that Willi needs at its start: the file, tables, certificates, addresses. Nothing is connected to.

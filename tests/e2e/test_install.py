@@ -9,6 +9,7 @@ import re
 import signal
 import socket
 import subprocess
+import textwrap
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -559,6 +560,19 @@ def test_uninstall_leaves_the_configuration_for_the_next_install(machine):
     with upstream_on(machine) as upstream:
         install(machine, NEW).check_returncode()
         send_message(machine, upstream)
+
+
+def test_the_commands_of_the_readme_lead_to_a_running_willi(machine):
+    readme = (ROOT / "README.md").read_text(encoding="utf-8").partition("\n## Install\n")[2].partition("\n## ")[0]
+    [commands] = re.findall(r"^(    cat .*\n(?:    .*\n)+)", readme, re.MULTILINE)
+    commands = textwrap.dedent(commands).replace("systemctl start willi", f"{INIT} start")
+    machine.run("sh", "-euc", f"umask 077\n{commands}")
+    assert banner(machine) == "220 mx.example.org ESMTP Willi"
+    [check] = re.findall(r"^    (runuser .*)$", readme, re.MULTILINE)
+    done = machine.ask("sh", "-c", check)  # whose mail.example.org this machine cannot find
+    assert done.stdout.splitlines()[0] == f"ok     {CONF}: mappings: 1, domain mx.example.org"
+    wrong = [line for line in done.stdout.splitlines() if line.startswith("wrong")]
+    assert [line for line in wrong if "DNS" not in line and "mail.example.org" not in line] == []
 
 
 # The same where systemd runs
