@@ -10,6 +10,8 @@ from typing import Any, Literal
 from . import log
 from .routing.csv_file import CsvError, CsvFile, Held, Stamp
 
+OLD_STAYS = "CSV file not read, the old table stays"
+NO_TABLE = "CSV file not read by a new worker, which answers 451 without its table"
 MAX_FAULT = 1000  # characters
 MANY_PATTERNS = 100  # of a CSV file: if it loses more than half of so many, the administrator should look
 
@@ -24,7 +26,8 @@ def of_table(csv_file: CsvFile) -> Message:
 
 def of_fault(csv_file: CsvFile, error: CsvError) -> Message:
     """It could not be read."""
-    return {"mapping": csv_file.name, "faults": [fault[:MAX_FAULT] for fault in error.faults]}
+    faults = [fault[:MAX_FAULT] for fault in error.faults]
+    return {"mapping": csv_file.name, "faults": faults, "text": OLD_STAYS if csv_file.stamp else NO_TABLE}
 
 
 class News:
@@ -39,17 +42,17 @@ class News:
     def take(self, message: Message) -> None:
         """Note what is told of a table, and log it if it is new."""
         if "faults" in message:
-            self._take_faults(message["mapping"], list(message["faults"]))
+            self._take_faults(message["mapping"], message["text"], message["faults"])
         else:
             held = Held(Stamp(*message["stamp"]), message["patterns"])
             self._take_table(message["mapping"], message["file"], held)
 
-    def _take_faults(self, mapping: str, faults: list[str]) -> None:
-        if self._faults.get(mapping) == faults:
+    def _take_faults(self, mapping: str, text: str, faults: list[str]) -> None:
+        if self._faults.get(mapping) == [text, *faults]:
             return
-        self._faults[mapping] = faults
+        self._faults[mapping] = [text, *faults]
         for fault in faults:
-            log.error("CSV file not read, the old table stays", mapping=mapping, error=fault)
+            log.error(text, mapping=mapping, error=fault)
 
     def _take_table(self, mapping: str, file: str, held: Held) -> None:
         known, self.tables[file] = self.tables.get(file), held
