@@ -52,7 +52,7 @@ class UpstreamFailed(Exception):
 
 
 class OurFault(UpstreamFailed):
-    """The same because of something that we lack: no host is to blame, and another one would do no better."""
+    """The same because of something that we lack, for which no host is to blame."""
 
 
 class WantsTls(UpstreamFailed):
@@ -309,18 +309,18 @@ class Connector:
             began = monotonic()
             try:
                 return self._open_host(route, server, client, clock, sid, is_last=number == len(servers))
-            except OurFault:
-                raise
             except UpstreamFailed as error:
                 failures.append(str(error))
+                is_ours = isinstance(error, OurFault)
             except (Refused, Reject):
                 self._counts.refused(server)
                 raise
             overdue = clock.overdue()
-            if number == 1 or not overdue or monotonic() - began > self._settings.connect_timeout:
+            had_time = number == 1 or not overdue or monotonic() - began > self._settings.connect_timeout
+            if had_time and not is_ours:
                 self._counts.not_opened(server, failures[-1])
                 self.mark_down(server)
-            if overdue:  # and no host is to blame for the time that others took
+            if overdue:
                 break
         raise UpstreamFailed("; ".join(failures))
 
@@ -340,8 +340,8 @@ class Connector:
             seconds = self._settings.upstream_timeout if has_all else self._settings.connect_timeout
             try:
                 upstream = self._open(route, server, address, client, clock, sid, seconds)
-            except OurFault:
-                raise
+            except OurFault as error:
+                raise OurFault(f"{server}: {error}") from None
             except (UpstreamFailed, WireError, BadReply) as error:
                 where = "" if address[1] == server.host else f" [{address[1]}]"
                 failures.append(f"{server}{where}: {str(error).removeprefix(f'{server}: ')}")
@@ -668,7 +668,9 @@ def _connect(address: Address, port: int) -> Socket:
         connection.setsockopt(stdlib_socket.IPPROTO_TCP, stdlib_socket.TCP_NODELAY, 1)
         code = connection.connect_ex((host, port))
         if code not in (0, errno.EINPROGRESS):
-            raise OurFault(os.strerror(code)) if code in OUR_LACK else PeerGone(os.strerror(code))
+            # Without IPv6 the same code says that there is no address to come from, in place of no port.
+            no_port = code == errno.EADDRNOTAVAIL and family == stdlib_socket.AF_INET
+            raise OurFault(os.strerror(code)) if no_port or code in OUR_LACK else PeerGone(os.strerror(code))
     except BaseException:
         connection.close()
         raise

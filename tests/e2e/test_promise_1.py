@@ -151,7 +151,7 @@ def test_a_verdict_whose_code_can_be_read_is_one_however_badly_it_is_framed(
 ):
     """A 451 in its place would have the message delivered again at each attempt."""
     octets, heard = BADLY_FRAMED[kind]
-    upstream.answers[b"BDAT 21 LAST"], upstream.answers[VERDICT] = [octets], [octets]
+    upstream.answers[VERDICT if verb == b"DATA" else b"BDAT 21 LAST"] = [octets]
     client = in_data(willi) if verb == b"DATA" else in_envelope(willi)
     client.send(CONTENT + b".\r\n" if verb == b"DATA" else b"BDAT 21 LAST\r\n" + CONTENT)
     assert str(client.read_reply()) == heard

@@ -442,7 +442,7 @@ def test_endless_refused_recipients_take_no_memory(willi: Willi, upstream: Scrip
 def test_endless_recipients_behind_a_refused_mail_take_no_memory(start_willi: StartWilli, upstream: ScriptedUpstream):
     """What the upstream said of MAIL is told again for each of them, and nothing of that is kept."""
     upstream.answers[b"MAIL"] = Reply(550, (b"5.7.1 not you",))
-    willi = start_willi(server=upstream.server, loglevel="error")
+    willi = start_willi(server=upstream.server)
     client = greeted(willi)
     assert say(client, MAIL, BOB) == [SENDER_KEPT, "550 5.7.1 not you"]
     before = resident(willi)
