@@ -154,7 +154,7 @@ def test_a_worker_that_dies_is_replaced(two: Willi, upstream: ScriptedUpstream):
 
 
 def test_a_worker_told_to_end_drains_and_is_replaced_meanwhile(start_willi: StartWilli, upstream: ScriptedUpstream):
-    willi = start_willi(server=upstream.server, workers=1)
+    willi = start_willi(server=upstream.server, drain_timeout="5m", workers=1)
     willi.tolerate("Worker ends by itself")
     pid = willi.workers[0]
     client = in_data(willi)
@@ -300,7 +300,7 @@ def in_data_at(willi: Willi, pid: int) -> Client:
 def test_a_new_master_may_start_while_the_workers_of_a_dead_one_drain(
     start_willi: StartWilli, upstream: ScriptedUpstream
 ):
-    willi = start_willi(server=upstream.server, workers=2)
+    willi = start_willi(server=upstream.server, drain_timeout="5m", workers=2)
     willi.tolerate("The master is dead")
     client = in_data(willi)
     os.kill(willi.process.pid, signal.SIGKILL)
@@ -362,7 +362,7 @@ def test_a_signal_to_the_whole_group_is_one_signal(
     number: signal.Signals, start_willi: StartWilli, upstream: ScriptedUpstream
 ):
     """As from a terminal, or from systemd with KillMode=control-group: the workers get it twice, and still drain."""
-    willi = start_willi(server=upstream.server, workers=2)
+    willi = start_willi(server=upstream.server, drain_timeout="5m", workers=2)
     client = in_data(willi)
     for pid in (*willi.workers, willi.process.pid):
         os.kill(pid, number)

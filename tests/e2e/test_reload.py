@@ -134,7 +134,7 @@ def test_an_idle_client_of_an_old_worker_is_told_421_and_the_next_one_is_served(
 
 
 def test_old_workers_are_still_counted(start_willi: StartWilli, upstream: ScriptedUpstream):
-    willi = start_willi(server=upstream.server, workers=2, max_connections_per_ip=3)
+    willi = start_willi(server=upstream.server, drain_timeout="5m", workers=2, max_connections_per_ip=3)
     clients = [in_envelope(willi) for _ in range(3)]
     willi.reload()
     with willi.connect(greeting=False) as client:
