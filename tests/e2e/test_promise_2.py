@@ -157,7 +157,7 @@ def ended(connection: Connection) -> Connection:
 
 def test_a_client_that_is_too_slow_has_sent_nothing(start_willi: StartWilli, upstream: ScriptedUpstream):
     """It is told so, and what it sends after that is nobody's command."""
-    willi = start_willi(server=upstream.server, read_timeout="1s")
+    willi = start_willi(server=upstream.server, read_timeout="3s")
 
     def stop_after(octets: int) -> None:
         client = in_data(willi)
@@ -171,7 +171,7 @@ def test_a_client_that_is_too_slow_has_sent_nothing(start_willi: StartWilli, ups
 
 
 def test_a_chunk_that_is_too_slow_has_not_been_sent(start_willi: StartWilli, upstream: ScriptedUpstream):
-    willi = start_willi(server=upstream.server, read_timeout="1s")
+    willi = start_willi(server=upstream.server, read_timeout="3s")
 
     def stop_after(octets: int) -> None:
         client = in_envelope(willi)

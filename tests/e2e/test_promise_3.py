@@ -42,7 +42,7 @@ from tests.support.upstream import (
 from willi_lib.smtp.reply import Reply
 
 MESSAGE = b"Subject: x\r\n\r\n..\r\nhello\r\n"
-SHORT = {"connect_timeout": "1s", "upstream_timeout": "2s", "data_timeout": "1s", "write_timeout": "1s"}
+SHORT = {"connect_timeout": "3s", "upstream_timeout": "4s", "data_timeout": "3s", "write_timeout": "3s"}
 DEATHS: dict[str, Action] = {"FIN": Close(), "RST": Reset(), "silence": Silence()}
 
 

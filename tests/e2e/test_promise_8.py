@@ -38,8 +38,8 @@ from tests.support.upstream import GREETING, MAX_HOLD, VERDICT, Delay, Drip, Hol
 from willi_lib.smtp.reply import Reply
 
 SHORT = {
-    "read_timeout": "1s", "write_timeout": "1s", "connect_timeout": "1s", "upstream_timeout": "2s",
-    "data_timeout": "1s",
+    "read_timeout": "3s", "write_timeout": "3s", "connect_timeout": "3s", "upstream_timeout": "4s",
+    "data_timeout": "3s",
 }  # fmt: skip
 TOO_SLOW = "421 4.4.2 Timeout, closing connection"
 A_MEGABYTE = 1 << 20
@@ -199,7 +199,7 @@ def test_an_upstream_that_drips_runs_into_its_limits(start_willi: StartWilli):
     def refuse(where: bytes) -> None:
         upstream = ScriptedUpstream()
         upstream.extensions = ()
-        upstream.answers[where] = Drip(Reply(354 if where == b"DATA" else 250, (b"slowly, slowly",)), 0.2)
+        upstream.answers[where] = Drip(Reply(354 if where == b"DATA" else 250, (b"slowly, slowly",)), 0.4)
         upstreams.append(upstream)
         table.append(f"{len(upstreams)}.example;{upstream.server};false\n")
 
