@@ -133,7 +133,7 @@ def test_chunks_without_a_last_one_are_given_up_without_quit(
 ):
     with in_envelope(willi) as client:
         assert chunk(client, b"half\r\n") == "250 2.0.0 ok"
-        assert client.command(command).positive
+        assert client.command(command).code in (221, 250)
         assert_nothing_was_finished(upstream, b"half\r\n")
 
 
