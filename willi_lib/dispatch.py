@@ -65,6 +65,11 @@ class Transaction:
         route = self.route
         return self.upstream is not None or (route is not None and len(route.servers) == 1 and not route.servers[0].mx)
 
+    @property
+    def is_refused(self) -> bool:
+        """Whether all recipients were refused: the server that refused them counts that, and RSET is due then."""
+        return self.refused > 0 and not self.recipients
+
     def no_recipients(self) -> Reply:
         """Why there can be no message; a client that looks at nothing else must not take a 4yz for final."""
         if not self.refused:

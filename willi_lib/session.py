@@ -163,7 +163,7 @@ class Session:
         method, stages = VERBS[verb]
         if self.stage not in stages:
             return self.out_of_sequence(verb)
-        if verb in JUNK:
+        if verb in JUNK and not (verb == b"RSET" and self.transaction and self.transaction.is_refused):
             self.count_junk()
         return method(self, argument)
 

@@ -222,6 +222,14 @@ def test_junk_beyond_its_limit_is_an_error(
     assert willi.wait_for_log(msg="Too many errors")
 
 
+def test_rset_after_refused_recipients_is_no_junk(start_willi: StartWilli, upstream: ScriptedUpstream):
+    """A sender with a list of old addresses: what the upstream refuses is for the upstream to count."""
+    upstream.answers[b"RCPT"] = reply("550 5.1.1 nobody")
+    with greeted(start_willi(server=upstream.server, max_errors=1)) as client:
+        refused = [SENDER_KEPT, "550 5.1.1 nobody", "250 2.0.0 Ok"]
+        assert say(client, *[MAIL, BOB, b"RSET"] * (2 * MAX_JUNK)) == refused * (2 * MAX_JUNK)
+
+
 def test_transactions_that_fail_are_junk(start_willi: StartWilli):
     nobody = f"127.0.0.1:{free_port()}"
     willi = start_willi(server=nobody, max_errors=1)
