@@ -41,7 +41,7 @@ class Stub:
 
     def send(self, octets: bytes) -> None: ...
 
-    def finish(self, _octets: bytes, _seconds: float) -> Reply:
+    def finish(self, _octets: bytes) -> Reply:
         self.finished += 1
         try:
             self.hang()

@@ -169,7 +169,7 @@ class Relay:
         elif malformed and self._rejects_bare_newlines():
             self._refuse(replies.BARE_NEWLINE, "internal")
 
-    def _finish(self, finish: Callable[[bytes, float], Reply], octets: bytes) -> Reply:
+    def _finish(self, finish: Callable[[bytes], Reply], octets: bytes) -> Reply:
         """Pass on the last octets; the upstream's answer to all of it.
 
         The client waits since its last octet, and data_timeout counts from there.
@@ -177,11 +177,10 @@ class Relay:
         deadline = max(self._began, self._client.received_at) + self._settings.data_timeout
 
         def work() -> Reply:
-            seconds = deadline - monotonic()
-            if seconds <= 0:
+            if monotonic() >= deadline:  # the end of a message must not be sent without time to hear of it
                 raise UpstreamFailed(f"{self.upstream.server}: too slow to take the message (data_timeout)")
-            with self._client.clock.limit(seconds, "waiting for the verdict (data_timeout)"):
-                return finish(octets, seconds)
+            with self._client.clock.until(deadline, "waiting for the verdict (data_timeout)"):
+                return finish(octets)
 
         return self._conclude(work)
 

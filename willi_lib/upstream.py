@@ -198,17 +198,14 @@ class Upstream:
             self._last_words()
             raise UpstreamFailed(f"{self.server}: {error}") from None
 
-    def finish(self, octets: bytes, seconds: float) -> Reply:
-        """Pass on the last content of DATA, end it, and return the verdict.
-
-        seconds: for the verdict. Raises Refused, UpstreamFailed.
-        """
+    def finish(self, octets: bytes) -> Reply:
+        """Pass on the last content of DATA, end it, and return the verdict. Raises Refused, UpstreamFailed."""
         if len(octets) > ONE_WRITE:
             self.send(octets)
             octets = b""
-        return self.finish_chunk(octets + END_OF_DATA, seconds)
+        return self.finish_chunk(octets + END_OF_DATA)
 
-    def finish_chunk(self, octets: bytes, seconds: float) -> Reply:
+    def finish_chunk(self, octets: bytes) -> Reply:
         """The same for a chunk of BDAT, which ends by its length."""
         if self.out_of_step:
             raise UpstreamFailed(f"{self.server}: badly framed reply to the chunk before")
@@ -218,8 +215,7 @@ class Upstream:
             raise UpstreamFailed(f"{self.server}: {did} inside the message")
         self.send(octets)
         try:
-            with self.wire.clock.limit(seconds, "waiting for the verdict (data_timeout)"):
-                verdict, in_order = self.wire.read_verdict()
+            verdict, in_order = self.wire.read_verdict()
         except (WireError, BadReply) as error:
             raise UpstreamFailed(f"{self.server}: {error}") from None
         if not in_order:
