@@ -50,7 +50,8 @@ os.execvp(sys.argv[1], sys.argv[1:])
 WITHOUT_RIGHTS = ["unshare", "--net", "setpriv", "--bounding-set", "-net_bind_service"]
 
 
-def test_check_of_a_good_file(tmp_path: Path, certificates: Authority):
+def test_check_of_a_good_file(tmp_path: Path, certificates: Authority, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("SSL_CERT_FILE", str(certificates.ca))
     pair = certificates.issue("mx.willi.example", "*.willi.example")
     path = configure(tmp_path, "# none yet\n", f"tls_cert = {pair.cert}\ntls_key = {pair.key}")
     said = lines(path)
