@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from tests.test_routing import ADDRESSES, DOMAINS, Table
 from willi_lib.routing import UNSURE, LookupFailed, NoRoute, Policy, Route, find_route, fold_pattern, parse_servers
 from willi_lib.routing import csv_file as module
-from willi_lib.routing.csv_file import CALM, MAX_FAULTS, PAUSE_LINES, RETRY, CsvError, CsvFile, Held
+from willi_lib.routing.csv_file import CALM, CUT_OFF, MAX_FAULTS, PAUSE_LINES, RETRY, CsvError, CsvFile
 
 HEADER = "pattern;server;tls_verify\n"
 
@@ -272,7 +272,7 @@ def test_a_pattern_with_two_routes_is_named_with_both_lines(file):
         ("\ufeff\ufeff" + HEADER, ":1: must be the header pattern;server;tls_verify, not '\\ufeff" + HEADER[:-1] + "'"),
         ("", ": empty, without even the header pattern;server;tls_verify"),
         ("\n# pattern;server\n", ": empty, without even the header pattern;server;tls_verify"),
-        ("pattern;server\n".encode("utf-16"), ":1: not UTF-8"),
+        ("pattern;server\n".encode("utf-16"), ":1: not UTF-8, but UTF-16: save the file as `CSV UTF-8`"),
     ],
 )
 def test_a_file_without_its_header_is_refused(file, content, fault):
@@ -594,6 +594,36 @@ def test_too_little_memory_leaves_the_old_table_and_is_tried_again(file, clock):
     assert find(mapping, "b.example") == to("mx1")
 
 
+def test_a_file_that_lost_patterns_and_its_last_line_end_may_be_cut_off(file, clock):
+    whole = HEADER + "".join(f"{letter}.example;mx1.example.org\n" for letter in "bcd")
+    mapping = read(file, whole)
+    for starts in (lambda: mapping, lambda: follow(file, mapping)):  # in a worker that serves, and in one that starts
+        file.write_text(whole[:-30])  # within the line of c.example
+        seen = starts()
+        assert looks(seen, clock) == CALM
+        with pytest.raises(CsvError) as failure:
+            seen.load()
+        assert (str(failure.value), failure.value.passing) == (f"{file}: {CUT_OFF}", False)
+        assert find(mapping, "d.example") == to("mx1.example.org")
+        file.write_text(whole)
+        assert looks(mapping, clock) == CALM
+        mapping.load()
+
+
+def test_a_file_that_never_ended_with_a_line_end_may_lose_patterns(file, clock):
+    mapping = read(file, HEADER + "b.example;mx1\nc.example;mx1")
+    file.write_text(HEADER + "b.example;mx1")
+    assert looks(mapping, clock) == CALM
+    mapping.load()
+    assert find(mapping, "c.example") is None
+
+
+@pytest.mark.parametrize("hidden", ["# old\rb.example;mx1", "# old\r\rb.example;mx1", "c.example;mx1\rb.example;mx1"])
+def test_a_carriage_return_hides_no_line(file, hidden):
+    with pytest.raises(CsvError, match=":2: has a carriage return that ends no line"):
+        read(file, HEADER + hidden + "\r\n")
+
+
 # What is no definite "no"
 
 
@@ -604,6 +634,15 @@ def test_an_empty_table_never_says_a_definite_no(file):
         find_route([empty, full], "ann@b.example")
     assert (str(failure.value), failure.value.told) == (f"csv:{file}: {UNSURE}", True)
     assert find_route([empty, full], "ann@c.example") == to("mx2")
+
+
+def test_a_first_table_whose_file_is_still_written_leaves_no_recipient_to_a_later_mapping(file, clock):
+    catch_all = Table("all", {"b.example": to("mx9")})
+    mapping = read(file, HEADER + "a.example;mx1\n")
+    append(file, "b.example;mx1")
+    assert not mapping.changed()
+    with pytest.raises(LookupFailed, match="its file is being written"):
+        find_route([mapping, catch_all], "ann@b.example")
 
 
 def test_a_first_table_whose_file_is_still_written_says_no_definite_no_before_it_is_read_again(file, clock):
@@ -627,8 +666,8 @@ def test_a_first_table_whose_file_is_still_written_says_no_definite_no_before_it
 def follow(file: Path, held: CsvFile) -> CsvFile:
     """As such a worker would."""
     mapping = CsvFile(f"csv:{file}", str(file), Policy())
-    assert held.stamp
-    mapping.follow(Held(held.stamp, len(held)))
+    assert held.held
+    mapping.follow(held.held)
     return mapping
 
 

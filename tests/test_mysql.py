@@ -380,6 +380,60 @@ def test_a_fresh_no_is_definite_even_while_the_database_is_down(table: Table):
     assert watched.find("ann@c", "c") == [Answer(None, "cache")] * 2
 
 
+# A table that is emptied and filled again
+
+
+def test_a_row_that_was_there_and_is_missing_is_no_definite_no_for_a_minute(table: Table, time):
+    watched = Watched(table)
+    watched.find("b")
+    row = table.routes.pop("b")
+    time(61)
+    for _ in range(2):
+        failure = watched.fails("b")
+        assert (str(failure), failure.told) == ("the row for 'b' was there, and is missing", True)
+        time(20)
+    assert [(notice.level, notice.error) for notice in watched.notices] == [("warn", "b")]
+    table.routes["b"] = row
+    assert watched.find("b") == [Answer(row, "asked")]
+    del table.routes["b"]
+    time(61)
+    watched.fails("b")
+    time(61)
+    assert watched.find("b") == [Answer(None, "asked")]
+    assert watched.find("b") == [Answer(None, "cache")]
+
+
+def test_from_an_emptied_table_comes_no_definite_no_for_what_is_asked_for_the_first_time(table: Table, time):
+    watched = Watched(table)
+    watched.find("b")
+    rows, table.routes = table.routes, {}
+    for _ in range(2):
+        assert str(watched.fails("ann@c", "c")) == "the row for 'b' was there, and is missing"
+    table.routes = {**rows, "c": to("mx3")}
+    assert watched.find("ann@c", "c")[-1] == Answer(to("mx3"), "asked"), "what the empty table said is forgotten"
+    assert watched.find("d") == [Answer(None, "asked")]
+
+
+def test_a_no_is_confirmed_once_and_not_beyond_the_end_of_the_last_row_itself(table: Table, time):
+    watched = Watched(table)
+    watched.find("b")
+    table.asked.clear()
+    for origin in ("asked", "cache", "cache"):
+        assert watched.find("c") == [Answer(None, origin)]
+    assert table.asked == ["c", "b"]
+    table.routes.clear()
+    watched.fails("d")
+    time(61)
+    assert watched.find("d") == [Answer(None, "asked")]
+
+
+def test_a_no_that_cannot_be_confirmed_is_a_failure(table: Table):
+    watched = Watched(table)
+    watched.find("b")
+    table.slow.add("b")
+    assert str(watched.fails("c")) == "it is slow"
+
+
 # The query
 
 

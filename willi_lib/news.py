@@ -21,7 +21,7 @@ Reload = Literal["", "asked", "automatic"]  # by SIGHUP, or for a changed certif
 
 def of_table(csv_file: CsvFile) -> Message:
     """It was read."""
-    return {"mapping": csv_file.name, "file": csv_file.file, "stamp": csv_file.stamp, "patterns": len(csv_file)}
+    return {"mapping": csv_file.name, "file": csv_file.file, "held": csv_file.held}
 
 
 def of_fault(csv_file: CsvFile, error: CsvError) -> Message:
@@ -44,8 +44,8 @@ class News:
         if "faults" in message:
             self._take_faults(message["mapping"], message["text"], message["faults"])
         else:
-            held = Held(Stamp(*message["stamp"]), message["patterns"])
-            self._take_table(message["mapping"], message["file"], held)
+            stamp, *others = message["held"]
+            self._take_table(message["mapping"], message["file"], Held(Stamp(*stamp), *others))
 
     def _take_faults(self, mapping: str, text: str, faults: list[str]) -> None:
         if self._faults.get(mapping) == [text, *faults]:

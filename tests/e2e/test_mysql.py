@@ -362,6 +362,25 @@ class Traffic:
         return Counter(answer for _, answer in list(self.answers))[answer]
 
 
+def test_a_table_that_is_emptied_and_filled_again_bounces_no_mail(
+    mariadb: Mariadb, routed: StartWithDatabase, upstream: ScriptedUpstream
+):
+    rows = [(f"{letter}.example", upstream.server, False) for letter in "bc"]
+    name = mariadb.table(*rows)
+    willi = routed(database=name, willi={"workers": 1}, cache_ttl="0s")
+    with greeted(willi) as client:
+        assert rcpt(client, "bob@b.example") == OK
+        mariadb.query(f"TRUNCATE TABLE {name}.routes")
+        assert rcpt(client, "bob@b.example") == CANNOT_LOOK_UP
+        assert rcpt(client, "bob@c.example") == CANNOT_LOOK_UP, "no row for it has been seen yet"
+        with mariadb.connect() as connection, connection.cursor() as cursor:
+            cursor.executemany(f"INSERT INTO {name}.routes VALUES (%s, %s, %s)", rows)
+        assert rcpt(client, "bob@b.example") == OK
+        assert rcpt(client, "bob@c.example") == OK
+        assert rcpt(client, "bob@d.example") == NO_ROUTE
+    assert willi.wait_for_log(lvl="warn", mapping="mysql:db")["error"] == "b.example"
+
+
 @pytest.mark.parametrize("end", ["stop", "kill"])
 def test_a_restart_in_the_middle_of_traffic_costs_nothing_but_451s_that_soon_end(
     end: str, mariadb: Mariadb, routed: StartWithDatabase, upstream: ScriptedUpstream

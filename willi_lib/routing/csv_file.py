@@ -33,6 +33,7 @@ RETRY = 10.0  # seconds until a file that could not be read is tried again
 START_PATIENCE = 30.0  # seconds in which a file must be ready for a worker that starts, if it may wait
 PAUSE_LINES = 2000  # some milliseconds of work
 NO_PATTERNS = "no patterns any more; write a new file beside it and rename that, or take the mapping out of willi.conf"
+CUT_OFF = "has fewer patterns than before and no line end at its end: perhaps a part is missing; else add the line end"
 # Before the first table, these are mistakes in willi.conf; later, and all others, they may be over the next time.
 MISTAKES = frozenset((errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.ELOOP, errno.ENAMETOOLONG))
 
@@ -56,6 +57,7 @@ class Held(NamedTuple):
 
     stamp: Stamp
     patterns: int
+    ends_a_line: bool  # with its last octet
 
 
 class CsvError(Exception):
@@ -91,7 +93,7 @@ class CsvFile:
         self._pause = pause
         self._where = where
         self._table: dict[str, Route] | None = None
-        self._held: int | None = None  # the patterns of the last whole table, ours or that of other workers
+        self.held: Held | None = None  # the last whole table, ours or that of other workers
         self._unsure_until = 0.0  # monotonic: the first table may be half a file that is just being written
         self._unsure = False
         self._seen: Stamp | None = None  # the file when we last looked
@@ -110,11 +112,14 @@ class CsvFile:
         for key in keys:
             if self._table is None:
                 raise LookupFailed(self.fault or "not read yet", told=True)
-            yield Answer(self._table.get(key), "unsure" if self._unsure else "")
+            route = self._table.get(key)
+            if route is None and self._table and self._unsure and key == keys[-1]:
+                raise LookupFailed("its file is being written", told=True)
+            yield Answer(route, "unsure" if self._unsure else "")
 
     def follow(self, held: Held) -> None:
         """Begin beside workers that hold a whole table: `load` only when `changed` says so, as they do."""
-        self._held, self._seen = held.patterns, held.stamp
+        self.held, self._seen = held, held.stamp
 
     def changed(self) -> bool:
         """Whether it is time to `load`; to be asked every second or two.
@@ -134,11 +139,15 @@ class CsvFile:
 
     def load(self) -> None:
         """Read the file that `changed` saw; all of it replaces the old table, or, after CsvError, nothing does."""
-        is_first, self._due = self._held is None, monotonic() + RETRY
+        is_first, self._due = self.held is None, monotonic() + RETRY
         try:
-            table = self._parse(self._read())
-            if self._held and not table:
+            octets = self._read()
+            ends_a_line = octets.endswith(b"\n")
+            table = self._parse(octets)
+            if self.held and self.held.patterns and not table:
                 raise CsvError(f"{self.file}: {NO_PATTERNS}")
+            if self.held and len(table) < self.held.patterns and self.held.ends_a_line and not ends_a_line:
+                raise CsvError(f"{self.file}: {CUT_OFF}")
         except MemoryError:
             self.fault = f"{self.file}: not enough memory to read it"
             raise CsvError(self.fault, passing=True) from None
@@ -146,7 +155,9 @@ class CsvFile:
             self.fault = error.faults[0]
             self._due = self._due if error.passing else inf
             raise
-        self._table, self._held, self.stamp = table, len(table), self._seen
+        assert self._seen  # by _read
+        self._table, self.stamp = table, self._seen
+        self.held = Held(self._seen, len(table), ends_a_line)
         self.loaded_at, self.fault, self._due = time(), "", inf
         self._unsure, self._unsure_until = not table, monotonic() + CALM if is_first else 0.0
 
@@ -165,7 +176,7 @@ class CsvFile:
                 after = Stamp.of(os.fstat(file.fileno()))
         except OSError as failure:
             subject = f"{self._where}: file: cannot read {self.file}" if self._where else self.file
-            passing = self._held is not None or failure.errno not in MISTAKES
+            passing = self.held is not None or failure.errno not in MISTAKES
             raise CsvError(f"{subject}: {failure.strerror}", passing=passing) from None
         self._seen = self._seen or stamp
         if stamp != self._seen or (stamp.size, stamp.written) != (after.size, after.written):  # not of a later rename
@@ -274,7 +285,10 @@ def _text(line: bytes) -> str:
     try:
         text = line.decode().strip()
     except UnicodeDecodeError:
-        raise ValueError("not UTF-8") from None
+        is_utf16 = line.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+        raise ValueError("not UTF-8" + (", but UTF-16: save the file as `CSV UTF-8`" if is_utf16 else "")) from None
+    if "\r" in text:  # what follows would be lost in a comment
+        raise ValueError("has a carriage return that ends no line: save the file with the line ends of Unix or Windows")
     return "" if text.startswith("#") or (text[:1] in _BLANK and _BLANK_ROW.fullmatch(text)) else text
 
 

@@ -1,7 +1,8 @@
 """Routes from a table of a MySQL or MariaDB server that may be slow, restarted, failed over or gone.
 
 What was asked is remembered, the database is asked once for all sessions that want the
-same key, and nobody waits for one that is known to be down.
+same key, and nobody waits for one that is known to be down. A row that was there a moment ago
+and is missing now is no "no such row" yet: its table may just be filled again.
 
 No session ever holds a connection. A query runs in a greenlet of its own, under its own
 time limit, so that whoever waits for it may give up or be ended at any time: the answer
@@ -26,6 +27,8 @@ from willi_lib.routing.database import NOBODY, Down, TooSlow
 RETRY_INTERVAL = 5.0  # seconds between sessions that wait for a database that is down ...
 QUICK_RETRY = 1.0  # ... and between tries if they cost nobody any time, as with a refused connection ...
 QUICK = 0.2  # ... that is, failed within this
+CONFIRMATION = 60.0  # seconds a row must be missing until that is believed: a restored table lacks rows for a while
+ROW_IS_MISSING = f"A row is missing, it is believed to be gone after {CONFIRMATION:g} s"
 GRACE = 0.2  # seconds for a query that has just run into the time limit to say why
 
 
@@ -65,6 +68,7 @@ class _Entry(NamedTuple):
 
     route: Route | None
     since: float
+    missing: float | None = None  # since when, if the row of this route was not found again
 
 
 class Source(Protocol):
@@ -99,6 +103,7 @@ class Mysql:
         self._tell = tell
         self._entries: OrderedDict[str, _Entry] = OrderedDict()  # the one that was used last is the last
         self._asking: dict[str, AsyncResult[Route | None]] = {}
+        self._found = ""  # the key of the row that was found last
         self._answered = 0.0  # when the database last said anything
         self._outage: _Outage | None = None
 
@@ -115,6 +120,8 @@ class Mysql:
             stale = stale or answer.origin == "stale"
             if stale and answer.route is None and number == len(keys):
                 raise LookupFailed("the database is down, and no route is remembered", self._outage is not None)
+            if answer.route is None and number == len(keys):
+                self._confirm_miss(keys, deadline)
             yield answer
 
     def close(self) -> None:
@@ -138,6 +145,24 @@ class Mysql:
             return str(why)
         return ""
 
+    def _confirm_miss(self, keys: Sequence[str], deadline: float) -> None:
+        """Look for the row that was found last, unless it was seen after all of these keys were not found.
+
+        If it is gone as well, the table is empty, or being filled again. Raises LookupFailed.
+        """
+        last = self._entries.get(self._found)
+        misses = [self._entries[key] for key in keys if key in self._entries]
+        if not last or not last.route:
+            return
+        if misses and not last.missing and last.since >= max(miss.since for miss in misses):
+            return
+        try:
+            self._ask(self._found, deadline)
+        except LookupFailed:
+            for key in keys:
+                self._entries.pop(key, None)
+            raise
+
     def _answer(self, key: str, deadline: float) -> Answer:
         now = monotonic()
         entry = self._entries.get(key)
@@ -146,6 +171,11 @@ class Mysql:
             return Answer(entry.route, "cache")
         if entry and now - entry.since >= self._usable:
             entry = None
+        return self._ask(key, deadline, entry)
+
+    def _ask(self, key: str, deadline: float, entry: _Entry | None = None) -> Answer:
+        """entry: an old answer, which serves if there is no new one. Raises LookupFailed."""
+        now = monotonic()
         asking = self._ask_in_turn(key, now)
         if entry and self._outage:
             return self._stale(entry)
@@ -203,12 +233,22 @@ class Mysql:
         why = asking.exception
         if why is None:
             return LookupFailed(f"no answer within {self._timeout:g} s", self._outage is not None)
-        if isinstance(why, Down | LookupFailed):
-            return LookupFailed(str(why), isinstance(why, Down) and self._outage is not None)
+        if isinstance(why, LookupFailed):
+            return LookupFailed(str(why), why.told)
+        if isinstance(why, Down):
+            return LookupFailed(str(why), self._outage is not None)
         return RuntimeError("".join(format_exception(why)))  # a bug of ours: the log has its traceback
 
     def _remember(self, key: str, route: Route | None) -> None:
-        self._entries[key] = _Entry(route, monotonic())
+        """Raises LookupFailed: there was a row a moment ago."""
+        now, before = monotonic(), self._entries.get(key)
+        if route is None and before and before.route and now - (before.missing or now) < CONFIRMATION:
+            if before.missing is None:
+                self._tell(Notice("warn", ROW_IS_MISSING, self.name, key))
+            self._entries[key] = before._replace(missing=before.missing or now)
+            raise LookupFailed(f"the row for {key!r} was there, and is missing", told=True)
+        self._found = key if route else self._found
+        self._entries[key] = _Entry(route, now)
         self._entries.move_to_end(key)
         if len(self._entries) > self._cache_size:
             self._entries.popitem(last=False)
