@@ -251,6 +251,26 @@ def test_while_it_is_down_one_session_waits_every_five_seconds(table: Table, tim
     assert len(table.asked) == 2
 
 
+def test_the_next_try_is_five_seconds_after_the_end_of_the_last_one_however_long_that_took(
+    table: Table, time, monkeypatch
+):
+    asked = []
+
+    def hang(key: str) -> Route | None:
+        asked.append(key)
+        time(10)
+        raise Down("it hangs")
+
+    monkeypatch.setattr(table, "ask", hang)
+    watched = Watched(table)
+    for tries in (1, 2):
+        watched.fails("b")
+        for number in range(10):
+            watched.fails(f"{number}@b")
+        assert len(asked) == tries
+        time(5)
+
+
 def test_a_failure_that_costs_no_time_is_tried_again_after_a_second(table: Table, time):
     watched = Watched(table)
     table.fault = Down("refused")

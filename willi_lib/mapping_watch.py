@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from time import monotonic
+from typing import TypeVar
 
 import gevent
+from gevent.event import AsyncResult
+from gevent.threadpool import ThreadPool
 
 from . import log, news
 from .mappings import MappingError
@@ -17,6 +21,8 @@ from .routing.mysql import Mysql
 
 ANSWERS_LOST = "Reload while a database is down, remembered answers are lost"
 START_LOOK = 0.25  # seconds between looks of a worker that starts
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -95,3 +101,34 @@ class MappingWatch:
         """Take leave of the databases."""
         for database in self._databases:
             database.close()
+
+
+class FileThread:
+    """Does the work with one file in a thread: if the file's server is dead, that thread hangs, and no session."""
+
+    def __init__(self) -> None:
+        self._pool = ThreadPool(1)
+        self._last: AsyncResult[Exception | None] | None = None
+
+    def __call__(self, work: Callable[[], T]) -> T:
+        """Raises what the work raises, and OSError if it takes too long; at once, as long as an earlier one hangs."""
+        results: list[T] = []
+
+        def attempt() -> Exception | None:
+            try:
+                results.append(work())
+            except Exception as error:  # noqa: BLE001 -- raised below; gevent would also print it
+                return error
+            return None
+
+        if self._last is None or self._last.ready():
+            try:
+                self._last = self._pool.spawn(attempt)
+            except RuntimeError as error:  # the system has no more threads
+                raise OSError(errno.EAGAIN, str(error)) from None
+            self._last.wait(csv.FILE_TIMEOUT)
+            if self._last.ready():
+                if failure := self._last.get():
+                    raise failure
+                return results[0]
+        raise TimeoutError(errno.ETIMEDOUT, "its file system does not answer")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from .config import CsvSettings, MysqlSettings, Settings, StaticSettings
 from .routing import Mapping, Route
-from .routing.csv_file import CsvFile
+from .routing.csv_file import Aside, CsvFile, at_once
 from .routing.database import Access, Database, Host
 from .routing.mysql import Mysql, Notice
 from .routing.static import Static
@@ -23,24 +23,27 @@ def open_mappings(
     settings: Settings,
     pause: Callable[[], None] = lambda: None,
     tell: Callable[[Notice], None] = lambda _notice: None,
+    aside: Callable[[], Aside] = lambda: at_once,
 ) -> list[Mapping]:
     """Make them; a CSV file still has to be loaded. A database need not be there.
 
     pause: called now and then while a large file is read, to let others run.
     tell: called with what an administrator should hear of a database, now and later.
+    aside: makes what does the work with one file.
     Raises MappingError.
     """
-    return [_open(mapping, pause, tell) for mapping in settings.mappings]
+    return [_open(mapping, pause, tell, aside) for mapping in settings.mappings]
 
 
 def _open(
-    mapping: StaticSettings | CsvSettings | MysqlSettings, pause: Callable[[], None], tell: Callable[[Notice], None]
-) -> Mapping:
+    mapping: StaticSettings | CsvSettings | MysqlSettings,
+    pause: Callable[[], None], tell: Callable[[Notice], None], aside: Callable[[], Aside],
+) -> Mapping:  # fmt: skip
     if isinstance(mapping, StaticSettings):
         name = f"static:{mapping.name}"
         return Static(name, Route(mapping.server, mapping.tls_verify, mapping.policy, name))
     if isinstance(mapping, CsvSettings):
-        return CsvFile(f"csv:{mapping.file}", mapping.file, mapping.policy, pause, mapping.where)
+        return CsvFile(f"csv:{mapping.file}", mapping.file, mapping.policy, pause, mapping.where, aside())
     name = f"mysql:{mapping.name}"
     if others_can_read(mapping.password_file):
         tell(Notice("warn", "Every user of this machine can read the password file", name, mapping.password_file))

@@ -38,7 +38,7 @@ from .counts import REFUSED, Counts
 from .dns import Resolver
 from .jobs import keep_going
 from .limits import OPEN, RATE, Limits
-from .mapping_watch import DatabaseDown, MappingWatch, Start
+from .mapping_watch import DatabaseDown, FileThread, MappingWatch, Start
 from .mappings import MappingError, open_mappings
 from .memory import Memory
 from .news import Message
@@ -195,7 +195,7 @@ class Worker:
         self._settings = settings
         resolver = self._resolver = Resolver(settings.dns_timeout)
         resolver.serve_all_sockets()
-        self._mappings = open_mappings(settings, pause=give_way, tell=_log_notice)
+        self._mappings = open_mappings(settings, pause=give_way, tell=_log_notice, aside=FileThread)
         self._mapping_watch = MappingWatch(self._mappings, tell)
         self._mapping_watch.load(start)
         counts = self._counts = Counts()

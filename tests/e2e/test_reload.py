@@ -331,6 +331,29 @@ def test_a_new_worker_waits_for_a_file_that_is_being_written(start: Callable[[Wi
     wait_until(lambda: answer(tabled, ANN) == "250 2.0.0 ok", "the whole table", 60)
 
 
+@pytest.mark.parametrize("start", [lambda _willi: None, replace_worker], ids=["serving", "kill"])
+def test_a_table_whose_file_hangs_stops_no_worker(
+    start: Callable[[Willi], None], start_willi: StartWilli, upstream: ScriptedUpstream
+):
+    """As on a dead file server: here it is a pipe that has no writer."""
+    line = f"b.example;{upstream.server};false\n"
+    hurry = {"csv_file.CALM": 0.5, "csv_file.RETRY": 0.5, "csv_file.FILE_TIMEOUT": 2.0, "csv_file.START_PATIENCE": 4.0}
+    willi = start_willi(csv=HEAD + line, workers=1, prefix=in_a_hurry(**hurry))
+    for text in (TABLE_FAULT, NO_TABLE, "Worker ended by itself"):
+        willi.tolerate(text)
+    os.mkfifo(willi.csv.with_suffix(".fifo"))
+    willi.csv.with_suffix(".fifo").rename(willi.csv)
+    error = willi.wait_for_log(msg=TABLE_FAULT, seconds=60)["error"]
+    assert error.endswith(": its file system does not answer")
+    start(willi)
+    for _ in range(10):
+        assert answer(willi, BOB) == (OK if start is not replace_worker else LOOKUP_FAILED)
+    with willi.csv.open("wb"):  # the server is back
+        willi.csv.unlink()
+        willi.csv.write_text(HEAD + line)
+    wait_until(lambda: answer(willi, BOB) == OK, "the table", 60)
+
+
 def test_each_fault_of_a_table_is_logged_once_by_all_workers_together(
     start_willi: StartWilli, upstream: ScriptedUpstream
 ):

@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator, Sequence
 from math import inf
 from pathlib import Path
 from time import monotonic, time
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, TypeVar
 
 from willi_lib.routing import Answer, LookupFailed, Policy, Route, fold_pattern, parse_servers, parse_tls_verify
 
@@ -30,12 +30,27 @@ HEADER = "pattern;server;tls_verify"
 MAX_FAULTS = 10  # reported of one file
 CALM = 10.0  # seconds a file that is written in place must rest: half of it would have recipients refused
 RETRY = 10.0  # seconds until a file that could not be read is tried again
+FILE_TIMEOUT = 30.0  # seconds for the work with a file that may hang; a large one from a slow server takes some
 START_PATIENCE = 30.0  # seconds in which a file must be ready for a worker that starts, if it may wait
 PAUSE_LINES = 2000  # some milliseconds of work
 NO_PATTERNS = "no patterns any more; write a new file beside it and rename that, or take the mapping out of willi.conf"
 CUT_OFF = "has fewer patterns than before and no line end at its end: perhaps a part is missing; else add the line end"
 # Before the first table, these are mistakes in willi.conf; later, and all others, they may be over the next time.
 MISTAKES = frozenset((errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.ELOOP, errno.ENAMETOOLONG))
+
+
+T = TypeVar("T")
+
+
+class Aside(Protocol):
+    """Does what may take for ever, as with a file on a dead server, where nothing else waits for it. Raises OSError."""
+
+    def __call__(self, work: Callable[[], T]) -> T: ...
+
+
+def at_once(work: Callable[[], T]) -> T:
+    """Where nothing else would have to wait."""
+    return work()
 
 
 class Stamp(NamedTuple):
@@ -77,12 +92,13 @@ class CsvFile:
 
     def __init__(
         self, name: str, file: str, policy: Policy,
-        pause: Callable[[], None] = lambda: None, where: str = "",
+        pause: Callable[[], None] = lambda: None, where: str = "", aside: Aside = at_once,
     ) -> None:  # fmt: skip
         """name: for the log, "csv:/path".
 
         pause: called every few milliseconds of a long `load`; `find` answers meanwhile.
         where: the line of willi.conf that names the file.
+        aside: does the work with the file.
         """
         self.name = name
         self.file = file
@@ -92,6 +108,7 @@ class CsvFile:
         self._policy = policy
         self._pause = pause
         self._where = where
+        self._aside = aside
         self._table: dict[str, Route] | None = None
         self.held: Held | None = None  # the last whole table, ours or that of other workers
         self._unsure_until = 0.0  # monotonic: the first table may be half a file that is just being written
@@ -163,17 +180,14 @@ class CsvFile:
 
     def _look(self) -> Stamp | None:
         try:
-            return Stamp.of(Path(self.file).stat())
+            return Stamp.of(self._aside(Path(self.file).stat))
         except OSError:
             return None  # `load` will say why
 
     def _read(self) -> bytes:
         """Raises CsvError."""
         try:
-            with Path(self.file).open("rb") as file:
-                stamp = Stamp.of(os.fstat(file.fileno()))
-                octets = file.read()
-                after = Stamp.of(os.fstat(file.fileno()))
+            stamp, octets, after = self._aside(self._read_whole)
         except OSError as failure:
             subject = f"{self._where}: file: cannot read {self.file}" if self._where else self.file
             passing = self.held is not None or failure.errno not in MISTAKES
@@ -182,6 +196,11 @@ class CsvFile:
         if stamp != self._seen or (stamp.size, stamp.written) != (after.size, after.written):  # not of a later rename
             raise CsvError(f"{self.file}: written while it was read", passing=True)
         return octets
+
+    def _read_whole(self) -> tuple[Stamp, bytes, Stamp]:
+        """With the stamps before and after."""
+        with Path(self.file).open("rb") as file:
+            return Stamp.of(os.fstat(file.fileno())), file.read(), Stamp.of(os.fstat(file.fileno()))
 
     def _parse(self, octets: bytes) -> dict[str, Route]:
         """Raises CsvError."""

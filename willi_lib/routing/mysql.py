@@ -194,7 +194,7 @@ class Mysql:
         if self._outage:
             if now < self._outage.next_try:
                 return None
-            self._outage.next_try = now + RETRY_INTERVAL
+            self._outage.next_try = now + self._timeout + RETRY_INTERVAL  # the end of this try says when
         asking = self._asking.get(key)
         if asking is None:
             asking = AsyncResult()
@@ -266,7 +266,7 @@ class Mysql:
             self._outage = _Outage(why, now, now, now)
             self._tell(Notice("error", "Database is down", self.name, why))
         self._outage.why, self._outage.failed = why, now
-        self._outage.next_try = began + (QUICK_RETRY if now - began < QUICK else RETRY_INTERVAL)
+        self._outage.next_try = now + (QUICK_RETRY if now - began < QUICK else RETRY_INTERVAL)
         given_up, self._asking = self._asking, {}
         for asking in given_up.values():
             asking.set_exception(Down(why))
