@@ -135,6 +135,8 @@ SALVAGED = [
     (b"250-2.0.0 Ok\n250 queued\n", "250 2.0.0 Ok / queued"),
     (b"250-2.0.0 Ok\r\nqueued\r\n250 bye\r\n", "250 2.0.0 Ok / queued / bye"),
     (b"250 one\n550 two\n", "250 one"),
+    (b"\r\n250 Ok\r\n", "250 Ok"),
+    (b" \t250 Ok\r\n", "250 Ok"),
     (b"550-one\r\n550", "550 one"),
     (b"250", "250 "),
     (b"250-", "250 "),
@@ -152,7 +154,7 @@ def test_of_a_badly_framed_verdict_the_code_counts_and_the_text_is_kept_as_far_a
 
 
 @pytest.mark.parametrize("octets", [
-    b"", b"2", b"25", b"\n250 Ok", b" 250 Ok", b"2500 Ok", b"199 Ok", b"600 Ok", b"250Ok", b"250_Ok",
+    b"", b"2", b"25", b"\r\n", b" 25 0 Ok", b"2500 Ok", b"199 Ok", b"600 Ok", b"250Ok", b"250_Ok",
     b"Ok\r\n250 Ok\r\n",
 ])  # fmt: skip
 def test_where_no_code_can_be_read_there_is_no_verdict(octets):

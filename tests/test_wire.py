@@ -414,6 +414,9 @@ def test_a_reply_without_end_is_refused_as_soon_as_it_is_too_long(connect, line)
     (b"250 a\r\r\n", (Reply(250, (b"a",)), False)),
     (b"250-a\r\nb\r\n", (Reply(250, (b"a", b"b")), False)),
     (b"550 " + b"x" * 5000 + b"\r\n", (Reply(550, (b"x" * 506,)), False)),
+    (b"\r\n250 a\r\n", (Reply(250, (b"a",)), False)),
+    (b"\n250 a\r\n", (Reply(250, (b"a",)), False)),
+    (b" 250 a\r\n", (Reply(250, (b"a",)), False)),
 ])  # fmt: skip
 def test_a_verdict_whose_code_can_be_read_counts(connect, octets, verdict):
     wire, peer = connect()
@@ -433,7 +436,17 @@ def test_a_verdict_whose_end_does_not_come_counts(connect, monkeypatch, octets, 
     assert (reply.code, in_order) == (250, False)
 
 
-@pytest.mark.parametrize("octets", [b"25", b"Ok\r\n", b"\n250 Ok\r\n"])
+def test_until_the_code_of_a_verdict_is_there_it_may_take_the_whole_time_of_a_verdict(connect, monkeypatch):
+    monkeypatch.setattr(module, "REST_OF_VERDICT", 0.0)
+    wire, peer = connect()
+    peer.sendall(b"2")
+    sending = connect.thread(lambda: (wait_until(lambda: wire.buffered, "the first octet"), peer.sendall(b"50 Ok\r\n")))
+    reply, _ = wire.read_verdict()
+    assert reply.code == 250
+    sending.exception(PATIENCE)
+
+
+@pytest.mark.parametrize("octets", [b"25", b"Ok\r\n", b"Ok\r\n250 Ok\r\n"])
 def test_what_has_no_code_is_no_verdict(connect, octets):
     wire, peer = connect()
     peer.sendall(octets)

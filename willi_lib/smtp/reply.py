@@ -105,10 +105,11 @@ def first_reply(octets: bytes) -> tuple[Reply, int] | None:
 def salvage(octets: bytes) -> Reply | None:
     """What can be read of a reply whose framing is bad, or whose end is missing; None: not even a code.
 
-    A line without a code is more text, unless a whole reply follows another.
+    Blanks and empty lines before it say nothing. A line without a code is more text, unless a whole reply follows
+    another.
     """
     code, ended, lines = 0, False, list[bytes]()
-    for line in octets.split(b"\n")[:MAX_REPLY_LINES]:
+    for line in octets.lstrip().split(b"\n")[:MAX_REPLY_LINES]:
         readable = _READABLE_CODE.match(line)
         if readable is None and not code:
             return None

@@ -288,6 +288,8 @@ class Wire:
             return whole, True
         lines: list[bytes] = []
         try:
+            while len(self._buffer) - self._at < len(b"250") and b"\n" not in self._buffer[self._at :]:
+                self._receive(COMMAND_READ)  # till its code is there it may take all the time that a verdict has
             with self.clock.limit(REST_OF_VERDICT, "waiting for the rest of a verdict"):
                 return self._read_reply_lines(lines), True
         except (WireError, BadReply):
