@@ -26,6 +26,8 @@ MAX_IN_VAIN = 20
 # then is looked up in its turn, under the time limit of its own command.
 LOOK_AHEAD_TIME = 1.0
 
+SETTLE_TIME = 5.0  # seconds for what was asked behind a refused MAIL: meanwhile the client waits for a known answer
+
 
 @dataclass(frozen=True)
 class Refusal:
@@ -270,7 +272,8 @@ class Dispatch:
             self.drop()
             return
         try:
-            upstream.settle()
+            with self._client_wire.clock.limit(SETTLE_TIME, "waiting for the answers behind a refused MAIL"):
+                upstream.settle()
         except UpstreamFailed as failure:
             log.debug("Upstream dropped", sid=self._sid, error=str(failure))
             self.drop()

@@ -27,7 +27,7 @@ from tests.support.talk import (
     say,
     say_together,
 )
-from tests.support.upstream import Delay, ScriptedUpstream
+from tests.support.upstream import Delay, ScriptedUpstream, Silence
 
 CRLF = b"\r\n"
 MANY = [b"RCPT TO:<user%d@b.example>" % number for number in range(60)]
@@ -165,6 +165,21 @@ def test_data_after_a_deferred_recipient_is_deferred(
         assert say(client, b"DATA") == ["451 4.5.1 No valid recipients, try again"]
     upstream.wait_for_ends()
     assert upstream.messages == []
+
+
+def test_a_refused_mail_is_told_though_the_upstream_takes_its_time_with_the_rest(
+    start_willi: StartWilli, upstream: ScriptedUpstream
+):
+    """The answers behind it mean nothing."""
+    willi = start_willi(server=upstream.server, upstream_timeout="1h")
+    upstream.answers[b"MAIL"] = [reply("550 5.7.1 no")]
+    upstream.answers[b"RCPT"] = Silence()
+    with greeted(willi) as client:
+        assert say_together(client, MAIL, BOB) == [SENDER_KEPT, "550 5.7.1 no"]
+        del upstream.answers[b"RCPT"]
+        assert say(client, b"RSET") == ["250 2.0.0 Ok"]
+        assert deliver(client) == QUEUED
+    assert len(upstream.connections) == 2
 
 
 def test_a_refusal_of_data_for_now_is_passed_on(willi: Willi, upstream: ScriptedUpstream):
