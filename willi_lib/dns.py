@@ -75,6 +75,10 @@ class Cache(Generic[T]):
         self._entries[key] = (monotonic() + seconds, value)
         return value
 
+    def forget(self, key: str) -> None:
+        """It was not so."""
+        self._entries.pop(key, None)
+
 
 class _Channel(cares.channel):
     """gevent's, for failures that c-ares tells before its call returns, as when nobody listens at the name server.

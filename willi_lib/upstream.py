@@ -12,7 +12,7 @@ import re
 import socket as stdlib_socket
 from _socket import socket as Socket
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from time import monotonic
 
@@ -30,7 +30,6 @@ from .smtp.wire import Clock, PeerGone, Wire, WireError
 from .tls import upstream_contexts
 
 NO_MX = 1 << 16  # a preference that no MX record has
-BEST_MX = "the best MX host is Willi itself"
 DOWN_TIME = 60.0  # seconds that a host that failed is tried last
 LAST_WORDS_TIMEOUT = 0.1  # seconds for the rest of a reply of which the beginning has come already
 ONE_WRITE = 64 << 10  # octets up to which copying the end of a message costs less than a second write
@@ -39,6 +38,7 @@ OUR_LACK = frozenset((errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)) 
 
 OURSELVES_TIME = 3600.0  # seconds that an MX host that turned out to be ourselves is not tried
 WANTS_TLS_TIME = 3600.0  # seconds that a host that wants TLS is not tried in clear
+NOT_KNOWN = 504  # and less: a command that is not known
 NOT_FROM_US = 530  # "Must issue a STARTTLS command first", "Authentication required"
 TOLD = (220, 250)  # answers to XCLIENT that say that the upstream knows the client now
 BAD_VALUE = (501, 504)  # answers to XCLIENT that say that a value is not taken
@@ -62,9 +62,10 @@ class WantsTls(UpstreamFailed):
 class MailLoop(Reject):
     """The upstream is ourselves, or the host that the mail comes from."""
 
-    def __init__(self, server: Server | None = None) -> None:
+    def __init__(self, server: Server | None = None, is_ours: bool = False) -> None:
         super().__init__(replies.MAIL_LOOP)
         self.server = server
+        self.is_ours = is_ours  # it bears our domain, and so it does for every client
 
 
 class Refused(Exception):
@@ -287,20 +288,22 @@ class Connector:
         Raises UpstreamFailed with what was wrong with each; Refused, the upstream's
         verdict on the client; Reject: the upstream is ourselves, or will not take XCLIENT.
         """
+        origins: set[str] = set()  # MX hosts that turned out to be where this client's mail comes from
         while True:
             try:
-                return self._connect(route, client, clock, sid)
+                return self._connect(route, client, clock, sid, origins)
             except MailLoop as loop:
-                if loop.server is None or loop.server in route.servers or self._is_ourselves(loop.server.host):
+                if loop.server is None or loop.server.host in origins or self._is_ourselves(loop.server.host):
                     raise
-                self._ourselves.put(loop.server.host, True, OURSELVES_TIME)
+                if loop.is_ours:
+                    self._ourselves.put(loop.server.host, True, OURSELVES_TIME)
+                else:
+                    origins.add(loop.server.host)
 
-    def _connect(self, route: Route, client: Client, clock: Clock, sid: str) -> Upstream:
+    def _connect(self, route: Route, client: Client, clock: Clock, sid: str, origins: Set[str]) -> Upstream:
         failures: list[str] = []
-        servers = self._by_state(self._hosts(route, failures))
-        if not servers and all(why.endswith(BEST_MX) for why in failures):
-            log.error("Mail loop: no MX host is better than Willi", sid=sid, upstream=str(route))
-            raise MailLoop
+        loops: list[str] = []  # hosts that are no way out
+        servers = self._by_state(self._hosts(route, failures, loops, origins))
         for number, server in enumerate(servers, 1):
             began = monotonic()
             try:
@@ -308,6 +311,12 @@ class Connector:
             except UpstreamFailed as error:
                 failures.append(str(error))
                 is_ours = isinstance(error, OurFault)
+            except MailLoop:
+                self._counts.refused(server)
+                if server not in route.servers:  # an MX host: others are out of the question, too
+                    raise
+                loops.append(str(server))
+                continue
             except (Refused, Reject):
                 self._counts.refused(server)
                 raise
@@ -318,7 +327,10 @@ class Connector:
                 self.mark_down(server)
             if overdue:
                 break
-        raise UpstreamFailed("; ".join(failures))
+        if loops and not failures:
+            log.error("Mail loop: no host of the route leads away from Willi", sid=sid, upstream=str(route))
+            raise MailLoop
+        raise UpstreamFailed("; ".join([*failures, *(f"{host}: mail loops" for host in loops)]))
 
     def _open_host(
         self, route: Route, server: Server, client: Client, clock: Clock, sid: str, is_last: bool
@@ -346,7 +358,9 @@ class Connector:
                 return upstream
         raise UpstreamFailed("; ".join(failures) or f"{server}: no time was left for it")
 
-    def _hosts(self, route: Route, failures: list[str]) -> Iterator[Server]:
+    def _hosts(
+        self, route: Route, failures: list[str], loops: list[str], origins: Set[str]
+    ) -> Iterator[Server]:
         """The route's servers, with `mx:domain` replaced by its MX hosts."""
         for server in route.servers:
             if not server.mx:
@@ -358,9 +372,11 @@ class Connector:
                 failures.append(str(error))
                 continue
             # Where we are an MX host, only a better one gets it (RFC 5321 §5.1): else it would go in circles.
-            ours = min((preference for preference, host in hosts if self._is_ourselves(host)), default=NO_MX)
+            ours = min(
+                (preference for preference, host in hosts if host in origins or self._is_ourselves(host)), default=NO_MX
+            )
             if ours == hosts[0][0]:
-                failures.append(f"{server}: {BEST_MX}")
+                loops.append(str(server))
             yield from (Server(host, server.port) for preference, host in hosts if preference < ours)
 
     def _is_ourselves(self, host: str) -> bool:
@@ -459,8 +475,12 @@ class Connector:
         upstream.could_use_tls = "STARTTLS" in upstream.features and policy.upstream_tls != "never"
         was_offered = "XCLIENT" in upstream.features
         if self._wants_tls(upstream, client):
-            self._start_tls(upstream)
-            self._hello(upstream, client, name, sid)
+            try:
+                self._start_tls(upstream)
+                self._hello(upstream, client, name, sid)
+            except (UpstreamFailed, WireError, BadReply):  # one 530 must not have all mail fail for an hour
+                self._wants.forget(str(upstream.server))
+                raise
         elif policy.upstream_tls == "require":
             raise UpstreamFailed("STARTTLS is required and not offered")
         if policy.xclient != "no" and self._send_xclient(upstream, client, sid, was_offered):
@@ -473,7 +493,11 @@ class Connector:
         """EHLO, HELO if that is refused: what comes back is about us, unless the upstream knows the client already."""
         answer = upstream.ask(b"EHLO " + name.encode())
         if answer.permanent:
-            answer = upstream.ask(b"HELO " + name.encode())
+            try:
+                answer = upstream.ask(b"HELO " + name.encode())
+            except UpstreamFailed:  # it has hung up behind its answer to EHLO, which counts if it is one about the name
+                if answer.code <= NOT_KNOWN:
+                    raise
             upstream.features = {}
         else:
             upstream.features = parse_features(answer)
@@ -486,7 +510,7 @@ class Connector:
         who = answer.lines[0].partition(b" ")[0].decode("ascii", "replace")
         if who.lower() == self._settings.domain.lower():
             log.error("Mail loop: the upstream has our domain", sid=sid, upstream=str(upstream.server), domain=who)
-            raise MailLoop(upstream.server)
+            raise MailLoop(upstream.server, is_ours=True)
         if client.proxy and who.lower() == client.proxy.lower():
             log.error("Mail loop: the upstream is the host that sends this by XCLIENT", sid=sid,
                       upstream=str(upstream.server), domain=who)  # fmt: skip

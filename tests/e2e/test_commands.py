@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import pytest
 
-from tests.conftest import StartWilli
+from tests.conftest import StartUpstream, StartWilli
 from tests.support.daemon import Setting, Willi
+from tests.support.dns import DnsServer
 from tests.support.loopback import HOST, free_port
 from tests.support.talk import (
     BEN,
     BOB,
     EHLO,
     GO_ON,
+    LOST,
     MAIL,
+    NO_ANSWER,
     OK,
     QUEUED,
     SENDER_KEPT,
@@ -282,6 +285,39 @@ def test_only_the_name_that_a_trusted_host_has_before_xclient_is_its_own(
     with greeted(willi, b"EHLO Upstream.Example", source="127.0.0.5") as client:
         say(client, b"XCLIENT ADDR=192.0.2.7", b"EHLO c.example")
         assert say(client, MAIL, BOB) == [SENDER_KEPT, "554 5.4.6 Mail loops back to me"]
+
+
+def test_where_one_host_of_a_route_is_ourselves_the_others_are_asked(
+    start_willi: StartWilli, start_upstream: StartUpstream
+):
+    """That the others are down is no reason to bounce."""
+    ourselves, good = start_upstream(), start_upstream()
+    ourselves.name = b"willi.example"
+    willi = start_willi(server=f"{ourselves.server},{good.server}")
+    willi.tolerate(ourselves.server)
+    with greeted(willi) as client:
+        assert deliver(client) == QUEUED
+    good.stop()
+    with greeted(willi) as client:
+        assert say(client, MAIL, BOB, b"DATA") == [SENDER_KEPT, NO_ANSWER, LOST]
+    failed = f"{good.server}: Connection refused; {ourselves.server}: mail loops"
+    assert willi.wait_for_log(msg="Upstream failed")["error"] == failed
+
+
+def test_mail_from_an_mx_host_makes_it_none_for_this_client_only(
+    start_willi: StartWilli, start_upstream: StartUpstream, dns: DnsServer
+):
+    """Else one message in a circle would have the mail of all clients bounced for an hour."""
+    upstream = start_upstream(port=25, host="127.25.0.7")
+    dns.zone["mx1.b.example"] = {"A": [upstream.host]}
+    dns.zone["b.example"] = {"MX": ["10 mx1.b.example."]}
+    willi = start_willi(server="mx:b.example", dns=dns, xclient_hosts="127.0.0.5")
+    willi.tolerate("Mail loop")
+    with greeted(willi, b"EHLO Upstream.Example", source="127.0.0.5") as client:
+        say(client, b"XCLIENT ADDR=192.0.2.7", b"EHLO c.example")
+        assert say(client, MAIL, BOB) == [SENDER_KEPT, "554 5.4.6 Mail loops back to me"]
+    with greeted(willi) as client:
+        assert deliver(client) == QUEUED
 
 
 def test_our_name_in_the_greeting_alone_is_no_loop(willi: Willi, upstream: ScriptedUpstream):

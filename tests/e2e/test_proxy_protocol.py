@@ -13,8 +13,8 @@ from tests.support.certificates import Authority
 from tests.support.client import Client
 from tests.support.daemon import Willi
 from tests.support.loopback import free_port
-from tests.support.talk import BOB, EHLO, MAIL, QUEUED, SENDER_KEPT, deliver, greeted, reply, say
-from tests.support.upstream import EXTENSIONS, GREETING, ScriptedUpstream
+from tests.support.talk import BOB, EHLO, MAIL, OK, QUEUED, SENDER_KEPT, deliver, greeted, reply, say
+from tests.support.upstream import EXTENSIONS, GREETING, Close, ScriptedUpstream
 
 BALANCER = "127.0.0.5"
 SIGNATURE = b"\r\n\r\n\0\r\nQUIT\n"
@@ -309,3 +309,19 @@ def test_what_an_upstream_says_of_a_client_that_it_knows_is_its_verdict(
     with greeted(willi) as client:
         assert deliver(client) == QUEUED
     assert (len(first.messages), second.connections) == (1, [])
+
+
+@pytest.mark.parametrize(
+    ("verdict", "heard"),
+    [("554 5.7.1 192.0.2.7 is blocked", "554 5.7.1 192.0.2.7 is blocked"), ("502 5.5.1 what?", OK)],
+    ids=["of the client", "EHLO is not known"],
+)
+def test_a_refusal_of_ehlo_after_which_the_upstream_hangs_up_is_its_verdict_unless_it_does_not_know_ehlo(
+    verdict: str, heard: str, start_willi: StartWilli, start_upstream: StartUpstream
+):
+    first, second = start_upstream(proxy=True), start_upstream(proxy=True)
+    first.answers[b"EHLO"] = [reply(verdict)]
+    first.answers[b"HELO"] = Close()
+    willi = start_willi(server=f"{first.server},{second.server}", send_proxy="v1")
+    with greeted(willi) as client:
+        assert say(client, MAIL, BOB) == [SENDER_KEPT, heard]

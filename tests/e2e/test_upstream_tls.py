@@ -295,6 +295,19 @@ def test_an_upstream_that_wants_tls_gets_it(
     assert secure.messages[0].recipients == (b"bob@b.example", b"ben@b.example")
 
 
+@pytest.mark.parametrize("step", [b"MAIL", b"RCPT"], ids=bytes.decode)
+def test_a_530_is_forgotten_where_tls_does_not_work(step: bytes, start_willi: StartWilli, secure: ScriptedUpstream):
+    """It may be about one sender or recipient, and the others' mail must go on as before."""
+    secure.answers[step] = [reply(WANTS_LOGIN)]
+    willi = start_willi(csv=to_verified(secure))
+    willi.tolerate("TLS handshake")
+    with greeted(willi) as client:
+        assert say(client, MAIL, BOB) == [SENDER_KEPT, NO_ANSWER]
+    with greeted(willi) as client:
+        assert deliver(client) == QUEUED
+    assert not secure.connections[-1].tls
+
+
 def test_a_postfix_that_wants_tls_gets_it(start_willi: StartWilli, start_postfix: StartPostfix, pair: Pair):
     postfix = start_postfix("mx.example", ("b.example",), tls=pair, settings={"smtpd_tls_security_level": "encrypt"})
     willi = start_willi(server=postfix.server)
