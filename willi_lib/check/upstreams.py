@@ -127,7 +127,7 @@ class Prober:
 
     def hosts_of(self, route: Route) -> list[Route]:
         """The same route to each of its hosts alone. Why there are not more of them `look_at_dns` has said."""
-        return [replace(route, servers=(host,)) for host in self._connector._hosts(route, [])]
+        return [replace(route, servers=(host,)) for host in self._connector._hosts(route, [], [], frozenset())]
 
     def probe_host(self, target: Target) -> list[Finding]:
         """What there is to say of each address of a host. If one of them is of use, a dead one is a warning only."""
