@@ -643,6 +643,54 @@ def test_held_replies_that_the_kernel_does_not_take_go_out_later_in_order(connec
     assert received.result() == expected + b"250 Ok\r\n"
 
 
+def test_the_rest_of_held_replies_goes_out_before_the_peer_is_waited_for(connect, pair):
+    """Under TLS it is encrypted already. There is a bound to that, too."""
+    wire, peer = connect.tcp()
+    peer = connect.tls(pair, wire, peer)
+    reply = b"250 " + b"x" * 50_000 + b"\r\n"
+    written = 0
+    while not wire._output:  # until the kernel takes no more
+        wire.write(reply)
+        wire.send_held()
+        written += len(reply)
+    assert wire._clear_out and wire._clear_out.pending < 2 * len(reply)
+    wire._output, written = b"", written - len(reply)  # so that only the encrypted rest is left
+
+    def read_and_answer() -> bytes:
+        received = read_exactly(peer, written)
+        peer.sendall(NEXT)
+        return received
+
+    received = connect.thread(read_and_answer)
+    with connect.clock.limit(PATIENCE, "the peer"):
+        assert wire.read_line() == NEXT.strip()
+    assert received.result(PATIENCE) == reply * (written // len(reply))
+
+
+@pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
+@pytest.mark.parametrize("last_words", [b"", b"QUIT\r\n"], ids=["goodbye", "QUIT"])
+def test_a_peer_that_has_closed_its_side_has_hung_up_unless_it_said_something(connect, pair, version, last_words):
+    wire, peer = connect.tcp()
+    context = lenient()
+    context.minimum_version = context.maximum_version = version
+    done = connect.thread(lambda: context.wrap_socket(peer))
+    wire.start_tls(pair.server_context(), server_side=True)
+    secure = done.result(PATIENCE)
+    assert isinstance(secure, ssl.SSLSocket)
+    secure.settimeout(0)
+    if last_words:
+        secure.send(last_words)
+    else:
+        with suppress(ssl.SSLWantReadError):
+            secure.unwrap()
+    assert not wire.has_hung_up()
+    socket.socket.shutdown(secure, socket.SHUT_WR)
+    if last_words:
+        assert not wire.has_hung_up()
+        assert wire.read_line() == last_words.strip()
+    wait_until(wire.has_hung_up, "the end")
+
+
 def read_exactly(peer: socket.socket, size: int) -> bytes:
     received = b""
     while len(received) < size and (octets := peer.recv(min(65536, size - len(received)))):

@@ -111,7 +111,7 @@ class Upstream:
         self.in_transaction = False  # it heard MAIL, and no end of that
         self.could_use_tls = False  # it offers STARTTLS, and the setting allows that
         self.out_of_step = False  # dropped after a badly framed reply: the next one could be a part of that
-        self._ahead: deque[bytes] = deque()  # sent in a group, answers still to come
+        self._ahead: deque[bytes] = deque()  # sent, the answers still to come
         self.xclient_offer = ""  # the attributes that it lists; not all go on to list them afterwards (for `check`)
         self.xclient_answer: Reply | None = None
         self.address_told = True  # unless it does not take that of this client
@@ -124,12 +124,13 @@ class Upstream:
         Raises UpstreamFailed.
         """
         try:
-            if self._ahead:
-                if self._ahead.popleft() != line:
-                    raise UpstreamFailed(f"{self.server}: sent ahead something else than {line!r}")  # a bug of ours
-            else:
+            if not self._ahead:
                 self._send_group([line])
+                self._ahead.append(line)
+            elif self._ahead[0] != line:
+                raise UpstreamFailed(f"{self.server}: sent ahead something else than {line!r}")  # a bug of ours
             answer = self.wire.read_reply()
+            self._ahead.popleft()  # not before: behind a DATA that nobody heard the answer to, QUIT would be content
         except (WireError, BadReply) as error:
             raise UpstreamFailed(f"{self.server}: {error}") from None
         if not answer.positive and answer.code < 400:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+
 import pytest
 
 from tests.conftest import StartUpstream, StartWilli
@@ -18,6 +20,7 @@ from tests.support.promise import (
     in_envelope,
     sent,
 )
+from tests.support.raw import RawUpstream
 from tests.support.talk import BOB, MAIL, QUEUED, chunk, content, deliver, say
 from tests.support.upstream import Connection, Ended, Hold, ScriptedUpstream
 
@@ -125,6 +128,25 @@ def test_a_client_that_leaves_before_354_has_sent_nothing(willi: Willi, upstream
     client.close()
     held.release()
     assert_nothing_was_finished(upstream, MESSAGE)
+
+
+@pytest.mark.parametrize("ending", ["client", "drain_timeout"])
+@pytest.mark.parametrize("extensions", [(), (b"PIPELINING",)], ids=["one by one", "group"])
+def test_nothing_is_said_behind_a_data_that_was_not_answered_yet(
+    extensions: tuple[bytes, ...], ending: str, start_willi: StartWilli, raw: RawUpstream
+):
+    """Not even QUIT: the upstream would take it for the message."""
+    willi = start_willi(server=raw.server, drain_timeout="1s")
+    client = greeted(willi)
+    client.send(b"".join(line + b"\r\n" for line in (MAIL, BOB, b"DATA")))
+    peer = raw.accept()
+    peer.take_envelope(*extensions)
+    assert peer.read_line() == b"DATA"
+    if ending == "client":
+        client.close()
+    else:
+        willi.signal(signal.SIGTERM)
+    assert peer.read_until_dropped() == b""
 
 
 @pytest.mark.parametrize("command", [b"QUIT", b"RSET", b"EHLO d.example", b"HELO d.example"])

@@ -27,7 +27,8 @@ READ_EVENT, WRITE_EVENT = 1, 2  # libev's EV_READ and EV_WRITE
 COMMAND_READ = 16 << 10  # octets a recv when lines are expected
 FIRST_BODY_READ = 64 << 10  # octets a recv of message content, doubled while the peer fills it ...
 LARGEST_BODY_READ = 256 << 10  # ... up to this
-CLOSE_NOTIFY = 64  # octets up to which a last record of TLS may be a goodbye, and holds no message
+CLOSE_NOTIFY = 24  # octets of that record in TLS 1.3, which hides what a record is; with a QUIT in it, it has 28
+ALERT = b"\x15"  # the type of a record that before TLS 1.3 holds a close_notify (RFC 5246 §6.2.1)
 CLOSE_WAIT = 8  # TCP: the peer has closed (linux/tcp_states.h)
 MAX_RECORD = 16 << 10  # octets of content in a TLS record, RFC 8446 §5.1
 ENCRYPTED_READ = 64 << 10  # octets a recv under TLS; OpenSSL's buffer grows to this and stays
@@ -349,7 +350,7 @@ class Wire:
             return False
         except OSError:  # it was reset
             return True
-        if self._tls is None or len(unread) > CLOSE_NOTIFY:
+        if self._tls is None or (len(unread) > CLOSE_NOTIFY and not unread.startswith(ALERT)):
             return not unread
         state = self._socket.getsockopt(stdlib_socket.IPPROTO_TCP, stdlib_socket.TCP_INFO, 1)[0]
         return state == CLOSE_WAIT  # with nothing unread but a goodbye of TLS
@@ -368,8 +369,7 @@ class Wire:
         eager: try to receive before waiting: right for content, which mostly is
             there already, wrong for commands, which mostly are not.
         """
-        if self._output:
-            self.flush()
+        self.flush()
         octets = None
         if eager or (self._tls is not None and self._holds_records()):
             if monotonic() - self._waited > FAIR_TIME:
@@ -454,7 +454,7 @@ class Wire:
 
     def flush(self) -> None:
         """Send what was kept back. Raises WireError."""
-        if self._output:
+        if self.holds_output:
             octets, self._output = self._output, b""
             self.send(octets)
 
@@ -473,7 +473,7 @@ class Wire:
                 self._output = self._output[self._socket.send(self._output) :]
                 return
             assert self._clear_out
-            if self._output:
+            if self._output and not self._clear_out.pending:  # else it would hold more and more
                 octets, self._output = self._output, b""
                 self._tls.write(octets)
             encrypted, sent = self._clear_out.read(), 0
