@@ -65,7 +65,10 @@ VARIANTS: dict[str, dict[str, Setting]] = {
 
 @dataclass(frozen=True)
 class Script:
-    """What both sides do. `upstream`: answers in the order of the questions, the greeting of each connection too."""
+    """What both sides do. `upstream`: answers in the order of the questions, the greeting of each connection too.
+
+    slow: they come after the worker has looked at all its sessions.
+    """
 
     client: tuple[bytes, ...]
     pace: str = AT_ONCE
@@ -74,6 +77,7 @@ class Script:
     features: tuple[str, ...] = ("PIPELINING", "SIZE", "8BITMIME", "SMTPUTF8", "CHUNKING")
     variant: str = "usual"
     debug: bool = False
+    slow: bool = False
 
     def to_json(self) -> str:
         fields = {**vars(self), "client": [piece.decode("latin-1") for piece in self.client]}
@@ -146,7 +150,7 @@ class Player:
 
     def __init__(self, script: Script) -> None:
         self._script = script
-        self._plan = Plan(deque(script.upstream), script.features)
+        self._plan = Plan(deque(script.upstream), script.features, script.slow)
         self._log: list[str] = []
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)  # a piece is a recv
         self._client = ClientEnd(ours)
@@ -157,8 +161,10 @@ class Player:
     def play(self) -> Story:
         with gevent.Timeout(LONGEST, AssertionError("the session does not end")):
             running = gevent.spawn(self._run)
+            worker = gevent.spawn(self._look_at_session) if self._script.slow else None
             self._talk()
             running.join()
+            gevent.killall([worker] if worker else [])
         gevent.idle()  # the upstreams hear that it is over
         assert running.successful(), running.exception
         for fault in self._plan.faults:
@@ -178,6 +184,18 @@ class Player:
         client = Client(*CLIENT, own=lambda: ("192.0.2.2", 25))
         self._session = Session("SID", service, wire, client, may_xclient=bool(settings.xclient_hosts))
         self._session.run()
+
+    def _look_at_session(self) -> None:
+        """What a worker does every now and then; here in each turn."""
+        while True:
+            gevent.idle()
+            if self._session and not self._session.ending:
+                if self._session.wire.holds_output:
+                    self._session.wire.send_held()
+                if self._script.end == HANG_UP and self._session.wire.tls_version is None:  # no TCP here
+                    self._session.look_at_client()
+            for upstream in self._plan.upstreams:
+                upstream.say_late()
 
     def connect(self, _address: object, _port: int) -> RawSocket:
         if self._plan.answers and self._plan.answers[0] == REFUSE:

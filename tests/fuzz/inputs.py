@@ -170,7 +170,8 @@ def script_of(genes: Genes, seeds: Sequence[Script]) -> Script:
         upstream = tuple(genes.pick(ANSWERS) for _ in range(genes.next() % 14))
     features = ENOUGH if genes.next() % 2 else genes.pick_some(FEATURES)
     variant = genes.pick((base.variant, base.variant, "usual", *dialogue.VARIANTS))
-    return Script(client, genes.pick(PACES), genes.pick(ENDS), upstream, features, variant, genes.next() % 4 == 3)
+    pace, end, debug, slow = genes.pick(PACES), genes.pick(ENDS), genes.next() % 4 == 3, genes.next() % 3 == 2
+    return Script(client, pace, end, upstream, features, variant, debug, slow)
 
 
 def body_of(genes: Genes, seeds: Sequence[bytes]) -> tuple[bytes, tuple[int, ...]]:

@@ -47,6 +47,7 @@ class Plan:
 
     answers: deque[str]
     features: tuple[str, ...]
+    slow: bool = False  # what is said goes out when `say_late` is called
     said: list[bytes] = field(default_factory=list)
     upstreams: list[HostileUpstream] = field(default_factory=list)
     faults: list[AssertionError] = field(default_factory=list)  # gevent would only print what a callback raises
@@ -70,7 +71,7 @@ class HostileUpstream:
         self._plan = plan
         self._socket = ours
         self._socket.setblocking(False)
-        self._buffer = b""
+        self._buffer = self._late = b""
         self._in_data = self._in_tls = self._silent = False
         self._chunk: tuple[int, bool] | None = None
         self._chunks: list[bytes] = []
@@ -86,6 +87,7 @@ class HostileUpstream:
     def end(self) -> None:
         """Let go of it; what has come of a message that is not complete is looked at, too."""
         if not self.ended:
+            self.say_late()
             self.ended = True
             self._watcher.close()
             self._socket.close()
@@ -197,6 +199,13 @@ class HostileUpstream:
         self.stored.append(Stored(content, b"".join(self._plan.said[said:]), chunked, self._envelope))
         self._forget()
 
+    def say_late(self) -> None:
+        """Send what has been said."""
+        if self._late and not self.ended:
+            octets, self._late = self._late, b""
+            with suppress(OSError):  # the peer has gone
+                self._socket.send(octets)
+
     def _answer(self, usual: bytes) -> int:
         """Say what the script has next, and return its code; 0 if none."""
         said = self._plan.next()
@@ -208,8 +217,9 @@ class HostileUpstream:
             octets = said.encode("latin-1") or usual
             self.honest = self.honest and bool(ONE_REPLY.fullmatch(octets))
             self._plan.said.append(octets)
-            with suppress(OSError):  # the peer has gone
-                self._socket.send(octets)
+            self._late += octets
+            if not self._plan.slow:
+                self.say_late()
             code = octets.splitlines()[-1][:3] if ONE_REPLY.fullmatch(octets) else octets[:3]
             return int(code) if code.isdigit() else 0
         return 0
