@@ -194,11 +194,11 @@ def test_a_query_that_is_killed_is_tried_once_more(mariadb: Mariadb, open_databa
 
 
 def test_nobody_ever_gets_the_answer_to_another_key(mariadb: Mariadb, open_database: Open):
-    """Connections are killed and run into time limits all the while."""
+    """Connections are killed and run into time limits all the while. The limit follows what this machine can do."""
     name = mariadb.table(*((f"{number}.example", f"mx{number}", True) for number in range(200)))
     query = "SELECT server FROM routes WHERE pattern = ? AND SLEEP(RAND() * 0.03) = 0"
-    database = open_database(name, query, pool_size=8, timeout=0.4)
-    database._access = replace(database._access, timeout=0.04)  # for a query; a connection had longer
+    database = open_database(name, query, pool_size=8)
+    seconds = 0.04
 
     def kill() -> None:
         for _ in range(50):
@@ -208,13 +208,14 @@ def test_nobody_ever_gets_the_answer_to_another_key(mariadb: Mariadb, open_datab
     killing = gevent.spawn(kill)
     right = late = 0
     while not killing.ready() or right <= 50 or late <= 50:
+        database._access = replace(database._access, timeout=seconds)
         answers = together(*[partial(database.ask, f"{number}.example") for number in range(40)])
+        downs = 0
         for number, answer in enumerate(answers):
-            if isinstance(answer, Down):
-                late += 1
-            else:
-                assert answer == to(f"mx{number}")
-                right += 1
+            downs += isinstance(answer, Down)
+            assert isinstance(answer, Down) or answer == to(f"mx{number}")
+        late, right = late + downs, right + len(answers) - downs
+        seconds *= 1.5 if downs > 30 else 0.75 if downs < 10 else 1.0
     assert open_connections(database) == (len(database._idle),) * 2
     assert len(database._idle) <= 8
 
@@ -466,8 +467,9 @@ def test_a_query_that_hangs_within_tls_stops_nobody_else(
     mariadb: Mariadb, open_database: Open, certificates: Authority
 ):
     name = mariadb.table(("b.example", "mx1", True))
-    database = open_database(name, tls_ca=str(certificates.ca), timeout=2.0)
+    database = open_database(name, tls_ca=str(certificates.ca), timeout=PATIENCE / 2)
     database.ask("b.example")
+    patient, database._access = database._access, replace(database._access, timeout=2.0)
     with mariadb.hanging():
         asking = gevent.spawn(database.ask, "b.example")
         turns = 0
@@ -476,6 +478,7 @@ def test_a_query_that_hangs_within_tls_stops_nobody_else(
             turns += 1
         assert turns > 10
         assert isinstance(asking.exception, Down)
+    database._access = patient
     assert database.ask("b.example") == to("mx1")
 
 
