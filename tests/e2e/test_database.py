@@ -123,9 +123,7 @@ def test_of_several_rows_only_the_first_is_sent(mariadb: Mariadb, open_database:
     ("query", "why"),
     [
         ("SELECT server, tls_verify, pattern FROM routes WHERE pattern = ?", "not: server, tls_verify, pattern"),
-        ("SELECT server FROM nothing WHERE pattern = ?", "nothing' doesn't exist (1146)"),
         ("SELECT server FRM routes WHERE pattern = ?", "You have an error in your SQL syntax"),
-        ("DELETE FROM routes WHERE pattern = ?", "DELETE command denied"),
         ("SET @x = ?", "not: none"),
         ("SELECT 1 AS server, 'perhaps' AS tls_verify, ? AS server", "not: server, tls_verify, server"),
         ("SELECT 'mx' AS server, 'perhaps' AS tls_verify FROM routes WHERE ? <> ''", "'perhaps': tls_verify must be"),
@@ -342,7 +340,9 @@ def troubled(mariadb: Mariadb, open_database: Open) -> Callable[..., Database]:
     return open_
 
 
-@pytest.mark.parametrize("error", [1021, 1030, 1041, 1194, 1203, 1205, 1213, 1226, 1290, 2003, 3024, 3032, 9001])
+@pytest.mark.parametrize(
+    "error", [1021, 1030, 1041, 1054, 1142, 1146, 1194, 1203, 1205, 1213, 1226, 1290, 2003, 3024, 3032, 9001]
+)
 def test_not_now_is_no_answer_and_the_next_host_is_asked(
     mariadb: Mariadb, troubled: Callable[..., Database], error: int
 ):
@@ -362,8 +362,8 @@ def test_an_invisible_character_in_a_row_is_a_failure_that_names_it(mariadb: Mar
 
 
 def test_an_error_of_the_query_itself_is_not_taken_for_not_now(troubled: Callable[..., Database]):
-    database = troubled(1146, 1)
-    with pytest.raises(LookupFailed, match=r"not now \(1146\)"):
+    database = troubled(1064, 1)
+    with pytest.raises(LookupFailed, match=r"not now \(1064\)"):
         database.ask("b.example")
     assert open_connections(database) == (1, 1)
 

@@ -381,6 +381,31 @@ def test_a_table_that_is_emptied_and_filled_again_bounces_no_mail(
     assert willi.wait_for_log(lvl="warn", mapping="mysql:db")["error"] == "b.example"
 
 
+@pytest.mark.parametrize(
+    ("spoil", "repair"),
+    [
+        ("RENAME TABLE {0}.routes TO {0}.old", "RENAME TABLE {0}.old TO {0}.routes"),
+        ("ALTER TABLE {0}.routes CHANGE server target TEXT", "ALTER TABLE {0}.routes CHANGE target server TEXT"),
+    ],
+    ids=["table", "column"],
+)
+def test_what_is_known_goes_on_while_the_table_or_a_column_is_not_there(
+    spoil: str, repair: str, mariadb: Mariadb, routed: StartWithDatabase, upstream: ScriptedUpstream
+):
+    name = mariadb.table(("b.example", upstream.server, False))
+    willi = routed(database=name, cache_ttl="0s")
+    willi.tolerate("mysql:db")
+    with greeted(willi) as client:
+        assert deliver(client) == QUEUED
+        mariadb.query(spoil.format(name))
+        assert deliver(client) == QUEUED
+        assert rcpt(client, "bob@c.example") == CANNOT_LOOK_UP
+        mariadb.query(repair.format(name))
+        wait_until(lambda: rcpt(client, "bob@c.example") == NO_ROUTE, "the table again")
+        assert deliver(client) == QUEUED
+    assert len(willi.lines(msg="Database is down")) == 1
+
+
 @pytest.mark.parametrize("end", ["stop", "kill"])
 def test_a_restart_in_the_middle_of_traffic_costs_nothing_but_451s_that_soon_end(
     end: str, mariadb: Mariadb, routed: StartWithDatabase, upstream: ScriptedUpstream

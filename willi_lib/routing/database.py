@@ -51,6 +51,8 @@ NOT_NOW_ERRORS = frozenset((
     1078, 1079, 1080, 1105, 1114, 1129, 1135, 1180, 1194, 1195, 1203, 1206, 1223, 1226, 1290, 1296, 1297, 1412, 1429,
     1430, 1431, 1432, 1461, 1615, 1637, 1696, 1712, 1728, 1812, 1814, 1815, 1836, 1877, 3032, 3100, 3101, 3168, 3170,
 ))  # fmt: skip
+# The table, a column, a procedure or the right to it is not there, whatever the key: it may be restored or altered.
+NOT_THERE_ERRORS = frozenset((1044, 1049, 1054, 1142, 1143, 1146, 1305, 1356, 1370, 1932))
 PROXY_ERRORS = range(9000, 10000)  # of ProxySQL (9001: no server within its time) and of TiDB
 # Said when the characters of a key do not exist in the character set of the column: illegal mix, cannot convert.
 UNKNOWN_CHARACTER_ERRORS = frozenset((1267, 1270, 1271, 3854))
@@ -204,7 +206,7 @@ class Database:
             number = error.args[0] if error.args else 0
             if not connection.driver.open or number in CONNECTION_ERRORS or number in DRIVER_ERRORS:
                 raise _Lost(_text(error)) from None
-            if number in NOT_NOW_ERRORS or number in PROXY_ERRORS:
+            if number in NOT_NOW_ERRORS or number in NOT_THERE_ERRORS or number in PROXY_ERRORS:
                 raise NotNow(_text(error)) from None
             usable = isinstance(number, int) and number >= 1000
             if number in GAVE_UP_ERRORS:
