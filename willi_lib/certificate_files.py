@@ -1,4 +1,4 @@
-"""Notices that a certificate file is another one than those who serve have read."""
+"""Notices that a file of a certificate or password is another one than those who serve have read."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ RETRY = 60.0  # seconds until what did not work is tried again
 
 
 class CertificateFiles:
-    """Certificates, keys, and files of authorities."""
+    """Certificates, keys, authorities, and passwords of databases."""
 
     def __init__(self) -> None:
         self._served = ""  # what those who serve have read
@@ -47,8 +47,10 @@ class CertificateFiles:
 
 def _signature(settings: Settings) -> str:
     """Differs when one of the files does."""
-    authorities = [settings.upstream_tls_ca, *(mapping.policy.upstream_tls_ca for mapping in settings.mappings)]
-    authorities += [mapping.tls_ca for mapping in settings.mappings if isinstance(mapping, MysqlSettings)]
+    files = [*settings.tls_cert, *settings.tls_key, settings.upstream_tls_ca]
+    files += [mapping.policy.upstream_tls_ca for mapping in settings.mappings]
+    databases = [mapping for mapping in settings.mappings if isinstance(mapping, MysqlSettings)]
+    files += [file for one in databases for file in (one.tls_ca, one.password_file)]
     of_system = ssl.get_default_verify_paths()
-    authorities += [of_system.cafile or "", of_system.capath or ""]
-    return " ".join(map(file_signature, filter(None, [*settings.tls_cert, *settings.tls_key, *authorities])))
+    files += [of_system.cafile or "", of_system.capath or ""]
+    return " ".join(map(file_signature, filter(None, files)))

@@ -254,6 +254,33 @@ def test_an_automatic_reload_waits_for_the_database_and_sighup_says_what_is_lost
             mariadb.start()
 
 
+def test_a_new_password_in_its_file_needs_no_signal(
+    mariadb: Mariadb, routed: StartWithDatabase, upstream: ScriptedUpstream, tmp_path: Path
+):
+    account = "rotated@'127.0.0.1'"
+    file = tmp_path / "password"
+    file.write_text("old\n")
+    mariadb.query(f"CREATE USER {account} IDENTIFIED BY 'old'")
+    mariadb.query(f"GRANT SELECT ON *.* TO {account}")
+    willi = routed(
+        ("b.example", upstream.server, False),
+        willi={"prefix": in_a_hurry(**{"certificate_files.INTERVAL": 0.2, "certificate_files.RETRY": 1.0})},
+        user="rotated", password="", password_file=str(file), cache_ttl="0s", stale_ttl="0s",
+    )  # fmt: skip
+    for text in ("mysql:db", RELOAD_WAITS):
+        willi.tolerate(text)
+    with greeted(willi) as client:
+        assert rcpt(client, "bob@b.example") == OK
+    file.write_text("new\n")  # before the database knows it: the old workers go on
+    willi.wait_for_log(msg=RELOAD_WAITS, seconds=60)
+    with greeted(willi) as client:
+        assert rcpt(client, "bob@b.example") == OK
+    mariadb.query(f"ALTER USER {account} IDENTIFIED BY 'new'")
+    willi.wait_for_log(msg="Reloaded", seconds=60)
+    with greeted(willi) as client:
+        assert rcpt(client, "bob@b.example") == OK
+
+
 @pytest.mark.parametrize("tls", [False, True], ids=["plain", "TLS"])
 def test_a_database_that_hangs_stops_nobody_who_does_not_need_it(
     tls: bool, mariadb: Mariadb, routed: StartWithDatabase, upstream: ScriptedUpstream, certificates: Authority

@@ -406,7 +406,7 @@ def test_a_renewed_certificate_needs_no_signal(
     for new, name in ((renewed.cert, cert), (renewed.key, key)):
         Path(shutil.copy(new, tmp_path / "new")).replace(name)
     willi.wait_for_log(msg="Reloaded", seconds=60)
-    assert willi.lines(msg="A certificate has changed")
+    assert willi.lines(msg="A certificate or password has changed")
     assert certificate_of(willi) not in (old, b"")
 
 
@@ -477,7 +477,7 @@ def test_a_changed_path_of_a_certificate_is_one_reload(
     willi.reload({"tls_cert": str(renewed.cert), "tls_key": str(renewed.key)})
     threading.Event().wait(1.5)  # some looks
     assert len(willi.lines(msg="Reloaded")) == 1
-    assert willi.lines(msg="A certificate has changed") == []
+    assert willi.lines(msg="A certificate or password has changed") == []
 
 
 # Addresses and limits
