@@ -30,7 +30,8 @@ from tests.support.upstream import GREETING, Hold, ScriptedUpstream
 
 GREEN, RED = "\x1b[32m", "\x1b[1;31m"
 # As the user willi, who may not look into the service that has the right to open port 25.
-WITHOUT_INSIGHT = ["setpriv", "--bounding-set", "-sys_ptrace,-setpcap"]
+# In a container root may inherit all, whatever its bounding set is.
+WITHOUT_INSIGHT = ["setpriv", "--inh-caps", "-all", "--bounding-set", "-sys_ptrace,-setpcap"]
 # Run the command beside another process that listens at an address where nobody looks first, and ends with it.
 NEIGHBOUR = """\
 ip link set lo up
@@ -47,7 +48,7 @@ os.set_inheritable(theirs, True)
 os.execvp(sys.argv[1], sys.argv[1:])
 ' "$@"
 """
-WITHOUT_RIGHTS = ["unshare", "--net", "setpriv", "--bounding-set", "-net_bind_service"]
+WITHOUT_RIGHTS = ["unshare", "--net", "setpriv", "--inh-caps", "-all", "--bounding-set", "-net_bind_service"]
 
 
 def test_check_of_a_good_file(tmp_path: Path, certificates: Authority, monkeypatch: pytest.MonkeyPatch):

@@ -340,4 +340,4 @@ def test_what_an_upstream_says_cannot_control_a_terminal(tmp_path: Path, careful
     done = run_willi("check", "-c", path)
     assert done.returncode == WRONG
     assert all(character.isprintable() or character == "\n" for character in done.stdout)
-    assert "greeting: 554 \\x1b]0;owned\\x07" in done.stdout
+    assert "greeting: 554 ?]0;owned? \\x9b31m" in done.stdout

@@ -154,8 +154,10 @@ def test_nothing_is_stored_that_no_reply_has_told_of(comparison: Comparison):
 
 
 def test_every_documented_difference_is_met_with_the_servers_that_it_names(comparison: Comparison):
-    documented = {difference.name for difference in DIFFERENCES if comparison.name in difference.servers}
-    assert {difference.name for difference in comparison.seen} == documented
+    documented = {difference.name: difference for difference in DIFFERENCES if comparison.name in difference.servers}
+    unseen = documented.keys() - {difference.name for difference in comparison.seen}
+    assert {difference.name for difference in comparison.seen} <= documented.keys()
+    assert [name for name in unseen if not documented[name].some_versions] == []
 
 
 def test_what_the_server_lacks_is_what_the_page_says(comparison: Comparison):
@@ -175,7 +177,8 @@ EARLY = b"EHLO c.example\r\nMAIL FROM:<ann@a.example>\r\nRCPT TO:<early@b.exampl
 def test_a_server_behind_willi_does_not_see_how_a_client_pipelines(
     start_willi: StartWilli, start_postfix: StartPostfix
 ):
-    strict = {"smtpd_data_restrictions": "reject_unauth_pipelining"}
+    # Since Postfix 3.9 the second one is on by default, and such a client is hung up on.
+    strict = {"smtpd_data_restrictions": "reject_unauth_pipelining", "smtpd_forbid_unauth_pipelining": "no"}
     postfix = start_postfix("mx.example", ("b.example",), settings=strict)
     willi = start_willi(server=postfix.server)
     for port, code, words in ((postfix.port, 503, "pipelining"), (willi.port, 354, "")):
