@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from tests.support.loopback import ROOT
+
+NOBODY = 65534
 
 # In a process of its own: willi_lib.check patches the world for gevent.
 FAULTS = "import sys; from willi_lib.check.report import Report; Report().faults(sys.argv[1], 'correct that line')"
@@ -27,3 +30,24 @@ def test_a_file_that_cannot_be_read_is_a_matter_of_its_group_and_mode(fault: str
     command = [sys.executable, "-c", FAULTS, fault]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=60)
     assert done.stdout == f"wrong  {fault} -> {advice}\n"
+
+
+@pytest.mark.parametrize("by", ["the path", "a link"])
+def test_in_a_directory_that_is_closed_the_mode_of_the_file_is_no_help(tmp_path: Path, by: str):
+    for directory in (tmp_path, *tmp_path.parents):  # pytest's are for their owner only
+        if not directory.stat().st_mode & 0o001:
+            directory.chmod(0o755)
+    live = tmp_path / "live"
+    live.mkdir()
+    key = live / "privkey.pem"
+    key.touch()
+    if by == "a link":
+        key = tmp_path / "key.pem"
+        key.symlink_to(live / "privkey.pem")
+    live.chmod(0)
+    become = f"import os; os.getuid() or os.setuid({NOBODY})"
+    code = FAULTS.replace("; Report()", f"; {become}; Report()")
+    command = [sys.executable, "-c", code, f"{key}: Permission denied"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=60)
+    live.chmod(0o700)
+    assert f" -> {live} is closed to this user: name a copy beside willi.conf" in done.stdout

@@ -43,7 +43,7 @@ def look_at_certificates(settings: Settings, report: Report) -> None:
     names = {name for facts in known for name in facts.names}
     if known and not names & {domain, f"*.{domain.partition('.')[2]}"}:
         what = f"no certificate is for {settings.domain}: senders that verify (MTA-STS, DANE) do not deliver"
-        report.warn("tls_cert", what, "have one issued for the names in your MX records")
+        report.warn("tls_cert", what, "name the right file in tls_cert, or have one issued for the names of your MX")
     if has_costly_groups():
         what = "OpenSSL agrees to fields over ffdhe3072, by which few clients can take all CPU (CVE-2002-20001)"
         report.warn("tls_cert", what, "set Groups in openssl.cnf, as in X25519:P-256:P-384")

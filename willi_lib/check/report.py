@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Literal, TextIO
 
 from willi_lib.text import visible
@@ -84,7 +85,7 @@ class Report:
         for line in text.split("\n"):
             subject, _, what = line.partition(": ")
             closed = CLOSED.search(line)
-            self.wrong(subject, what, f"chgrp willi {closed[1]}; chmod 640 {closed[1]}" if closed else advice)
+            self.wrong(subject, what, _open_it(closed[1]) if closed else advice)
 
     def add(self, finding: Finding) -> None:
         """Print it, unless it has to wait for the end."""
@@ -152,6 +153,15 @@ def say_faults(faults: Iterable[str]) -> int:
 def _wants_colours(stream: TextIO) -> bool:
     """By the custom of https://no-color.org: on a terminal, unless NO_COLOR says otherwise."""
     return stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+
+
+def _open_it(file: str) -> str:
+    """The advice for a file that this user may not read. Below a closed directory its mode is no help (certbot)."""
+    for directory in reversed(Path(os.path.realpath(file)).parents):
+        if directory.exists() and not os.access(directory, os.X_OK):
+            what = f"{directory} is closed to this user: name a copy beside willi.conf, with group willi and mode 640"
+            return f"{what}; /opt/willi/willi.service has the hook for certbot"
+    return f"chgrp willi {file}; chmod 640 {file}"
 
 
 def _line(finding: Finding, colours: bool) -> str:

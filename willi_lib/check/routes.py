@@ -43,7 +43,7 @@ def look_at_mappings(settings: Settings, report: Report) -> Destinations:
         try:
             mapping = _open_one(settings, one)
         except (MappingError, CsvError) as error:
-            report.faults(str(error), "correct that line; until then a running Willi keeps its old table")
+            report.faults(str(error), "correct that line or file; until then a running Willi keeps its old table")
             continue
         if isinstance(mapping, CsvFile):
             _look_at_table(mapping, report)
