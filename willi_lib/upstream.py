@@ -462,7 +462,7 @@ class Connector:
         greeting = upstream.wire.read_reply()
         if greeting.welcomes:
             return
-        if upstream.route.policy.send_proxy != "no" and greeting.code >= 400:
+        if upstream.route.policy.send_proxy != "no" and greeting.code >= 400 and not _is_of_header(greeting):
             raise Refused(greeting)  # by the PROXY header it knew whom it was talking to
         raise UpstreamFailed(f"greeting: {greeting}")
 
@@ -493,6 +493,8 @@ class Connector:
     def _hello(self, upstream: Upstream, client: Client, name: str, sid: str) -> None:
         """EHLO, HELO if that is refused: what comes back is about us, unless the upstream knows the client already."""
         answer = upstream.ask(b"EHLO " + name.encode())
+        if upstream.knows_client and _is_of_header(answer):  # the answers to EHLO and to all else would come too late
+            raise UpstreamFailed(f"EHLO: {answer}: does it expect a PROXY header?")
         if answer.permanent:
             try:
                 answer = upstream.ask(b"HELO " + name.encode())
@@ -667,6 +669,15 @@ def _is_about_us(answer: Reply) -> bool:
     return 500 <= answer.code <= 504 or (
         answer.code == 550 and _NOT_AUTHORIZED.fullmatch(b" ".join(answer.lines)) is not None
     )
+
+
+def _is_of_header(answer: Reply) -> bool:
+    """Whether it looks as if the upstream took the PROXY header for commands: then it is no verdict on the client.
+
+    The words are those of Exim and of Postfix's postscreen; HELO restrictions of Postfix have 501 and 504.
+    """
+    words = b" ".join(answer.lines).lower()
+    return answer.code in (500, 502, 503) or b"synchronization error" in words or b"protocol error" in words
 
 
 def _proxy_header(policy: Policy, client: Client) -> bytes:

@@ -312,6 +312,29 @@ def test_what_an_upstream_says_of_a_client_that_it_knows_is_its_verdict(
 
 
 @pytest.mark.parametrize(
+    ("step", "answer"),
+    [
+        (b"PROXY", "502 5.5.2 Error: command not recognized"),  # comes in place of that to EHLO
+        (b"EHLO", "500 5.5.2 Error: bad syntax"),
+        (GREETING, "554 SMTP synchronization error"),
+        (GREETING, "550 5.5.1 Protocol error"),
+    ],
+)
+@pytest.mark.parametrize("verb", [b"EHLO", b"HELO"], ids=bytes.decode)
+def test_an_upstream_that_expects_no_header_bounces_no_mail(
+    verb: bytes, step: bytes, answer: str, start_willi: StartWilli, start_upstream: StartUpstream
+):
+    upstream = start_upstream(proxy=step != b"PROXY")
+    upstream.answers[step] = reply(answer)
+    willi = start_willi(server=upstream.server, send_proxy="v1", connect_timeout="2s")
+    willi.tolerate("Upstream failed")
+    with greeted(willi, verb + b" c.example") as client:
+        answers = say(client, MAIL, BOB, b"DATA")
+    assert [line[:3] for line in answers] == ["250", "451", "451"]
+    assert not any(line.startswith(b"MAIL") for line in upstream.commands)
+
+
+@pytest.mark.parametrize(
     ("verdict", "heard"),
     [("554 5.7.1 192.0.2.7 is blocked", "554 5.7.1 192.0.2.7 is blocked"), ("502 5.5.1 what?", OK)],
     ids=["of the client", "EHLO is not known"],
