@@ -1098,6 +1098,18 @@ def test_closing_sends_nothing_more(connect):
     assert peer.recv(1000) == b""
 
 
+def test_what_is_done_with_a_closed_connection_is_a_wire_error(connect):
+    """A wait for its descriptor would end the process, with all that others have said."""
+    for work in (Wire.read_line, Wire.read_verdict, Wire.read_some, lambda wire: wire.send(b"x" * 10)):
+        wire, peer = connect()
+        peer.sendall(b"250-Ok\r\n\r\n250-")
+        wire.read_verdict()
+        wire.close()
+        assert wire.pending() and not wire.buffered
+        with pytest.raises(PeerGone):
+            work(wire)
+
+
 def test_hanging_up_says_goodbye_to_tls(connect, pair):
     wire, peer = connect.tcp()
     secure = connect.tls(pair, wire, peer)

@@ -41,6 +41,7 @@ OUT_OF_MEMORY = "out of memory"  # in the log
 # Between two messages that were accepted; what goes beyond is an error, and errors have max_errors.
 MAX_JUNK = 100  # commands and transactions that come to nothing; Postfix's smtpd_junk_command_limit
 MAX_DEFERRALS = 1000  # 4yz of our own, as for recipients over max_recipients (smtpd_recipient_overshoot_limit)
+LOOKS = 5  # at a client that has closed its side, before it counts as gone: until then it may still read
 SESSION_ID_LENGTH = 10
 SESSION_ID_LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"
 PAIRS_OF_LETTERS = [first + second for first in SESSION_ID_LETTERS for second in SESSION_ID_LETTERS]
@@ -96,6 +97,7 @@ class Session:
         self.draining = False
         self.waiting = False  # for a command
         self.asking = False  # the upstream, before the message
+        self.looks_gone = 0  # looks in a row by which the client had hung up
         self.ending = False  # nothing is left but to hang up
 
     # -- the loop
@@ -256,9 +258,11 @@ class Session:
     def look_at_client(self) -> None:
         """End if the client has hung up while its upstream takes its time. Called from another greenlet.
 
-        Not while the upstream judges a whole message: its verdict is worth a line in the log.
+        Not while the upstream judges a whole message: its verdict is worth a line in the log. A client that has only
+        closed its side, and waits for the answer to its last command, looks the same, and has it if that comes soon.
         """
-        if self.asking and self.wire.has_hung_up():
+        self.looks_gone = self.looks_gone + 1 if self.asking and self.wire.has_hung_up() else 0
+        if self.looks_gone >= LOOKS:
             self.clock.interrupt(ClientGone(), unless=lambda: not self.asking)
 
     def stop(self) -> None:

@@ -169,14 +169,20 @@ def test_a_verdict_after_which_the_upstream_hangs_up_is_one(octets: bytes, raw_w
     assert str(client.read_reply()) == "250 2.0.0 queued"
 
 
-def test_a_chunk_whose_answer_is_badly_framed_is_the_last_one(willi: Willi, upstream: ScriptedUpstream):
-    """What follows could be the rest of that answer."""
-    willi.tolerate("Upstream failed")
-    upstream.answers[b"BDAT 3"] = b"250 2.0.0 ok\n"
-    client = in_envelope(willi)
-    assert chunk(client, CONTENT[:3]) == "250 2.0.0 ok"
-    assert chunk(client, CONTENT[3:], last=True) == LOST
+@pytest.mark.parametrize("size", [10, 500_000], ids=["small", "large"])
+@pytest.mark.parametrize("octets", [b"250 2.0.0 ok\n", b"250-2.0.0 ok\r\n\r\n250-more"], ids=repr)
+def test_a_chunk_whose_answer_is_badly_framed_is_the_last_one(
+    octets: bytes, size: int, willi: Willi, upstream: ScriptedUpstream
+):
+    """What follows could be the rest of that answer. No other session notices that the connection is closed."""
+    willi.tolerate("badly framed reply to the chunk before")
+    upstream.answers[b"BDAT 3"] = octets
+    client, other = in_envelope(willi), in_envelope(willi, "ben@b.example")
+    assert chunk(client, CONTENT[:3]).startswith("250 2.0.0 ok")
+    assert chunk(client, size * b"x", last=True) == LOST
     assert upstream.messages == []
+    upstream.answers.clear()
+    assert [deliver(client), chunk(other, CONTENT, last=True)] == [QUEUED, "250 2.0.0 ok"]
 
 
 def test_a_verdict_before_the_end_is_none(raw_willi: Willi, raw: RawUpstream):
