@@ -11,7 +11,7 @@ from tests.runner.limits import allow
 from tests.support.loopback import ROOT
 
 WHEELS = ROOT / "release" / "wheels"  # of all releases that the tests build: fetched once
-SECONDS = 300  # for a command that may have to fetch the wheels
+SECONDS = 900  # for a command that may have to fetch the wheels; thirty are usual
 
 # Whatever this machine's user has set, and always the same commit for the same tree.
 GIT = {
