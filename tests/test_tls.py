@@ -21,6 +21,7 @@ from tests.support.loopback import ROOT
 from willi_lib import key_exchange
 from willi_lib.config import Certificate, Settings
 from willi_lib.tls import (
+    BROKEN_PEM,
     VERSIONS,
     CertificateError,
     certificate_facts,
@@ -213,6 +214,17 @@ def test_a_chain_that_does_not_begin_with_the_certificate(certificates, one, tmp
     assert fault(chain, one.key) == (
         f"{chain}: tls_cert begins with another certificate than that of {one.key}: put that one first"
     )
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [lambda pem, ca: pem[:-100], lambda pem, ca: pem.rstrip() + ca, lambda pem, ca: pem.replace(b"\n", b"\\n")],
+    ids=["cut off", "two in a line", "escaped"],
+)
+def test_broken_pem_is_told_so(certificates, one, tmp_path, spoil):
+    broken = tmp_path / "broken.pem"
+    broken.write_bytes(spoil(one.cert.read_bytes(), certificates.ca.read_bytes()))
+    assert fault(broken, one.key) == f"{broken}, {one.key}: {BROKEN_PEM}"
 
 
 @pytest.mark.parametrize("encryption", [("pkey", "-aes128"), ("ec", "-aes128")], ids=["PKCS#8", "traditional"])

@@ -24,6 +24,7 @@ VERSIONS = {
 ANY_STRENGTH = "DEFAULT:@SECLEVEL=0"  # what TLS before 1.2 and short keys need from OpenSSL 3
 IGNORE_DATES = 0x200000  # X509_V_FLAG_NO_CHECK_TIME, for which the ssl module has no name
 WRONG_KEY = ("KEY_VALUES_MISMATCH", "KEY_TYPE_MISMATCH", "NO_CERTIFICATE_ASSIGNED")  # the last one: of another kind
+BROKEN_PEM = "one is cut off, or its lines are not as they were: each -----BEGIN and -----END is a line of its own"
 KEY_KINDS = (  # the algorithm of the key in a certificate, as it is encoded there
     (bytes.fromhex("06072a8648ce3d0201"), "ECDSA"),
     (bytes.fromhex("06092a864886f70d010101"), "RSA"),
@@ -138,7 +139,7 @@ def _load(context: ssl.SSLContext, pair: Certificate, others: Iterable[Certifica
     except ssl.SSLError as error:
         if error.reason in WRONG_KEY:
             raise CertificateError(mismatch(pair.cert, pair.key, [other.key for other in others])) from None
-        raise CertificateError(f"{pair.cert}, {pair.key}: {error.reason or error}") from None
+        raise CertificateError(f"{pair.cert}, {pair.key}: {error.reason or BROKEN_PEM}") from None
     except OSError as error:
         raise CertificateError(f"{error.filename or f'{pair.cert}, {pair.key}'}: {error.strerror}") from None
     except ValueError as error:
