@@ -194,6 +194,7 @@ class Upstream:
         """Pass on message content. Raises Refused, UpstreamFailed."""
         if self._ahead:  # a DATA among them would make a message of what is meant as a chunk, or the reverse
             raise UpstreamFailed(f"{self.server}: content before the answer to {self._ahead[0]!r}")
+        self._refuse_out_of_step()
         try:
             self.wire.send(octets)
         except WireError as error:
@@ -209,8 +210,7 @@ class Upstream:
 
     def finish_chunk(self, octets: bytes) -> Reply:
         """The same for a chunk of BDAT, which ends by its length."""
-        if self.out_of_step:
-            raise UpstreamFailed(f"{self.server}: badly framed reply to the chunk before")
+        self._refuse_out_of_step()
         if self.wire.pending():  # an answer before its question must not be taken for the verdict
             self._last_words()
             did = "spoke" if self.wire.buffered else "hung up"
@@ -227,6 +227,10 @@ class Upstream:
         if not verdict.positive and verdict.code < 400:
             raise UpstreamFailed(f"{self.server}: no verdict: {verdict}")
         return verdict
+
+    def _refuse_out_of_step(self) -> None:
+        if self.out_of_step:
+            raise UpstreamFailed(f"{self.server}: badly framed reply to the chunk before")
 
     def _last_words(self) -> None:
         """Raise Refused if the upstream has said why it wants no more of the message."""

@@ -184,7 +184,7 @@ class Wire:
         self._write_timeout = write_timeout
         self.clock = clock
         self.trace = trace
-        self._readable = get_hub().loop.io(socket.fileno(), READ_EVENT)
+        self._readable: Any = get_hub().loop.io(socket.fileno(), READ_EVENT)
         self._writable: Any = None  # made when a write has to wait, which is rare
         self._buffer = b""  # what was received and not yet taken ...
         self._at = 0  # ... from here on
@@ -589,11 +589,16 @@ class Wire:
                 self.trace(">", f"TLS alert not sent: {error}".encode())
 
     def close(self) -> None:
-        """End the connection at once. Nothing more is sent: an unfinished message stays unfinished."""
+        """End the connection at once. Nothing more is sent: an unfinished message stays unfinished.
+
+        What is done with it afterwards is a WireError.
+        """
         self._readable.close()
         if self._writable is not None:
             self._writable.close()
         self._socket.close()
+        self._readable = self._writable = _CLOSED
+        self._buffer, self._at = b"", 0
 
     def hang_up(self, linger: bool = False) -> None:
         """Send what was kept back, say goodbye to TLS, and close.
@@ -652,6 +657,20 @@ def _wait(event: Any) -> None:
         assert switched_by is event
     finally:
         event.stop()
+
+
+class _Closed:
+    """The event of a closed connection: libev ends the whole process where a closed descriptor is waited for."""
+
+    def start(self, *_: object) -> None:
+        """Raises PeerGone."""
+        raise PeerGone("connection closed already")
+
+    def close(self) -> None:
+        """Nothing is left to do."""
+
+
+_CLOSED = _Closed()
 
 
 def _refuse_bare_newline(line: bytes) -> None:
