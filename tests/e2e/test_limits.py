@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from contextlib import ExitStack
 
 import pytest
@@ -121,6 +122,24 @@ def test_a_client_that_has_sent_all_and_still_listens_is_answered(start_willi: S
         client.finish()
         assert [client.read_reply().code for _ in range(5)] == [250, 250, 354, 250, 221]
         client.expect_eof()
+
+
+@pytest.mark.parametrize("tls", [False, True], ids=["clear", "TLS"])
+def test_a_client_that_only_listens_has_the_answer_to_its_last_command(
+    tls: bool, start_willi: StartWilli, upstream: ScriptedUpstream, postfix_certificate: Pair
+):
+    """Even if that is no QUIT, it takes longer than a look at all sessions, and nothing else is to be read."""
+    upstream.answers[BOB] = Delay(6)
+    willi = start_willi(server=upstream.server, tls_cert=postfix_certificate.cert, tls_key=postfix_certificate.key)
+    with greeted(willi) as client:
+        if tls:
+            assert client.starttls().code == 220
+            say(client, EHLO)
+        assert say(client, MAIL) == [SENDER_KEPT]
+        client.send(BOB + b"\r\n")
+        upstream.connection().wait_for_command(BOB)
+        socket.socket.shutdown(client.socket, socket.SHUT_WR)  # of TCP: ssl's own would end TLS, too
+        assert str(client.read_reply()) == OK
 
 
 def test_one_ipv6_network_is_one_client(start_willi: StartWilli, upstream: ScriptedUpstream):
