@@ -336,7 +336,7 @@ write_service_files() {
         install -m 644 "$1/willi.service" $UNIT
         systemctl daemon-reload
     elif has_init; then
-        install -m 755 "$1/willi.init" $INIT
+        install -D -m 755 "$1/willi.init" $INIT
         [ ! -d ${LOGROTATE%/*} ] || [ -e $LOGROTATE ] || logrotate_rules >$LOGROTATE
     fi
 }

@@ -101,8 +101,9 @@ def without_systemd(layers: Layers, debian: Path) -> tuple[Path, ...]:
 
 @pytest.fixture(scope="module")
 def installed(layers: Layers, without_systemd: tuple[Path, ...], releases: Path) -> Installed:
-    """By a root who lets nobody read his files."""
+    """By a root who lets nobody read his files, where no program has an init script yet (Debian 13 in a container)."""
     with layers.change(*without_systemd, binds={releases: UNPACKED}) as (machine, layer):
+        machine.run("rm", "-rf", "/etc/init.d")
         assert machine.ask("sh", "-c", "command -v cc gcc make").stdout == ""
         assert machine.run("cat", "/proc/net/route").count("\n") == 1  # the heading
         said = machine.run("sh", "-c", f"umask 077; {UNPACKED}/willi-{OLD}/install.sh 2>&1")
