@@ -292,6 +292,7 @@ def test_a_client_that_hangs_up_within_a_group_delivers_nothing(willi: Willi, up
         lines = [MAIL, BOB, BEN, b"DATA"]
         with greeted(willi) as client:
             client.send(group(*lines[: lines.index(line) + 1]))
+    upstream.connection(2)
     upstream.wait_for_ends()
     assert upstream.messages == []
 
