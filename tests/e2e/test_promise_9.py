@@ -279,7 +279,7 @@ OUR_VERBS = {b"EHLO", b"HELO", b"XCLIENT", b"MAIL", b"RCPT", b"RSET", b"QUIT"}
         b'RCPT TO:<"%s>"@b.example>',
         b"RCPT TO:<@a.example%s:bob@b.example>",
         b"DATA%sx",
-        b"BDAT 1%sLAST",
+        b"BDAT 1 LA%sST",
     ],
     ids=repr,
 )
@@ -343,7 +343,7 @@ def test_content_behind_a_refused_data_is_no_way_in(willi: Willi, upstream: Scri
     client = greeted(willi)
     client.send(MAIL + b"\r\n" + BOB + b"\r\nDATA\r\nSubject: x\r\n\r\nQUIT\r\n.\r\n")
     codes = [client.read_reply().code for _ in range(6)]
-    assert codes == [250, 550, 503, 500, 500, 221]
+    assert codes == [250, 550, 554, 500, 500, 221]
     client.expect_eof()
     assert upstream.messages == []
 
