@@ -14,6 +14,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --use-pe
 # A run of tests with an end. A worker that dies is replaced as often as it takes.
 TESTS := $(BIN)/python -m tests.runner --numprocesses 3 --dist loadfile --max-worker-restart 1000
 PYTEST ?=
+E2E ?= tests/e2e
 CHAOS_MINUTES = $(shell expr $(SECONDS) / 60 + 15)
 CHECKED := $(wildcard willi.py demo.py release.py) willi_lib bench tests
 
@@ -27,7 +28,7 @@ help:
 	@echo "make e2e     the tests with whole Willis alone; what is missing is left out, with the reason"
 	@echo "make test-pythons"
 	@echo "             \`make check\` and the tests of whole Willis that need no root, with each Python from 3.10 to 3.14 that"
-	@echo "             is here; PYTHONS=\"3.10 3.13\" chooses some"
+	@echo "             is here; PYTHONS=\"3.10 3.13\" and E2E=tests/e2e/test_starttls.py choose some"
 	@echo "make chaos   mail goes through Willi while everything breaks; SECONDS=3600 is longer, SEED=7 draws the same again;"
 	@echo "             as root it installs the servers that are missing"
 	@echo "make fuzz    INPUTS=1000000 octets of strangers against the protocol code and whole sessions; SEED=7 as above"
@@ -78,10 +79,10 @@ test: venv
 	wait $$types && exit $$tests
 
 e2e: venv
-	@$(TESTS) --minutes 20 --quiet $(PYTEST) tests/e2e
+	@$(TESTS) --minutes 20 --quiet $(PYTEST) $(E2E)
 
 test-pythons:
-	@tests/pythons.sh $(PYTHONS)
+	@E2E="$(E2E)" tests/pythons.sh $(PYTHONS)
 
 chaos: venv
 	@tests/install-packages.sh tests/e2e/packages.txt

@@ -26,7 +26,7 @@ find_python() {
 # $1: Python, $2: directory of its virtual environment. A test that lacks something says so and is skipped.
 run_tests() {
     make check VENV="$2" PYTHON="$1" &&
-        env -u CI WILLI_TESTS_ROOT=no make e2e VENV="$2" PYTHON="$1"
+        env -u CI WILLI_TESTS_ROOT=no make e2e VENV="$2" PYTHON="$1" E2E="${E2E:-tests/e2e}"
 }
 
 # Debian testing in $home/root: the mirror of this machine; `make` and what the tests need of a system.
@@ -66,7 +66,7 @@ for version in "${VERSIONS[@]}"; do
         run_tests "$python" ".venvs/$version" && result=passed || result=FAILED
     elif [ "$version" = "${VERSIONS[-1]}" ] && [ "$(id -u)" = 0 ] && command -v mmdebstrap >/dev/null; then
         if make_testing; then
-            in_testing /willi/tests/pythons.sh "$version" && result="passed (Debian $TESTING)" || result="FAILED (Debian $TESTING)"
+            in_testing E2E="${E2E:-}" /willi/tests/pythons.sh "$version" && result="passed (Debian $TESTING)" || result="FAILED (Debian $TESTING)"
         else
             result="FAILED: no Debian $TESTING could be made"
         fi
