@@ -24,7 +24,7 @@ CHECKED := $(wildcard willi.py demo.py release.py) willi_lib bench tests
 help:
 	@echo "make demo    two upstream servers and Willi in between: see mail being routed (Ctrl-C ends it)"
 	@echo "make check   ruff, mypy --strict and the unit tests: seconds"
-	@echo "make test    everything, with real servers; as root it installs those that are missing"
+	@echo "make test    everything, with real servers; as root it installs those that are missing; MINUTES=60: an hour at most"
 	@echo "make e2e     the tests with whole Willis alone; what is missing is left out, with the reason"
 	@echo "make test-pythons"
 	@echo "             \`make check\` and the tests of whole Willis that need no root, with each Python from 3.10 to 3.14 that"
@@ -67,7 +67,7 @@ demo: $(VENV)/demo
 check: venv
 	@$(BIN)/ruff check $(CHECKED)
 	@$(BIN)/mypy --strict $(CHECKED) & types=$$!; \
-	$(TESTS) --minutes 10 --quiet --ignore=tests/e2e --ignore=tests/fuzz --ignore=tests/chaos; tests=$$?; \
+	$(TESTS) --minutes $(MINUTES) --quiet --ignore=tests/e2e --ignore=tests/fuzz --ignore=tests/chaos; tests=$$?; \
 	wait $$types && exit $$tests
 
 # In the order of the files: chaos, which takes longest, comes first.
@@ -75,11 +75,11 @@ test: venv
 	@tests/install-packages.sh tests/e2e/packages.txt
 	@$(BIN)/ruff check $(CHECKED)
 	@$(BIN)/mypy --strict $(CHECKED) & types=$$!; \
-	CHAOS_SECONDS=60 WILLI_THOROUGH=1 $(TESTS) --minutes 30 --no-loadscope-reorder $(PYTEST); tests=$$?; \
+	CHAOS_SECONDS=60 WILLI_THOROUGH=1 $(TESTS) --minutes $(MINUTES) --no-loadscope-reorder $(PYTEST); tests=$$?; \
 	wait $$types && exit $$tests
 
 e2e: venv
-	@$(TESTS) --minutes 20 --quiet $(PYTEST) $(E2E)
+	@$(TESTS) --minutes $(MINUTES) --quiet $(PYTEST) $(E2E)
 
 test-pythons:
 	@E2E="$(E2E)" tests/pythons.sh $(PYTHONS)
