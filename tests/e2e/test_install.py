@@ -244,7 +244,7 @@ def test_the_commands_that_install_sh_proposes_lead_to_a_running_willi(machine, 
         machine.path(CONF).write_text(edited)  # keeps owner and mode, as an editor does
         machine.path(f"{ETC}/upstream_servers.csv").write_text(f"pattern;server\nb.example;{upstream.server}\n")
         upstream.answers[NOBODY] = reply("454 4.7.1 Relay access denied")
-        assert f"ok     csv:{ETC}/upstream_servers.csv: 1 patterns" in machine.run("sh", "-c", check)
+        assert f"ok     csv:{ETC}/upstream_servers.csv: 1 pattern" in machine.run("sh", "-c", check)
         machine.run("sh", "-c", start)
         send_message(machine, upstream)
 

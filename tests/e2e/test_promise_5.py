@@ -73,7 +73,7 @@ WAYS: dict[str, Way] = {"DATA": by_data, "BDAT": by_bdat, "three chunks": by_thr
 
 
 def some_text(seed: int, size: int) -> bytes:
-    """Lines of any octets and lengths, many with dots in the wrong places; the size is met exactly."""
+    """Lines of nearly any octets and lengths, many with dots in the wrong places; the size is met exactly."""
     chosen = random.Random(seed)
     pool = chosen.randbytes(1 << 16).translate(bytes.maketrans(b"\r\n", b".."))
     lines = []
@@ -81,7 +81,10 @@ def some_text(seed: int, size: int) -> bytes:
     while left > 0:
         length = min(left, chosen.choice((2, 3, 4, 5, 62, 80, 1000, 4000)))
         start = chosen.randrange(len(pool) - length)
-        lines.append((b"." * chosen.randrange(3) + pool[start : start + length])[: length - 2] + b"\r\n")
+        octets = pool[start : start + length]
+        if length < 10:  # a line of NULs and a dot does not stay as it is: see test_promise_9.py
+            octets = octets.replace(b"\0", b"x")
+        lines.append((b"." * chosen.randrange(3) + octets)[: length - 2] + b"\r\n")
         left -= length if left - length != 1 else length - 1
     return b"".join(lines)[-size:]
 
