@@ -16,6 +16,8 @@ TESTS := $(BIN)/python -m tests.runner --numprocesses 3 --dist loadfile --max-wo
 PYTEST ?=
 E2E ?= tests/e2e
 CHAOS_MINUTES = $(shell expr $(SECONDS) / 60 + 15)
+# Tests start Willi a thousand times: without kept bytecode each start compiles all of it, a third of its CPU time.
+unexport PYTHONDONTWRITEBYTECODE
 CHECKED := $(wildcard willi.py demo.py release.py) willi_lib bench tests
 
 .DEFAULT_GOAL := help

@@ -81,7 +81,7 @@ class Child:
             for _ in range(MAX_PACKETS):
                 packet = self.channel.recv(MAX_WORDS)
                 if packet.startswith(NEWS):
-                    self.generation.news.take(json.loads(packet[len(NEWS) :]))
+                    self.generation.news.take(json.loads(packet[len(NEWS) :]), self.pid)
                 elif packet and len(self.words) < MAX_WORDS:
                     self.words += packet
         if self.state is State.STARTING and self.words == READY:

@@ -38,25 +38,30 @@ class News:
         self.tables: dict[str, Held] = {}  # that they hold, by file
         self._before = held or {}
         self._faults: dict[str, list[str]] = {}  # by mapping
+        self._faulty: dict[str, set[int]] = {}  # by mapping: the workers that have met these faults
 
-    def take(self, message: Message) -> None:
-        """Note what is told of a table, and log it if it is new."""
+    def take(self, message: Message, worker: int) -> None:
+        """Note what a worker (its process id) tells of a table, and log it if it is new."""
         if "faults" in message:
-            self._take_faults(message["mapping"], message["text"], message["faults"])
+            self._take_faults(message["mapping"], message["text"], message["faults"], worker)
         else:
             stamp, *others = message["held"]
-            self._take_table(message["mapping"], message["file"], Held(Stamp(*stamp), *others))
+            self._take_table(message["mapping"], message["file"], Held(Stamp(*stamp), *others), worker)
 
-    def _take_faults(self, mapping: str, text: str, faults: list[str]) -> None:
+    def _take_faults(self, mapping: str, text: str, faults: list[str], worker: int) -> None:
         if self._faults.get(mapping) == [text, *faults]:
+            self._faulty[mapping].add(worker)
             return
-        self._faults[mapping] = [text, *faults]
+        self._faults[mapping], self._faulty[mapping] = [text, *faults], {worker}
         for fault in faults:
             log.error(text, mapping=mapping, error=fault)
 
-    def _take_table(self, mapping: str, file: str, held: Held) -> None:
+    def _take_table(self, mapping: str, file: str, held: Held, worker: int) -> None:
         known, self.tables[file] = self.tables.get(file), held
-        was_faulty = self._faults.pop(mapping, None)
+        was_faulty = worker in self._faulty.get(mapping, ())
+        if was_faulty or held != known:  # else it is a slow worker, which tells of the file before the fault
+            self._faults.pop(mapping, None)
+            self._faulty.pop(mapping, None)
         before = (known or self._before.get(file) or held).patterns
         shrunk = before >= MANY_PATTERNS and held.patterns < before / 2  # perhaps its end is missing
         if not held.patterns and known != held:
