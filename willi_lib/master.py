@@ -12,6 +12,7 @@ import resource
 import signal
 import socket
 from collections.abc import Callable
+from functools import partial
 from time import monotonic, time
 from typing import NoReturn
 
@@ -84,9 +85,10 @@ def run_alone(settings: Settings) -> None:
     from .mapping_watch import Start
     from .status import serving as status
 
+    news = partial(News().take, worker=os.getpid())
     try:
         tls = server_tls(settings)
-        serving = worker.Worker(settings, tls, listeners.sockets, Row(board, 0), links, News().take, Start())
+        serving = worker.Worker(settings, tls, listeners.sockets, Row(board, 0), links, news, Start())
     except worker.STARTUP_FAULTS as faults:
         raise Unusable(str(faults)) from None
     log.info("Ready", listen=str(listeners), pid=os.getpid())
