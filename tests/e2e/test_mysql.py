@@ -276,7 +276,7 @@ def test_a_new_password_in_its_file_needs_no_signal(
     with greeted(willi) as client:
         assert rcpt(client, "bob@b.example") == OK
     mariadb.query(f"ALTER USER {account} IDENTIFIED BY 'new'")
-    willi.wait_for_log(msg="Reloaded", seconds=60)
+    willi.wait_for_reload()
     with greeted(willi) as client:
         assert rcpt(client, "bob@b.example") == OK
 

@@ -163,7 +163,7 @@ def test_a_reload_waits_when_too_many_old_workers_drain(start_willi: StartWilli,
     assert len(willi.workers) == 4
     assert accepted(willi)
     clients[0].command(b"QUIT")
-    willi.wait_for_log(msg="Reloaded", count=4)
+    willi.wait_for_reload(4)
     with willi.connect(greeting=False) as client:
         assert str(client.read_reply()) == "220 last.example ESMTP Willi"
     for client in clients[1:]:
@@ -405,7 +405,7 @@ def test_a_renewed_certificate_needs_no_signal(
     renewed = certificates.issue("renewed.example")
     for new, name in ((renewed.cert, cert), (renewed.key, key)):
         Path(shutil.copy(new, tmp_path / "new")).replace(name)
-    willi.wait_for_log(msg="Reloaded", seconds=60)
+    willi.wait_for_reload()
     assert willi.lines(msg="A certificate or password has changed")
     assert certificate_of(willi) not in (old, b"")
 
@@ -422,13 +422,13 @@ def test_a_certificate_whose_reload_failed_for_another_reason_is_not_forgotten(
     for text in (FAILED, "the old table stays"):
         willi.tolerate(text)
     old, table = certificate_of(willi), willi.csv.read_text()
-    willi.csv.write_text("pattern;server\nb.example;host;perhaps\n")
+    willi.replace_csv("pattern;server\nb.example;;\n")
     renewed = certificates.issue("renewed-too.example")
     for new, name in ((renewed.cert, cert), (renewed.key, key)):
         Path(shutil.copy(new, tmp_path / "new")).replace(name)
-    willi.wait_for_log(msg=FAILED, seconds=60)
-    willi.csv.write_text(table)
-    willi.wait_for_log(msg="Reloaded", seconds=60)
+    willi.wait_for_log(msg=FAILED, error=f"{willi.csv}:2: no server: a line is pattern;server;tls_verify")
+    willi.replace_csv(table)
+    willi.wait_for_reload()
     assert certificate_of(willi) not in (old, b"")
 
 

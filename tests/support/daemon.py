@@ -182,6 +182,15 @@ class Willi:
         self.wait_for_log(msg="Reloaded", count=len(reloads) + 1, seconds=PATIENCE)
         self.wait_for_log(msg="Draining", count=draining + old)
 
+    def wait_for_reload(self, count: int = 1) -> None:
+        """Wait until so many reloads since the start are over, and only the new workers take clients.
+
+        "Reloaded" alone is too early: a worker that has just been told to drain may still accept one.
+        """
+        self.wait_for_log(msg="Reloaded", count=count)
+        before = [*self.lines(msg="Ready"), *self.lines(msg="Reloaded")][:count]
+        self.wait_for_log(msg="Draining", count=sum(int(line["workers"]) for line in before))
+
     def change(self, settings: Mapping[str, Setting]) -> None:
         """Have a new file, with some settings changed."""
         self.settings.update(settings)
