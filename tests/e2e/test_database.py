@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import socket
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
@@ -17,7 +19,7 @@ import pymysql.connections
 import pytest
 
 from tests.support.certificates import Authority
-from tests.support.loopback import HOST, PATIENCE, free_port
+from tests.support.loopback import HOST, PATIENCE, ROOT, free_port
 from tests.support.mariadb import PASSWORD, QUERY, USER, Mariadb
 from willi_lib.routing import LookupFailed, Policy, Route, parse_servers
 from willi_lib.routing.database import Access, Database, Down, Host, TooSlow
@@ -379,6 +381,24 @@ def test_an_account_with_ed25519_is_told_what_to_do(mariadb: Mariadb, open_datab
     finally:
         mariadb.query("DROP USER IF EXISTS modern@'127.0.0.1'")
         mariadb.query("UNINSTALL SONAME 'auth_ed25519'")
+
+
+def test_a_lack_of_threads_is_called_what_it_is():
+    """In a process whose memory has no room for the stack of another thread, which the look-up of a name needs."""
+    without_threads = ["prlimit", "--as=2000000000", "--stack=4000000000"]
+    code = f"""
+from gevent import monkey
+monkey.patch_all(ssl=False)
+from willi_lib.routing import Policy
+from willi_lib.routing.database import Access, Database, Down, Host
+try:
+    Database(Access((Host("localhost", 1),)), {QUERY!r}, Policy(), "mysql:t").ask("b.example")
+except Down as error:
+    print(error)
+"""
+    command = [*without_threads, sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE, check=True)
+    assert done.stdout.startswith("localhost:1: can't start new thread: the system gives Willi no more threads")
 
 
 @pytest.mark.parametrize("first", ["mute", "dead"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import sys
 from pathlib import Path
 
@@ -11,7 +12,8 @@ from tests.conftest import StartUpstream, StartWilli
 from tests.support.certificates import Authority
 from tests.support.daemon import Setting, Willi
 from tests.support.dns import DnsServer, Fault
-from tests.support.loopback import wait_until
+from tests.support.loopback import HOST, need, wait_until
+from tests.support.network import Host
 from tests.support.promise import greeted, in_data, in_envelope, rcpt
 from tests.support.talk import BOB, CARL, LOST, MAIL, NO_ANSWER, QUEUED, SENDER_KEPT, chunk, content, deliver, say
 from tests.support.upstream import ScriptedUpstream
@@ -183,6 +185,31 @@ def test_too_few_descriptors_are_a_451_and_pass(
         assert deliver(client, CARL) == QUEUED
     assert other.connections == [], "what we lack marks no host as down"
     willi.end()
+
+
+def test_without_a_local_port_no_host_is_marked_as_down(
+    start_willi: StartWilli, start_upstream: StartUpstream, tmp_path: Path
+):
+    """All ports that a connection may come from are in use, on a machine of its own."""
+    need("ip", "unshare", "nsenter", root=True)
+    (tmp_path / "resolv.conf").touch()
+    machine = Host(tmp_path / "resolv.conf")
+    try:
+        with machine.inside():
+            first, other = start_upstream(), start_upstream()
+            table = f"pattern;server\nb.example;{first.server}\nc.example;{first.server},{other.server}\n"
+            willi = start_willi(csv=table, prefix=machine.prefix, probe=False)
+            willi.tolerate("Upstream failed")
+            client, taken = greeted(willi), socket.create_server((HOST, 0))
+            port = taken.getsockname()[1]
+            machine.run("sh", "-c", f"echo {port} {port} >/proc/sys/net/ipv4/ip_local_port_range")
+        assert say(client, MAIL, BOB) == [SENDER_KEPT, NO_ANSWER]
+        willi.wait_for_log(error=f"{first.server}: Cannot assign requested address")
+        taken.close()
+        assert deliver(client, CARL) == QUEUED
+        assert (len(first.messages), other.connections) == (1, [])
+    finally:
+        machine.stop()
 
 
 def test_without_a_descriptor_for_it_a_client_is_told_421_at_once(tmp_path: Path, upstream: ScriptedUpstream):
