@@ -13,7 +13,8 @@ from tests.support.loopback import PATIENCE
 from willi_lib.routing import Answer, LookupFailed, Policy, Route, parse_servers
 from willi_lib.routing import mysql as module
 from willi_lib.routing.database import Access, Database, Down, Host, TooSlow, _Routes, statement_of
-from willi_lib.routing.mysql import Mysql, Notice
+from willi_lib.routing.last_row import LastRow
+from willi_lib.routing.mysql import NO_ROW, Mysql, Notice
 
 TIMEOUT = 1.0  # seconds for a recipient
 QUERY = "SELECT server FROM routes WHERE pattern = ?"
@@ -56,9 +57,13 @@ class Table:
 class Watched:
     """A mapping over a table, and what it told."""
 
-    def __init__(self, table: Table, cache_ttl: float = 60.0, cache_size: int = 1000, stale_ttl: float = 60.0) -> None:
+    def __init__(
+        self, table: Table, cache_ttl: float = 60.0, cache_size: int = 1000, stale_ttl: float = 60.0,
+        last_row: LastRow | None = None,
+    ) -> None:  # fmt: skip
         self.notices: list[Notice] = []
-        self.mapping = Mysql("mysql:t", table, TIMEOUT, cache_ttl, cache_size, stale_ttl, self.notices.append)
+        shared = last_row or LastRow()
+        self.mapping = Mysql("mysql:t", table, TIMEOUT, cache_ttl, cache_size, stale_ttl, self.notices.append, shared)
 
     def find(self, *keys: str) -> list[Answer]:
         """The answers up to the first match, as `search` takes them."""
@@ -385,6 +390,7 @@ def test_after_stale_ttl_nothing_serves(table: Table, time):
 
 def test_an_old_no_never_becomes_a_definite_one(table: Table, time):
     watched = Watched(table)
+    watched.find("b")
     assert watched.find("ann@c", "c") == [Answer(None, "asked")] * 2
     time(61)
     table.fault = Down("refused")
@@ -394,6 +400,7 @@ def test_an_old_no_never_becomes_a_definite_one(table: Table, time):
 
 def test_a_fresh_no_is_definite_even_while_the_database_is_down(table: Table):
     watched = Watched(table)
+    watched.find("b")
     watched.find("ann@c", "c")
     table.fault = Down("refused")
     watched.fails("x")
@@ -419,6 +426,8 @@ def test_a_row_that_was_there_and_is_missing_is_no_definite_no_for_a_minute(tabl
     time(61)
     watched.fails("b")
     time(61)
+    assert watched.find("b") == [Answer(None, "unsure")], "the table may still be empty"
+    watched.find("bob@b")
     assert watched.find("b") == [Answer(None, "asked")]
     assert watched.find("b") == [Answer(None, "cache")]
 
@@ -444,7 +453,60 @@ def test_a_no_is_confirmed_once_and_not_beyond_the_end_of_the_last_row_itself(ta
     table.routes.clear()
     watched.fails("d")
     time(61)
-    assert watched.find("d") == [Answer(None, "asked")]
+    assert watched.find("d") == [Answer(None, "unsure")]
+
+
+def test_a_worker_that_has_found_no_row_is_as_careful_as_the_one_that_has(table: Table, time):
+    last_row = LastRow()
+    watched, other = Watched(table, last_row=last_row), Watched(table, last_row=last_row)
+    watched.find("b")
+    rows, table.routes = table.routes, {}
+    for _ in range(2):
+        assert str(other.fails("ann@c", "c")) == "the row for 'b' was there, and is missing"
+        assert str(other.fails("b")) == "the row for 'b' was there, and is missing"
+        time(20)
+    assert [(notice.level, notice.error) for notice in other.notices] == [("warn", "b")]
+    time(61)
+    assert other.find("c") == [Answer(None, "unsure")], "a row is missing, and none has been found since"
+    table.routes = rows
+    watched.find("b")
+    assert other.find("c") == [Answer(None, "asked")]
+
+
+def test_before_the_database_has_shown_a_row_a_no_is_not_definite_and_not_remembered(table: Table):
+    watched = Watched(table)
+    for _ in range(2):
+        assert watched.find("ann@c", "c") == [Answer(None, "asked"), Answer(None, "unsure")]
+    assert [(notice.level, notice.text) for notice in watched.notices] == [("warn", NO_ROW)]
+    watched.find("b")
+    assert watched.find("ann@c", "c") == [Answer(None, "asked")] * 2
+
+
+def test_a_row_that_another_worker_has_seen_since_confirms_a_no_without_a_query(table: Table):
+    last_row = LastRow()
+    watched, other = Watched(table, last_row=last_row), Watched(table, last_row=last_row)
+    watched.find("b")
+    other.find("c")
+    watched.find("bob@b")
+    table.asked.clear()
+    assert other.find("c") == [Answer(None, "cache")]
+    assert table.asked == []
+
+
+def test_half_a_write_of_the_last_row_counts_as_none():
+    last_row = LastRow()
+    assert last_row.read() == ("", 0.0)
+    last_row.note("münchen.example", 12.5)
+    assert last_row.read() == ("münchen.example", 12.5)
+    last_row.forget("b.example")
+    assert last_row.read() == ("münchen.example", 12.5)
+    last_row._memory[20:21] = b"?"
+    assert last_row.read() == ("", 0.0)
+    last_row.note("x" * 2000, 1.0)
+    assert last_row.read() == ("", 0.0), "a key that has no room is not noted"
+    last_row.note("b.example", 13.0)
+    last_row.forget("b.example")
+    assert last_row.read()[0] == ""
 
 
 def test_a_no_that_cannot_be_confirmed_is_a_failure(table: Table):

@@ -11,14 +11,15 @@ import json
 import os
 import signal
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from enum import Enum, auto
 from time import monotonic
 
-from .config import Settings
+from .config import MysqlSettings, Settings
 from .news import News
+from .routing.last_row import LastRow
 from .scoreboard import Scoreboard
 from .tls import ServerTls
 
@@ -50,6 +51,7 @@ class Generation:
     settings: Settings
     board: Scoreboard
     tls: ServerTls
+    last_rows: Mapping[MysqlSettings, LastRow]
     news: News = field(default_factory=News)
 
 

@@ -13,10 +13,12 @@ from gevent.event import AsyncResult
 from gevent.threadpool import ThreadPool
 
 from . import log, news
+from .config import MysqlSettings
 from .mappings import MappingError
 from .routing import Mapping as AnyMapping
 from .routing import csv_file as csv
 from .routing.csv_file import CsvError, CsvFile, Held
+from .routing.last_row import LastRow
 from .routing.mysql import Mysql
 
 ANSWERS_LOST = "Reload while a database is down, remembered answers are lost"
@@ -32,6 +34,7 @@ class Start:
     held: Mapping[str, Held] = field(default_factory=dict)  # by file: the tables of the workers that serve
     alone: bool = False  # there were such workers, and none is left
     reload: news.Reload = ""
+    last_rows: Mapping[MysqlSettings, LastRow] = field(default_factory=dict)  # shared by all workers
 
 
 class DatabaseDown(MappingError):

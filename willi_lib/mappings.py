@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from collections.abc import Mapping as ByKey
 from pathlib import Path
 
 from .config import CsvSettings, MysqlSettings, Settings, StaticSettings
 from .routing import Mapping, Route
 from .routing.csv_file import Aside, CsvFile, at_once
 from .routing.database import Access, Database, Host
+from .routing.last_row import LastRow
 from .routing.mysql import Mysql, Notice
 from .routing.static import Static
 
@@ -24,20 +26,23 @@ def open_mappings(
     pause: Callable[[], None] = lambda: None,
     tell: Callable[[Notice], None] = lambda _notice: None,
     aside: Callable[[], Aside] = lambda: at_once,
+    last_rows: ByKey[MysqlSettings, LastRow] | None = None,
 ) -> list[Mapping]:
     """Make them; a CSV file still has to be loaded. A database need not be there.
 
     pause: called now and then while a large file is read, to let others run.
     tell: called with what an administrator should hear of a database, now and later.
     aside: makes what does the work with one file.
+    last_rows: what the workers share of each database.
     Raises MappingError.
     """
-    return [_open(mapping, pause, tell, aside) for mapping in settings.mappings]
+    return [_open(mapping, pause, tell, aside, last_rows or {}) for mapping in settings.mappings]
 
 
 def _open(
     mapping: StaticSettings | CsvSettings | MysqlSettings,
     pause: Callable[[], None], tell: Callable[[Notice], None], aside: Callable[[], Aside],
+    last_rows: ByKey[MysqlSettings, LastRow],
 ) -> Mapping:  # fmt: skip
     if isinstance(mapping, StaticSettings):
         name = f"static:{mapping.name}"
@@ -51,7 +56,10 @@ def _open(
         database = open_database(mapping)
     except ValueError as fault:
         raise MappingError(f"mapping {mapping.name}: {fault}") from None
-    return Mysql(name, database, mapping.timeout, mapping.cache_ttl, mapping.cache_size, mapping.stale_ttl, tell)
+    return Mysql(
+        name, database, mapping.timeout, mapping.cache_ttl, mapping.cache_size, mapping.stale_ttl,
+        tell, last_rows.get(mapping),
+    )  # fmt: skip
 
 
 def open_database(mapping: MysqlSettings) -> Database:

@@ -11,7 +11,7 @@ import os
 import resource
 import signal
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from time import monotonic, time
 from typing import NoReturn
@@ -25,6 +25,7 @@ from .news import News, Reload
 from .process_name import name_process
 from .reload import write_answer
 from .reports import Links, Report
+from .routing.last_row import LastRow
 from .scoreboard import Row, Scoreboard
 from .status.keeper import Keeper, status_addresses
 from .tls import CertificateError, server_tls
@@ -88,7 +89,8 @@ def run_alone(settings: Settings) -> None:
     news = partial(News().take, worker=os.getpid())
     try:
         tls = server_tls(settings)
-        serving = worker.Worker(settings, tls, listeners.sockets, Row(board, 0), links, news, Start())
+        start = Start(last_rows=_last_rows(settings))
+        serving = worker.Worker(settings, tls, listeners.sockets, Row(board, 0), links, news, start)
     except worker.STARTUP_FAULTS as faults:
         raise Unusable(str(faults)) from None
     log.info("Ready", listen=str(listeners), pid=os.getpid())
@@ -133,6 +135,14 @@ def _board_for(settings: Settings, present: Scoreboard | None = None) -> Scorebo
     if present and present.rows >= rows and present.rates >= rates:
         return present
     return Scoreboard(rows, rates)
+
+
+def _last_rows(
+    settings: Settings, present: Mapping[MysqlSettings, LastRow] | None = None
+) -> dict[MysqlSettings, LastRow]:
+    """Of each database; the present one as long as its settings are the same."""
+    databases = [mapping for mapping in settings.mappings if isinstance(mapping, MysqlSettings)]
+    return {database: (present or {}).get(database) or LastRow() for database in databases}
 
 
 class Facts:
@@ -272,8 +282,9 @@ class Master:
         except CertificateError as error:
             raise Unusable(str(error)) from None
         if before is None:
-            return Generation(settings, _board_for(settings), tls)
-        return Generation(settings, _board_for(settings, before.board), tls, News(before.news.tables))
+            return Generation(settings, _board_for(settings), tls, _last_rows(settings))
+        last_rows = _last_rows(settings, before.last_rows)
+        return Generation(settings, _board_for(settings, before.board), tls, last_rows, News(before.news.tables))
 
     def _begin(self, generation: Generation) -> None:
         """Start the workers of a file; `_listen` goes on when they are ready. Raises CannotBind, CannotStart."""
@@ -413,7 +424,8 @@ class Master:
             from .mapping_watch import Start
 
             alone = not any(child.state is State.SERVING for child in self._children)
-            start = Start(self._current.news.tables, alone, self._reload if generation is self._candidate else "")
+            reload = self._reload if generation is self._candidate else ""
+            start = Start(self._current.news.tables, alone, reload, generation.last_rows)
             row = Row(generation.board, number)
             settings, tls = generation.settings, generation.tls
             status = worker.run(settings, tls, self._listeners.sockets, row, links, channel, start)

@@ -195,7 +195,7 @@ class Worker:
         self._settings = settings
         resolver = self._resolver = Resolver(settings.dns_timeout)
         resolver.serve_all_sockets()
-        self._mappings = open_mappings(settings, pause=give_way, tell=_log_notice, aside=FileThread)
+        self._mappings = open_mappings(settings, give_way, _log_notice, FileThread, start.last_rows)
         self._mapping_watch = MappingWatch(self._mappings, tell)
         self._mapping_watch.load(start)
         counts = self._counts = Counts()

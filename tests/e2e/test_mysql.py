@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import re
 import shutil
 import signal
@@ -36,6 +37,7 @@ from tests.support.talk import (
     say_together,
 )
 from tests.support.upstream import ScriptedUpstream
+from willi_lib.routing.mysql import NO_ROW
 
 NO_ROUTE = "554 5.7.1 Relay access denied"
 CANNOT_LOOK_UP = "451 4.3.0 Cannot look up this address now"
@@ -406,6 +408,49 @@ def test_a_table_that_is_emptied_and_filled_again_bounces_no_mail(
         assert rcpt(client, "bob@c.example") == OK
         assert rcpt(client, "bob@d.example") == NO_ROUTE
     assert willi.wait_for_log(lvl="warn", mapping="mysql:db")["error"] == "b.example"
+
+
+@pytest.mark.parametrize("change", ["reload", "replacement"])
+def test_a_new_worker_says_no_definite_no_from_a_table_that_is_empty_for_a_moment(
+    change: str, mariadb: Mariadb, routed: StartWithDatabase, upstream: ScriptedUpstream
+):
+    rows = [(f"{letter}.example", upstream.server, False) for letter in "bc"]
+    name = mariadb.table(*rows)
+    willi = routed(database=name, cache_ttl="0s")
+    with greeted(willi) as client:
+        assert rcpt(client, "bob@b.example") == OK
+    mariadb.query(f"TRUNCATE TABLE {name}.routes")
+    if change == "reload":
+        willi.reload()
+    else:
+        willi.tolerate("Worker ended by itself")
+        [pid] = willi.workers
+        os.kill(pid, signal.SIGKILL)
+        willi.wait_for_log(msg="Worker replaced")
+    with greeted(willi) as client:
+        assert rcpt(client, "bob@c.example") == CANNOT_LOOK_UP
+        with mariadb.connect() as connection, connection.cursor() as cursor:
+            cursor.executemany(f"INSERT INTO {name}.routes VALUES (%s, %s, %s)", rows)
+        assert rcpt(client, "bob@c.example") == OK
+        assert rcpt(client, "bob@d.example") == NO_ROUTE
+
+
+def test_an_empty_table_bounces_no_mail_at_the_start_and_a_later_mapping_serves(
+    mariadb: Mariadb, routed: StartWithDatabase, upstream: ScriptedUpstream, start_willi: StartWilli
+):
+    name = mariadb.table()
+    willi = routed(database=name)
+    with greeted(willi) as client:
+        assert rcpt(client, "bob@b.example") == CANNOT_LOOK_UP
+        mariadb.query(f"INSERT INTO {name}.routes VALUES ('b.example', '{upstream.server}', false)")
+        assert rcpt(client, "bob@c.example") == CANNOT_LOOK_UP, "no row has been found yet"
+        assert rcpt(client, "bob@b.example") == OK
+        assert rcpt(client, "bob@c.example") == NO_ROUTE
+    assert len(willi.lines(msg=NO_ROW)) == 1
+    rest = {"type": "static", "server": upstream.server, "tls_verify": "no"}
+    willi = start_willi(mappings={"db": mariadb.mapping(mariadb.table()), "rest": rest})
+    with greeted(willi) as client:
+        assert rcpt(client, "bob@c.example") == OK
 
 
 @pytest.mark.parametrize(

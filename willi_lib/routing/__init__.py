@@ -15,13 +15,13 @@ from typing import Literal, NamedTuple, Protocol
 from unicodedata import category, name, normalize
 
 DEFAULT_PORT = 25
-UNSURE = "the table is empty, or its file is being written"
+UNSURE = "the table is empty, or is being written"
 MAX_HOST_NAME = 253  # characters, RFC 1035 §2.3.4 without length octets
 
 UpstreamTls = Literal["auto", "always", "require", "never"]
 Xclient = Literal["try", "require", "no"]
 SendProxy = Literal["no", "v1", "v2"]
-# Of an answer: "" a table in memory; unsure: one that is empty or may be half a file, so that its "no" is not definite;
+# Of an answer: "" a table in memory; unsure: one that is empty or may lack rows, so that its "no" is not definite;
 # stale: too old, but there is no other.
 Origin = Literal["", "unsure", "asked", "cache", "stale"]
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from math import inf
 from time import monotonic
 from traceback import format_exception
 from typing import Literal, NamedTuple, Protocol
@@ -23,12 +24,14 @@ from gevent.event import AsyncResult
 
 from willi_lib.routing import Answer, LookupFailed, Route
 from willi_lib.routing.database import NOBODY, Down, TooSlow
+from willi_lib.routing.last_row import LastRow
 
 RETRY_INTERVAL = 5.0  # seconds between sessions that wait for a database that is down ...
 QUICK_RETRY = 1.0  # ... and between tries if they cost nobody any time, as with a refused connection ...
 QUICK = 0.2  # ... that is, failed within this
 CONFIRMATION = 60.0  # seconds a row must be missing until that is believed: a restored table lacks rows for a while
 ROW_IS_MISSING = f"A row is missing, it is believed to be gone after {CONFIRMATION:g} s"
+NO_ROW = "Database has shown no row, until it does what no other mapping has is told 451"
 GRACE = 0.2  # seconds for a query that has just run into the time limit to say why
 
 
@@ -88,11 +91,13 @@ class Mysql:
         self, name: str, database: Source, timeout: float,
         cache_ttl: float, cache_size: int, stale_ttl: float,
         tell: Callable[[Notice], None] = lambda _notice: None,
+        last_row: LastRow | None = None,
     ) -> None:  # fmt: skip
         """timeout: seconds for all keys of a recipient.
         cache_ttl: seconds an answer is used without asking again.
         stale_ttl: seconds after that for which it still serves while the database is down.
         tell: called at the beginning and at the end of an outage.
+        last_row: what the workers share. Without it each "no such row" is believed, as by `willi.py lookup`.
         """
         self.name = name
         self._database = database
@@ -103,7 +108,8 @@ class Mysql:
         self._tell = tell
         self._entries: OrderedDict[str, _Entry] = OrderedDict()  # the one that was used last is the last
         self._asking: dict[str, AsyncResult[Route | None]] = {}
-        self._found = ""  # the key of the row that was found last
+        self._last_row = last_row
+        self._no_row_told = False
         self._answered = 0.0  # when the database last said anything
         self._outage: _Outage | None = None
 
@@ -120,8 +126,8 @@ class Mysql:
             stale = stale or answer.origin == "stale"
             if stale and answer.route is None and number == len(keys):
                 raise LookupFailed("the database is down, and no route is remembered", self._outage is not None)
-            if answer.route is None and number == len(keys):
-                self._confirm_miss(keys, deadline)
+            if answer.route is None and number == len(keys) and not self._is_confirmed(keys, deadline):
+                answer = Answer(None, "unsure")
             yield answer
 
     def close(self) -> None:
@@ -145,23 +151,29 @@ class Mysql:
             return str(why)
         return ""
 
-    def _confirm_miss(self, keys: Sequence[str], deadline: float) -> None:
-        """Look for the row that was found last, unless it was seen after all of these keys were not found.
+    def _is_confirmed(self, keys: Sequence[str], deadline: float) -> bool:
+        """Look for the row that any worker found last, unless it was seen after all of these keys were not found.
 
-        If it is gone as well, the table is empty, or being filled again. Raises LookupFailed.
+        False: no row is known. Raises LookupFailed: that row is missing, too, so the table is empty or being filled.
+        In both cases the answers for these keys are forgotten.
         """
-        last = self._entries.get(self._found)
+        if self._last_row is None:
+            return True
+        found, seen = self._last_row.read()
+        last = self._entries.get(found)
         misses = [self._entries[key] for key in keys if key in self._entries]
-        if not last or not last.route:
-            return
-        if misses and not last.missing and last.since >= max(miss.since for miss in misses):
-            return
+        if found and misses and not (last and last.missing) and seen >= max(miss.since for miss in misses):
+            return True
+        is_there = False
         try:
-            self._ask(self._found, deadline)
-        except LookupFailed:
-            for key in keys:
+            is_there = bool(found) and self._ask(found, deadline).route is not None
+        finally:
+            for key in keys if not is_there else ():
                 self._entries.pop(key, None)
-            raise
+        if not is_there and not self._no_row_told:
+            self._no_row_told = True
+            self._tell(Notice("warn", NO_ROW, self.name))
+        return is_there
 
     def _answer(self, key: str, deadline: float) -> Answer:
         now = monotonic()
@@ -240,15 +252,30 @@ class Mysql:
         return RuntimeError("".join(format_exception(why)))  # a bug of ours: the log has its traceback
 
     def _remember(self, key: str, route: Route | None) -> None:
-        """Raises LookupFailed: there was a row a moment ago."""
+        """Raises LookupFailed: there was a row a moment ago, which this worker or another one has found."""
         now, before = monotonic(), self._entries.get(key)
-        if route is None and before and before.route and now - (before.missing or now) < CONFIRMATION:
-            if before.missing is None:
+        if route is None and self._was_there(key, before):
+            missing = before and before.missing
+            if missing is None:
+                missing = now
                 self._tell(Notice("warn", ROW_IS_MISSING, self.name, key))
-            self._entries[key] = before._replace(missing=before.missing or now)
-            raise LookupFailed(f"the row for {key!r} was there, and is missing", told=True)
-        self._found = key if route else self._found
-        self._entries[key] = _Entry(route, now)
+            if now - missing < CONFIRMATION:
+                self._put(key, (before or _Entry(None, -inf))._replace(missing=missing))
+                raise LookupFailed(f"the row for {key!r} was there, and is missing", told=True)
+            if self._last_row:
+                self._last_row.forget(key)
+        self._put(key, _Entry(route, now))
+        if self._last_row and route:
+            self._last_row.note(key, now)
+            self._no_row_told = False
+
+    def _was_there(self, key: str, before: _Entry | None) -> bool:
+        if before and (before.route or before.missing is not None):
+            return True
+        return self._last_row is not None and self._last_row.read()[0] == key
+
+    def _put(self, key: str, entry: _Entry) -> None:
+        self._entries[key] = entry
         self._entries.move_to_end(key)
         if len(self._entries) > self._cache_size:
             self._entries.popitem(last=False)
