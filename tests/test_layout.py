@@ -18,7 +18,7 @@ FLOORS = [
     {"smtp"},  # these two know only themselves
     {"routing"},
     {"config", "log", "text", "systemd", "reload", "scoreboard", "limits", "memory", "tls", "counts"}
-    | {"reports", "privileges", "process_name", "file_signature", "key_exchange", "pem_files"},
+    | {"reports", "privileges", "process_name", "file_signature", "key_exchange", "pem_files", "patch"},
     {"jobs", "dns", "mappings", "mapping_watch", "news", "upstream", "listeners", "child", "certificate_files"},
     {"relay", "lookup"},
     {"dispatch"},
@@ -40,7 +40,7 @@ WORLD = {
 # `dns` asks c-ares by way of gevent; `check` is a process of its own and patches it as the worker does.
 KNOW_GEVENT = {
     "smtp.wire", "dns", "routing.mysql", "routing.database", "mapping_watch", "jobs", "check", "worker", "reporter",
-    "status",
+    "status", "patch",
 }  # fmt: skip
 
 

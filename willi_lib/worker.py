@@ -3,15 +3,9 @@
 `run` is a worker of the master's; `Worker.run_alone` is the only process there is.
 """
 
-# ruff: noqa: E402
-
 from __future__ import annotations
 
-from gevent import monkey
-
-# Before the imports below: dnspython keeps the socket class that it finds. Not ssl: wire.py drives TLS itself, and
-# gevent's SSLContext can't do SNI without its own SSLSocket.
-monkey.patch_all(ssl=False)
+from . import patch  # isort: skip  # noqa: F401 -- first of all
 
 import errno
 import gc

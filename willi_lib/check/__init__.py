@@ -1,12 +1,8 @@
 """`willi.py check` and `willi.py lookup`: the questions of somebody at a terminal."""
 
-# ruff: noqa: E402
-
 from __future__ import annotations
 
-from gevent import monkey
-
-monkey.patch_all(ssl=False)  # before the imports below, as in worker.py
+from willi_lib import patch  # isort: skip  # noqa: F401 -- first of all
 
 from willi_lib import log
 from willi_lib.config import Settings

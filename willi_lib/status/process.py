@@ -1,13 +1,8 @@
 """The status process: a child of the master's, on which no mail depends."""
 
-# ruff: noqa: E402
-
 from __future__ import annotations
 
-from gevent import monkey
-
-# Before the imports below, as in worker.py.
-monkey.patch_all(ssl=False)
+from .. import patch  # isort: skip  # noqa: F401 -- first of all
 
 import gc
 import signal
