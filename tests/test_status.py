@@ -247,7 +247,7 @@ def test_a_willi_that_is_well_has_none(totals: Totals):
     [
         (master(workers={}), "No worker serves"),
         (master(wanted=2), "Only 1 of 2 workers serve"),
-        (master(workers={"2": "serving", "3": "serving"}), "1 of 2 workers have not reported for some seconds"),
+        (master(workers={"2": "serving", "3": "serving"}), "1 worker has not reported for some seconds, of 2"),
         (master(stopping=True), "Willi is being stopped"),
         (master(last_reload_error="willi.conf:2: no"), "The last reload failed: willi.conf:2: no"),
         (master(connections=81), "81 of 100 connections are in use (max_connections)"),
@@ -283,6 +283,8 @@ def test_silence_is_a_problem(totals: Totals):
 def test_many_hosts_that_are_down_are_a_few_lines(totals: Totals):
     for number in range(8):
         totals.hosts.note(f"mx{number}", HostState(0, NOW, NOW, "no"), NOW)
+        if number == 5:
+            assert problems(totals)[-1] == "1 more upstream is down"
     assert len(problems(totals)) == 6
     assert problems(totals)[-1] == "3 more upstreams are down"
 

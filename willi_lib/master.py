@@ -28,6 +28,7 @@ from .reports import Links, Report
 from .routing.last_row import LastRow
 from .scoreboard import Row, Scoreboard
 from .status.keeper import Keeper, status_addresses
+from .status.words import several
 from .tls import CertificateError, server_tls
 
 SIGNALS = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGCHLD)
@@ -330,7 +331,8 @@ class Master:
             self._facts.reloaded()
         log.set_up(settings.loglevel, settings.log)
         log.info("Ready" if first else "Reloaded", listen=str(self._listeners), workers=len(new), pid=os.getpid())
-        systemd.notify("READY=1", f"STATUS={len(new)} workers listen on {self._listeners}")
+        workers = several(len(new), "worker listens", "workers listen")
+        systemd.notify("READY=1", f"STATUS={workers} on {self._listeners}")
         if not first:
             self._answer_reload()
 

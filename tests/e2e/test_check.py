@@ -24,7 +24,7 @@ from tests.support.certificates import Authority, Pair
 from tests.support.check import GOOD, NOBODY, WRONG, Finding, about, bad, configure, findings, lines
 from tests.support.daemon import PYTHON, Willi, run_willi
 from tests.support.dns import DnsServer, Fault
-from tests.support.loopback import HOST, PATIENCE, ROOT, free_port, need
+from tests.support.loopback import HOST, PATIENCE, ROOT, free_port, need, wait_until
 from tests.support.talk import reply
 from tests.support.upstream import GREETING, Hold, ScriptedUpstream
 
@@ -369,6 +369,25 @@ def test_a_certificate_for_other_names_is_warned_of(tmp_path: Path, certificates
         found = about(findings(configure(tmp_path, "", f"tls_cert = {pair.cert}\ntls_key = {pair.key}")), "tls_cert")
         assert "".join(one.level for one in found) == level, name
         assert all("no certificate is for mx.willi.example" in one.what for one in found)
+
+
+def test_check_and_top_tell_the_same_days(
+    tmp_path: Path, certificates: Authority, start_willi: StartWilli, upstream: ScriptedUpstream
+):
+    pair = certificates.issue("mx.willi.example")
+    address = f"{HOST}:{free_port()}"
+    tls = {"tls_cert": str(pair.cert), "tls_key": str(pair.key)}
+    willi = start_willi(server=upstream.server, status_listen=address, **tls)
+    by_top = wait_until(lambda: re.findall(r"\d+ days? left", run_willi("top", "-c", willi.config).stdout), "its days")
+    certificate = about(findings(willi.config), str(pair.cert))[0]
+    assert set(by_top) == {"6 days left"} and "(6 days left)" in certificate.what
+
+
+def test_one_is_told_as_one(tmp_path: Path):
+    path = configure(tmp_path, f"b.example;{HOST}:1;no\n")
+    assert about(findings(path), f"csv:{tmp_path}/map.csv")[0].what == "1 pattern"
+    path = configure(tmp_path, f"b.example;{HOST}:1\nc.example;{HOST}:1\n")
+    assert about(findings(path), f"csv:{tmp_path}/map.csv")[0].what == "2 patterns"
 
 
 def test_root_is_told_that_it_is_not_the_service(open_directory: Path):

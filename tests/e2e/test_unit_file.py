@@ -35,6 +35,12 @@ def test_the_unit_is_hardened():
     assert "Overall exposure level for willi.service" in done.stdout
 
 
+def test_the_journal_of_a_busy_host_drops_no_line():
+    """journald's usual limit for a service is 10,000 lines in 30 s."""
+    [limit] = re.findall(r"^LogRateLimitIntervalSec=(.*)$", UNIT.read_text(encoding="utf-8"), re.MULTILINE)
+    assert limit == "0"
+
+
 @pytest.mark.parametrize(("renewed", "copied"), [("mx.example.org", True), ("www.example.org", False)])
 def test_the_hook_for_certbot_copies_one_certificate_only(tmp_path: Path, renewed: str, copied: bool):
     text = UNIT.read_text(encoding="utf-8")

@@ -10,7 +10,7 @@ from willi_lib import VERSION, counts
 from .hosts import HostTotals
 from .overview import Host, Limit, Overview, Table
 from .totals import FRESH, Totals
-from .words import time_left
+from .words import several, time_left
 
 FORGET_FAILURE = 3600.0  # seconds after which a host that nobody has tried again is not called down any more
 EXPIRES_SOON = 14 * 86400.0  # seconds
@@ -130,7 +130,7 @@ def problems(totals: Totals, now: float) -> Iterator[str]:
     for name, host in down[:MAX_NAMED]:
         yield f"The upstream {name} is down: {host.state.error}"
     if len(down) > MAX_NAMED:
-        yield f"{len(down) - MAX_NAMED} more upstreams are down"
+        yield several(len(down) - MAX_NAMED, "more upstream is down", "more upstreams are down")
     yield from problems_of_certificates(totals, now)
     for limit in limits(totals, now):
         if limit.name == "max_connections" and limit.used > NEARLY * limit.most:
@@ -162,4 +162,4 @@ def problems_of_processes(totals: Totals, now: float) -> Iterator[str]:
         yield f"Only {serving} of {master.wanted} workers serve"
     silent = serving - len(totals.fresh_workers(now))
     if silent and serving:
-        yield f"{silent} of {serving} workers have not reported for some seconds"
+        yield several(silent, "worker has", "workers have") + f" not reported for some seconds, of {serving}"
