@@ -342,6 +342,17 @@ def test_check_sees_the_whole_chain(tmp_path: Path, certificates: Authority, mon
     assert over.level == "wrong" and "the certificate of CN=Willi tests below in it ended on " in over.what
 
 
+def test_check_sees_an_authority_of_tomorrow_in_the_chain(
+    tmp_path: Path, certificates: Authority, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("SSL_CERT_FILE", str(certificates.ca))
+    (tmp_path / "authority").mkdir()
+    coming = Authority(tmp_path / "authority", certificates, begins=1, ends=90)
+    said = "the certificate of CN=Willi tests below in it is not good before "
+    found = about_file(tmp_path, coming.issue("mx.willi.example"), coming.ca)
+    assert [one.level for one in found if said in one.what] == ["wrong"]
+
+
 def test_check_sees_a_certificate_of_tomorrow(tmp_path: Path, certificates: Authority):
     tomorrow = about_file(tmp_path, certificates.not_yet_valid("mx.willi.example"))[0]
     assert tomorrow.level == "wrong" and ", but not before " in tomorrow.what

@@ -467,6 +467,30 @@ def test_changed_authorities_of_the_system_are_read_again(
     willi.wait_for_log(msg="Reloaded", seconds=60)
 
 
+@pytest.mark.parametrize("where", ["willi.conf", "a mapping", "a database", "a directory"])
+def test_authorities_are_watched_wherever_they_are_named(
+    where: str, start_willi: StartWilli, upstream: ScriptedUpstream, certificates: Authority, tmp_path: Path
+):
+    directory = tmp_path / "authorities"
+    directory.mkdir()
+    authorities = directory / "ca.pem"
+    authorities.write_bytes(certificates.ca.read_bytes())
+    named = {"upstream_tls_ca": str(authorities)}
+    route = {"type": "static", "server": upstream.server, **(named if where == "a mapping" else {})}
+    database = {"type": "mysql", "host": f"{HOST}:{free_port()}", "tls_ca": str(authorities), "query": "SELECT ?"}
+    willi = start_willi(
+        prefix=in_a_hurry(**{"certificate_files.INTERVAL": 0.2}),
+        mappings={"all": route, **({"db": database} if where == "a database" else {})},
+        environment={"SSL_CERT_DIR": str(directory)} if where == "a directory" else {},
+        **(named if where == "willi.conf" else {}),
+    )
+    willi.tolerate("mysql:db")  # which is down
+    renewed = tmp_path / "renewed.pem"
+    renewed.write_bytes(certificates.ca.read_bytes() * 2)
+    renewed.replace(authorities)
+    willi.wait_for_log(msg="A certificate or password has changed")
+
+
 def test_a_changed_path_of_a_certificate_is_one_reload(
     start_willi: StartWilli, upstream: ScriptedUpstream, certificates: Authority, postfix_certificate: Pair
 ):
