@@ -32,6 +32,14 @@ def test_a_file_that_cannot_be_read_is_a_matter_of_its_group_and_mode(fault: str
     assert done.stdout == f"wrong  {fault} -> {advice}\n"
 
 
+def test_the_readme_has_the_same_advice_for_a_file_that_cannot_be_read():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    done = subprocess.run(
+        [sys.executable, "-c", FAULTS, "/FILE: Permission denied"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.rstrip().partition(" -> ")[2].replace("/FILE", "FILE") in readme
+
+
 @pytest.mark.parametrize("by", ["the path", "a link"])
 def test_in_a_directory_that_is_closed_the_mode_of_the_file_is_no_help(tmp_path: Path, by: str):
     for directory in (tmp_path, *tmp_path.parents):  # pytest's are for their owner only

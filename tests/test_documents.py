@@ -15,6 +15,7 @@ from willi_lib import config
 from willi_lib.config.reader import NO_MAPPING
 from willi_lib.config.settings import ALL_KEYS, MAPPING_KEYS, TOP_KEYS, TYPES, keys_of
 from willi_lib.mappings import open_mappings
+from willi_lib.routing import find_route
 from willi_lib.routing.csv_file import CsvFile
 from willi_lib.smtp import reply as replies
 
@@ -86,6 +87,7 @@ def test_a_mapping_of_the_example_has_the_defaults_without_its_hashes(tmp_path, 
 # README.md and CHANGES.md
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+MONITORING = (ROOT / "docs" / "monitoring.md").read_text(encoding="utf-8")
 CHANGES = (ROOT / "CHANGES.md").read_text(encoding="utf-8")
 QUOTED = re.findall(r"`([^`\n]+)`", README + CHANGES)  # all that stands between backticks in a line
 LOG_LINES = [parse_logfmt(line) for line in re.findall(r"^t=.*", README, re.MULTILINE)]
@@ -165,6 +167,72 @@ def test_the_configuration_of_the_readme_can_be_used(tmp_path):
     assert len(mapping) == 3
 
 
+def test_the_line_for_postmaster_in_the_readme_gives_it_a_route(tmp_path):
+    [line] = [text for text in QUOTED if text.startswith("postmaster@")]
+    settings, _ = re.findall(r"<<END\n(.*?)^    END$", README, re.MULTILINE | re.DOTALL)
+    (tmp_path / "upstream_servers.csv").write_text(f"pattern;server\n{line}\n", encoding="utf-8")
+    loaded = load(tmp_path, textwrap.dedent(settings))
+    [mapping] = open_mappings(loaded)
+    assert isinstance(mapping, CsvFile)
+    mapping.load()
+    assert find_route([mapping], f"postmaster@{loaded.domain}")
+
+
+def test_a_host_name_that_the_status_refuses_is_not_promised(tmp_path):
+    with pytest.raises(config.ConfigError):
+        load(tmp_path, f"status_listen = localhost:8025\n{MAPPING}")
+    promised = set(re.findall(r"status_listen = (\S+?)[`\s]", README + EXAMPLE + MONITORING))
+    assert promised == {"127.0.0.1:8025"}
+
+
+def test_the_first_mail_of_the_readme_goes_in_clear_and_over_tls():
+    in_clear = "swaks --server 127.0.0.1 --to ann@example.org"
+    assert re.findall(r"^    (swaks .*)$", section("Configure"), re.MULTILINE) == [in_clear, f"{in_clear} -tls"]
+    assert "No line of it may say *wrong* before the MX record" in section("Install")
+
+
+def test_what_to_do_after_an_upgrade_of_the_system_is_told_where_it_is_needed():
+    assert "Keep the tarball on the host" in section("Install")
+    assert "run install.sh of the release again" in (ROOT / "willi.py").read_text(encoding="utf-8")
+
+
+# README.md, "Coming from the Go program"
+
+OLD = section("Coming from the Go program")
+
+
+def test_the_database_of_the_go_program_is_written_in_its_new_form(tmp_path):
+    [block] = re.findall(r"^\n((?:      \w+ = .*\n)+)", OLD, re.MULTILINE)
+    new = f"[mappings]\n[[db]]\ntype = mysql\nquery = SELECT server FROM t WHERE pattern = ?\n{textwrap.dedent(block)}"
+    [mapping] = load(tmp_path, new).mappings
+    assert isinstance(mapping, config.MysqlSettings)
+    user, password, host, database = re.findall(r"connection: (\w+):(\w+)@tcp\((.*?)\)/(\w+)\?tls=true", OLD)[0]
+    [server] = mapping.hosts
+    assert (mapping.user, mapping.database, f"{server.host}:{server.port}") == (user, database, host)
+    assert password in block and mapping.tls_ca
+
+
+def test_a_time_of_the_go_program_is_refused_and_its_new_form_taken(tmp_path):
+    [(old, new)] = re.findall(r"what was (\S+) is `(\S+?)`", OLD)
+    with pytest.raises(config.ConfigError):
+        load(tmp_path, f"read_timeout = {old}\n{MAPPING}")
+    assert load(tmp_path, f"read_timeout = {new}\n{MAPPING}").read_timeout == 90.0
+
+
+def test_file_names_are_relative_to_the_directory_of_the_file_now(tmp_path):
+    assert "Now they are relative to the directory of willi.conf" in " ".join(OLD.split())
+    [mapping] = load(tmp_path, "[mappings]\n[[csv]]\ntype = csv\nfile = mapping.csv\n").mappings
+    assert isinstance(mapping, config.CsvSettings)
+    assert mapping.file == str(tmp_path / "mapping.csv")
+
+
+def test_the_facility_and_the_owner_are_those_that_the_service_has():
+    unit = (ROOT / "etc" / "willi.service").read_text(encoding="utf-8")
+    assert "with facility mail" in OLD and "\nSyslogFacility=mail\n" in unit
+    install = (ROOT / "install.sh").read_text(encoding="utf-8")
+    assert "chmod 2750 /opt/willi/etc" in OLD and "install -d -m 2750 -o root -g willi $TARGET/etc" in install
+
+
 # docs/interoperation.md
 
 INTEROPERATION = (ROOT / "docs" / "interoperation.md").read_text(encoding="utf-8")
@@ -180,6 +248,13 @@ def test_the_page_has_the_differences_that_the_tests_allow():
     documented = [[d.name, d.why, d.where, ", ".join(d.servers)] for d in DIFFERENCES]
     assert cells("| What | Why | See | With |") == documented
     assert cells("| Extension | What Willi does |") == [[name, what] for name, what in LACKING.items()]
+
+
+def test_what_a_server_cannot_judge_is_told_with_settings_that_exist():
+    told = "\n".join(setting for setting, _ in cells("| Setting of the server | What it would judge |"))
+    assert "reject_unauth_pipelining, smtpd_forbid_unauth_pipelining" in told
+    quoted = set(re.findall(r"`([a-z][a-z0-9_]*)`", INTEROPERATION))
+    assert quoted <= ALL_KEYS and {"bare_newline", "max_connection_rate", "send_proxy"} <= quoted
 
 
 def test_a_difference_names_a_section_of_the_readme_that_exists():

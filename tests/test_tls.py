@@ -385,6 +385,19 @@ def test_nor_is_dhe_before_tls_1_3(certificates, one):
         assert "kx-ecdhe" in {cipher["kea"] for cipher in ciphers} and "kx-dhe" not in {c["kea"] for c in ciphers}
 
 
+def test_no_suite_of_the_systems_is_taken_away_and_the_servers_order_counts(certificates):
+    """The alternative to a weak cipher is clear text (RFC 7435)."""
+    server = serving(certificates.issue_rsa("mx.example"))
+    names = [cipher["name"] for cipher in server.get_ciphers()]
+    usual = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).get_ciphers()
+    assert names == [cipher["name"] for cipher in usual if cipher["kea"] != "kx-dhe"]
+    for_rsa = [name for name in names if name.startswith("ECDHE-RSA-")]
+    client = unverified(ssl.TLSVersion.TLSv1_2)
+    client.set_ciphers(":".join(reversed(for_rsa)))
+    cipher = shake_hands(server, client)[0].cipher()
+    assert cipher and cipher[0] == for_rsa[0] != for_rsa[-1]
+
+
 @pytest.mark.parametrize(
     ("groups", "offered"), [("P-384:X25519", (24, 29)), ("ffdhe8192:P-384:ffdhe2048:X25519", (24, 256, 29))]
 )

@@ -47,8 +47,8 @@ class CertificateFiles:
 
 def _signature(settings: Settings) -> str:
     """Differs when one of the files does."""
-    files = [*settings.tls_cert, *settings.tls_key, settings.upstream_tls_ca]
-    files += [mapping.policy.upstream_tls_ca for mapping in settings.mappings]
+    files = [*settings.tls_cert, *settings.tls_key]
+    files += [mapping.policy.upstream_tls_ca for mapping in settings.mappings]  # its own, or that of all
     databases = [mapping for mapping in settings.mappings if isinstance(mapping, MysqlSettings)]
     files += [file for one in databases for file in (one.tls_ca, one.password_file)]
     of_system = ssl.get_default_verify_paths()
