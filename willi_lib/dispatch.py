@@ -108,11 +108,20 @@ class Dispatch:
         Raises NoRoute, LookupFailed, UpstreamFailed, Reject, Refused.
         """
         try:
-            return self._ask_rcpt(transaction, recipient)
-        except UpstreamFailed:
-            if self.upstream and not transaction.recipients:  # else it was never there, or served a while
-                self._connector.mark_down(self.upstream.server)
+            answer = self._ask_rcpt(transaction, recipient)
+        except (UpstreamFailed, Refused) as error:
+            self._note_failure(transaction, 421 if isinstance(error, UpstreamFailed) else error.reply.code)
             raise
+        self._note_failure(transaction, answer.code)
+        return answer
+
+    def _note_failure(self, transaction: Transaction, code: int) -> None:
+        if code == 421 and self.upstream and not transaction.recipients:  # else it was never there, or has served
+            self.mark_down(self.upstream)
+
+    def mark_down(self, upstream: Upstream) -> None:
+        """Have this host tried last for a while."""
+        self._connector.mark_down(upstream.server)
 
     def _ask_rcpt(self, transaction: Transaction, recipient: Path) -> Reply:
         line = _rcpt_line(recipient)
@@ -269,6 +278,7 @@ class Dispatch:
     def _settle(self, upstream: Upstream, answer: Reply) -> None:
         """After a refused MAIL: fetch what else was asked in the same write. After 421 nothing more comes."""
         if answer.code == 421:
+            self.mark_down(upstream)
             self.drop()
             return
         try:

@@ -490,6 +490,7 @@ class Session:
             self.log.blame = relay.blame or ("upstream", str(answer))
             self.log.message(transaction, answer)
         if relay.failed:
+            self.dispatch.mark_down(relay.upstream)  # the next client's message goes to another host first
             self.log.upstream_failed(relay.upstream, self.log.blame[1])
         if relay.refusal is not None:  # and the upstream was dropped
             self.dispatch.upstream = transaction.upstream = None

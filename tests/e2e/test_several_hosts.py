@@ -18,13 +18,27 @@ from tests.support.talk import (
     OK,
     QUEUED,
     SENDER_KEPT,
+    content,
     deliver,
     greeted,
     reply,
     say,
+    say_together,
     two_domains,
 )
-from tests.support.upstream import GREETING, Action, Close, Delay, Drip, Ended, Reset, ScriptedUpstream, Silence
+from tests.support.upstream import (
+    EXTENSIONS,
+    GREETING,
+    VERDICT,
+    Action,
+    Close,
+    Delay,
+    Drip,
+    Ended,
+    Reset,
+    ScriptedUpstream,
+    Silence,
+)
 
 BAD_GREETINGS: dict[str, Action] = {
     "4xx": reply("421 4.3.2 not now"),
@@ -194,6 +208,48 @@ def test_a_host_that_fails_after_it_has_accepted_a_recipient_stays_first(
     with greeted(willi) as client:
         assert deliver(client) == QUEUED
     assert second.connections == []
+
+
+@pytest.mark.parametrize("extensions", [EXTENSIONS, ()], ids=["pipelining", "one by one"])
+@pytest.mark.parametrize("verb", [b"MAIL", b"RCPT"], ids=bytes.decode)
+def test_a_host_that_says_421_before_it_accepts_a_recipient_is_tried_last(
+    verb: bytes, extensions: tuple[bytes, ...], start_willi: StartWilli, start_upstream: StartUpstream
+):
+    busy, good = start_upstream(), start_upstream()
+    busy.extensions = extensions
+    busy.answers[verb] = reply("421 4.3.2 shutting down")
+    willi = start_willi(server=f"{busy.server},{good.server}")
+    with greeted(willi) as client:
+        assert say_together(client, MAIL, BOB) == [SENDER_KEPT, "421 4.3.2 shutting down"]
+    for _ in range(2):
+        with greeted(willi) as client:
+            assert deliver(client) == QUEUED
+    assert (len(busy.connections), len(good.messages)) == (1, 2)
+
+
+@pytest.mark.parametrize("death", ["at the end", "in the middle"])
+@pytest.mark.parametrize("send", [b"DATA", b"BDAT"], ids=bytes.decode)
+def test_a_host_that_dies_inside_the_message_is_tried_last(
+    death: str, send: bytes, start_willi: StartWilli, start_upstream: StartUpstream
+):
+    bad, good = start_upstream(), start_upstream()
+    if death == "at the end":
+        bad.answers[VERDICT] = bad.answers[b"BDAT"] = Close()
+    else:
+        bad.kill_after = 10
+    willi = start_willi(server=f"{bad.server},{good.server}")
+    willi.tolerate(bad.server)
+    with greeted(willi) as client:
+        assert say(client, MAIL, BOB) == [SENDER_KEPT, OK]
+        if send == b"DATA":
+            assert say(client, b"DATA") == [GO_ON]
+            assert content(client) == LOST
+        else:
+            client.send(b"BDAT 100 LAST\r\n" + b"x" * 98 + b"\r\n")
+            assert str(client.read_reply()) == LOST
+    with greeted(willi) as client:
+        assert deliver(client) == QUEUED
+    assert (len(bad.connections), len(good.messages)) == (1, 1)
 
 
 @pytest.mark.parametrize("verb", [b"EHLO", b"STARTTLS", b"XCLIENT"], ids=bytes.decode)
