@@ -137,6 +137,7 @@ def test_a_bar_shows_how_many_upstreams_are_done_and_goes_away(tmp_path: Path):
     assert drawn[1] == "." * 30 + " 0/4 upstreams"
     assert "#" * 30 + " 4/4 upstreams" in drawn
     assert drawn[-1] == ""  # cleared
+    assert on_a_terminal(path, "stderr", TERM="dumb") == ""
     assert run_willi("check", "-c", path).stderr == ""
 
 

@@ -128,7 +128,7 @@ class Progress:
         self._what = what
         self._steps = steps
         self._done = 0
-        self._visible = steps > 0 and sys.stderr.isatty()
+        self._visible = steps > 0 and _draws(sys.stderr)
         self._draw()
 
     def step(self) -> None:
@@ -152,7 +152,12 @@ def say_faults(faults: Iterable[str]) -> int:
 
 def _wants_colours(stream: TextIO) -> bool:
     """By the custom of https://no-color.org: on a terminal, unless NO_COLOR says otherwise."""
-    return stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+    return _draws(stream) and not os.environ.get("NO_COLOR")
+
+
+def _draws(stream: TextIO) -> bool:
+    """Whether it is a terminal that knows control sequences: a shell inside Emacs shows them as letters."""
+    return stream.isatty() and os.environ.get("TERM") != "dumb"
 
 
 def _open_it(file: str) -> str:
