@@ -417,6 +417,8 @@ def test_a_reply_without_end_is_refused_as_soon_as_it_is_too_long(connect, line)
     (b"\r\n250 a\r\n", (Reply(250, (b"a",)), False)),
     (b"\n250 a\r\n", (Reply(250, (b"a",)), False)),
     (b" 250 a\r\n", (Reply(250, (b"a",)), False)),
+    (b"Ok\r\n250 a\r\n", (Reply(250, (b"a",)), False)),
+    (b"warning\n\r\n2500\r\n550-a\r\n550 b\r\n", (Reply(550, (b"a", b"b")), False)),
 ])  # fmt: skip
 def test_a_verdict_whose_code_can_be_read_counts(connect, octets, verdict):
     wire, peer = connect()
@@ -446,7 +448,19 @@ def test_until_the_code_of_a_verdict_is_there_it_may_take_the_whole_time_of_a_ve
     sending.exception(PATIENCE)
 
 
-@pytest.mark.parametrize("octets", [b"25", b"Ok\r\n", b"Ok\r\n250 Ok\r\n"])
+@pytest.mark.parametrize("line", [b"warning\r\n", b"\r\n", b"25 \n"])
+def test_a_verdict_may_come_long_after_a_line_that_is_none(connect, monkeypatch, line):
+    monkeypatch.setattr(module, "REST_OF_VERDICT", 0.0)
+    wire, peer = connect()
+    seen: list[bytes] = []
+    wire.trace = lambda _, octets: seen.append(octets)
+    peer.sendall(line)
+    sending = connect.thread(lambda: (wait_until(lambda: seen, "the first line"), peer.sendall(b"250 Ok\r\n")))
+    assert wire.read_verdict() == (Reply(250, (b"Ok",)), False)
+    sending.exception(PATIENCE)
+
+
+@pytest.mark.parametrize("octets", [b"25", b"Ok\r\n", b"Ok\r\n25", b"x\r\n" * 300 + b"250 Ok\r\n", b"x" * 5000])
 def test_what_has_no_code_is_no_verdict(connect, octets):
     wire, peer = connect()
     peer.sendall(octets)

@@ -16,17 +16,21 @@ CONTENT = b"Subject: x\r\n\r\nhello\r\n"
 
 NO_VERDICTS = {
     "354 again": b"354 go on\r\n",
+    "a greeting": b"220 upstream.example ESMTP\r\n",
+    "a goodbye": b"221 2.0.0 upstream.example closing, going down\r\n",
+    "a goodbye of two lines": b"221-2.0.0 upstream.example closing\r\n221 2.0.0 going down\r\n",
+    "a badly framed goodbye": b"221 2.0.0 closing\n",
+}
+NO_CODES = {
     "a word": b"hello\r\n",
     "an empty line": b"\r\n",
     "two digits": b"25 ok\r\n",
     "a code out of range": b"999 ok\r\n",
     "no space": b"250_ok\r\n",
     "a letter O": b"25O ok\r\n",
-    "a greeting": b"220 upstream.example ESMTP\r\n",
-    "a goodbye": b"221 2.0.0 upstream.example closing, going down\r\n",
-    "a goodbye of two lines": b"221-2.0.0 upstream.example closing\r\n221 2.0.0 going down\r\n",
-    "a badly framed goodbye": b"221 2.0.0 closing\n",
     "octets out of TLS": bytes(range(128, 256)) + b"\r\n",
+    "a line without end": b"x" * 5000,
+    "very many lines": b"x\r\n" * 1000,
 }
 # What is a verdict all the same, and what the client hears of it.
 BADLY_FRAMED = {
@@ -39,6 +43,8 @@ BADLY_FRAMED = {
     "many lines of nothing": (b"250-\r\n" * 300 + b"250 ok\r\n", "250 "),
     "a very long line": (b"250 " + b"x" * 10_000 + b"\r\n", "250 " + "x" * 506),
     "control octets": (b"250 2.0.0 q\0ueued \x1b[2J\n", "250 2.0.0 q?ueued ?[2J"),
+    "behind a warning": (b"warning: cannot open /var/log/scan\r\n\r\n250 2.0.0 Ok\r\n", "250 2.0.0 Ok"),
+    "a refusal behind a warning": (b"warning: disk is nearly full\n550 5.7.1 spam\r\n", "550 5.7.1 spam"),
     "a refusal": (b"552 5.3.4 too big\n", "552 5.3.4 too big"),
     "a deferral": (b"451-4.7.1 greylisted\n451 4.7.1 for 5 minutes\n", "451 4.7.1 greylisted / 4.7.1 for 5 minutes"),
 }
@@ -142,6 +148,32 @@ def test_what_is_no_verdict_is_never_a_250(
     assert say(client, b"NOOP") == ["250 2.0.0 Ok"]
     upstream.answers.clear()
     assert deliver(client) == QUEUED, "on a new connection"
+
+
+@pytest.mark.parametrize("garbage", NO_CODES.values(), ids=NO_CODES.keys())
+@pytest.mark.parametrize("verb", [b"DATA", b"BDAT"])
+def test_what_has_no_code_is_no_verdict(verb: bytes, garbage: bytes, raw_willi: Willi, raw: RawUpstream):
+    """And neither is the end of the connection after it."""
+    if verb == b"DATA":
+        client, peer = meet_in_data(raw_willi, raw)
+        client.send(CONTENT + b".\r\n")
+    else:
+        client, peer = meet(raw_willi, raw, b"CHUNKING")
+        client.send(b"BDAT 21 LAST\r\n" + CONTENT)
+    peer.read_for(CONTENT)
+    peer.send(garbage)
+    peer.close()
+    assert str(client.read_reply()) == LOST
+
+
+def test_without_a_code_there_is_no_verdict_when_the_time_is_over(start_willi: StartWilli, raw: RawUpstream):
+    willi = start_willi(server=raw.server, data_timeout="1s")
+    willi.tolerate("Upstream failed")
+    client, peer = meet_in_data(willi, raw)
+    client.send(CONTENT + b".\r\n")
+    peer.read_for(CONTENT)
+    peer.send(b"warning: the scanner is slow\r\n")
+    assert str(client.read_reply()) == LOST
 
 
 @pytest.mark.parametrize("kind", BADLY_FRAMED)

@@ -102,6 +102,11 @@ def first_reply(octets: bytes) -> tuple[Reply, int] | None:
     return Reply(int(lines[-1][:3]), tuple([line[4:].translate(_PRINTABLE) for line in lines])), whole.end()
 
 
+def begins_with_code(octets: bytes) -> bool:
+    """Whether the first thing behind blanks and empty lines is a code that can be read."""
+    return _READABLE_CODE.match(octets.lstrip().partition(b"\n")[0]) is not None
+
+
 def salvage(octets: bytes) -> Reply | None:
     """What can be read of a reply whose framing is bad, or whose end is missing; None: not even a code.
 

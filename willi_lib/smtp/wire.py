@@ -281,18 +281,17 @@ class Wire:
     def read_verdict(self) -> tuple[Reply, bool]:
         """The reply to a message, and whether it was in order. If not, nothing further is to be read as a reply.
 
-        The peer has the message already: a code that can be read counts, however badly the text is framed, and
-        though its end never comes.
+        The peer has the message already: a code that can be read counts, however badly the text is framed, though
+        its end never comes, and though other lines come first, as a warning that was not meant for us.
         Raises WireError, BadReply.
         """
         if whole := self._whole_reply():
             return whole, True
+        first = not self._drop_lines_without_code()
         lines: list[bytes] = []
         try:
-            while len(self._buffer) - self._at < len(b"250") and b"\n" not in self._buffer[self._at :]:
-                self._receive(COMMAND_READ)  # till its code is there it may take all the time that a verdict has
             with self.clock.limit(REST_OF_VERDICT, "waiting for the rest of a verdict"):
-                return self._read_reply_lines(lines), True
+                return self._read_reply_lines(lines), first
         except (WireError, BadReply):
             octets = b"\r\n".join([*lines, self._buffer[self._at :]])
             verdict = replies.salvage(octets)
@@ -312,6 +311,22 @@ class Wire:
         reply, length = first
         self._at += length
         return reply
+
+    def _drop_lines_without_code(self) -> bool:
+        """Wait for a code, and drop the lines before it; whether there were any. Raises WireError, BadReply."""
+        dropped = 0
+        while not replies.begins_with_code(self._buffer[self._at :]):
+            line, end, _ = self._buffer[self._at :].partition(b"\n")
+            if len(line) > MAX_REPLY_LINE or dropped > replies.MAX_REPLY_LINES:
+                raise BadReply(f"not an SMTP reply: {line[:80]!r}")
+            if not end:
+                self._receive(COMMAND_READ)
+                continue
+            self._at += len(line) + 1
+            dropped += 1
+            if self.trace:
+                self.trace("<", line)
+        return dropped > 0
 
     def _read_reply_lines(self, lines: list[bytes]) -> Reply:
         """One line after the other, each added to `lines`: a reply that is long, strange, or not here yet."""
