@@ -225,6 +225,7 @@ def test_what_a_csv_writer_writes_is_found_again(tmp_path_factory, patterns):
         ("b.example;mx 1", "'mx 1': not a host name"),
         (";mx", "'': neither an address nor a domain"),
         ("@b.example;mx", "'@b.example': a whole domain is written without @"),
+        ("*@b.example;mx", "'*@b.example': a whole domain is written without *@"),
         ("b example;mx", "'b example': neither an address nor a domain"),
         ("b.\0example;mx", "'b.\\x00example': neither an address nor a domain"),
         ('"b.example;mx', "'\"b.example': neither an address nor a domain"),
@@ -241,6 +242,22 @@ def test_an_invisible_character_is_named_with_its_line(file, line):
     (fault,) = faults(file, HEADER + "ok.example;mx\n" + line + "\n")
     assert fault.startswith("map.csv:3: ")
     assert fault.endswith(": has the invisible character U+200B ZERO WIDTH SPACE: delete it")
+
+
+@pytest.mark.parametrize(
+    ("line", "code"),
+    [
+        ("“b.example”;mx", "U+201C LEFT DOUBLE QUOTATION MARK"),
+        ("ann@b.example’;mx", "U+2019 RIGHT SINGLE QUOTATION MARK"),
+        ("b.example;mx–1.b.example", "U+2013 EN DASH"),
+        ("b.example;mx:mx‑1.b.example", "U+2011 NON-BREAKING HYPHEN"),
+        ("b.example;«mx»", "U+00AB LEFT-POINTING DOUBLE ANGLE QUOTATION MARK"),
+    ],
+)
+def test_what_a_word_processor_makes_of_quotes_and_hyphens_is_named_with_its_line(file, line, code):
+    (fault,) = faults(file, HEADER + "ok.example;mx\n" + line + "\n")
+    assert fault.startswith("map.csv:3: ")
+    assert fault.endswith(f": has {code}, which no domain has: write it in ASCII, or leave it out")
 
 
 def test_a_line_that_is_not_utf_8_is_named(file):

@@ -184,6 +184,8 @@ _UNSEEN = ("Cc", "Cf", "Zs", "Zl", "Zp")  # categories: controls, marks for the 
 _IGNORED = re.compile(
     "[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u2800\u3164\ufe00-\ufe0f\uffa0\U000e0000-\U000e0fff]"
 )
+# What word processors and spreadsheets make of quotation marks and hyphens; no domain has them (RFC 5892).
+_TYPESET = re.compile("[\u00ab\u00bb\u2010-\u2015\u2018-\u201f\u2039\u203a\u2212]")
 
 
 def keys_of(recipient: str, delimiter: str = "") -> tuple[str, ...]:
@@ -215,9 +217,10 @@ def fold_pattern(pattern: str) -> str:
         return pattern
     refuse_invisible(pattern)
     local, at, domain = pattern.rpartition("@")
+    _refuse_typeset(domain)
     domain = _fold_domain(domain)
-    if at and not local:
-        raise ValueError(f"{pattern[:80]!r}: a whole domain is written without @")
+    if at and local in ("", "*"):
+        raise ValueError(f"{pattern[:80]!r}: a whole domain is written without {local}@")
     if domain.startswith((".", "*")):
         raise ValueError(
             f"{pattern[:80]!r}: neither an address nor a domain; there are no wildcards: one line for each domain"
@@ -244,6 +247,13 @@ def refuse_invisible(text: str) -> None:
         if is_unseen and not (character in _JOINERS and not before.isascii() and not after.isascii()):
             code = f"U+{ord(character):04X} {name(character, '')}".strip()
             raise ValueError(f"{text[:80]!r}: has the invisible character {code}: delete it")
+
+
+def _refuse_typeset(domain: str) -> None:
+    """Raises ValueError: punycode would make an A-label of such a character that no client ever asks for."""
+    if found := _TYPESET.search(domain):
+        code = f"U+{ord(found[0]):04X} {name(found[0])}"
+        raise ValueError(f"{domain[:80]!r}: has {code}, which no domain has: write it in ASCII, or leave it out")
 
 
 def _fold_local_part(local: str) -> str:
@@ -332,6 +342,7 @@ def _parse_host(text: str) -> str:
 
 
 def _parse_name(text: str) -> str:
+    _refuse_typeset(text)
     name = _fold_domain(text)
     if not _DOMAIN.fullmatch(name) or len(name) > MAX_HOST_NAME:
         raise ValueError("not a host name")
