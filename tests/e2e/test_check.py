@@ -65,6 +65,15 @@ def test_check_of_a_good_file(tmp_path: Path, certificates: Authority, monkeypat
     assert all(re.match("(ok    |warn  |wrong ) .+: .+", line) for line in said)
 
 
+def test_a_table_that_may_be_cut_off_is_warned_of(tmp_path: Path):
+    path = configure(tmp_path, f"b.example;{HOST}:{free_port()}\nc.example;{HOST}")
+    what = "no line end at its end: if a part of it is missing, the recipients in that part get 554"
+    [said] = [line for line in lines(path) if "line end" in line]
+    assert said.startswith(f"warn   csv:{tmp_path}/map.csv: {what} -> ")
+    (tmp_path / "map.csv").write_text((tmp_path / "map.csv").read_text() + "\n")
+    assert not [line for line in lines(path) if "line end" in line]
+
+
 # -- how it speaks
 
 

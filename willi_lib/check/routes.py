@@ -93,6 +93,9 @@ def _look_at_table(mapping: CsvFile, report: Report) -> None:
         report.warn(mapping.name, what, "add a line for each domain: pattern;server;tls_verify")
         return
     report.ok(mapping.name, several(len(mapping), "pattern"))
+    if mapping.held and not mapping.held.ends_a_line:
+        what = "no line end at its end: if a part of it is missing, the recipients in that part get 554"
+        report.warn(mapping.name, what, "see whether the last line is the last one; if so, add the line end")
     unverified = sum(_is_unverified(route) for route in mapping.routes())
     if unverified:
         routes = several(len(mapping.routes()), "route")
