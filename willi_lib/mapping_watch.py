@@ -15,6 +15,7 @@ from gevent.threadpool import ThreadPool
 from . import log, news
 from .config import MysqlSettings
 from .mappings import MappingError
+from .routing import LookupFailed
 from .routing import Mapping as AnyMapping
 from .routing import csv_file as csv
 from .routing.csv_file import CsvError, CsvFile, Held
@@ -50,17 +51,14 @@ class MappingWatch:
         self._tell = tell
 
     def load(self, start: Start) -> None:
-        """Read all CSV files. Raises CsvError, DatabaseDown.
+        """Read all CSV files. Raises CsvError, MappingError.
 
         Beside workers that serve nothing is taken that is worse than what they have: no empty table, none that is
         being written, and none that cannot be read just now. If no such worker is left, we serve without that table
         until it can be read, which means 451.
         """
         for database in self._databases if start.reload else ():
-            if why := database.why_down():
-                if start.reload == "automatic":
-                    raise DatabaseDown(f"{database.name}: {why}")
-                log.warn(ANSWERS_LOST, mapping=database.name, error=why)
+            _ask_before_reload(database, start.reload)
         for csv_file in self._csv_files:
             held = start.held.get(csv_file.file)
             if held:
@@ -104,6 +102,22 @@ class MappingWatch:
         """Take leave of the databases."""
         for database in self._databases:
             database.close()
+
+
+def _ask_before_reload(database: Mysql, reload: news.Reload) -> None:
+    """Raises MappingError: new workers would get no answers, and those that serve have some.
+
+    A database that is gone does not stop a reload that an administrator asks for; one that answers that a name, the
+    password or the query is wrong does.
+    """
+    fault = database.fault()
+    if fault is None:
+        return
+    if reload == "automatic":
+        raise DatabaseDown(f"{database.name}: {fault}")
+    if reload == "asked" and (isinstance(fault, LookupFailed) or fault.not_there):
+        raise MappingError(f"{database.name}: {fault}")
+    log.warn(ANSWERS_LOST, mapping=database.name, error=str(fault))
 
 
 class FileThread:

@@ -341,7 +341,7 @@ class Master:
             return
         if self._certificates.have_changed(self._current.settings):
             log.info("A certificate or password has changed")
-            self._wanted = self._wanted or ("asked" if self._waits_too_long() else "automatic")
+            self._wanted = self._wanted or ("overdue" if self._waits_too_long() else "automatic")
         if not self._wanted or not self._has_room():
             return
         self._reload, self._wanted = self._wanted, ""

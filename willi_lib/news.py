@@ -16,7 +16,7 @@ MAX_FAULT = 1000  # characters
 MANY_PATTERNS = 100  # of a CSV file: if it loses more than half of so many, the administrator should look
 
 Message = dict[str, Any]
-Reload = Literal["", "asked", "automatic"]  # by SIGHUP, or for a changed certificate
+Reload = Literal["", "asked", "automatic", "overdue"]  # by SIGHUP; for a changed certificate; when that waited too long
 
 
 def of_table(csv_file: CsvFile) -> Message:

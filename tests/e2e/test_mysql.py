@@ -22,7 +22,7 @@ from tests.support.certificates import Authority
 from tests.support.client import Client
 from tests.support.daemon import Setting, Willi, in_a_hurry, run_willi, write_config
 from tests.support.loopback import HOST, free_port, wait_until
-from tests.support.mariadb import PASSWORD, Mariadb
+from tests.support.mariadb import PASSWORD, QUERY, Mariadb
 from tests.support.talk import (
     BOB,
     GO_ON,
@@ -256,6 +256,34 @@ def test_an_automatic_reload_waits_for_the_database_and_sighup_says_what_is_lost
             mariadb.start()
 
 
+@pytest.mark.parametrize(
+    ("mistake", "why"),
+    [
+        ({"query": "SELECT server FRM routes WHERE pattern = ?"}, "You have an error in your SQL syntax"),
+        ({"query": "SELECT * FROM routes WHERE pattern = ?"}, "not: pattern, server, tls_verify"),
+        ({"query": "SELECT servr FROM routes WHERE pattern = ?"}, "Unknown column 'servr'"),
+        ({"query": "SELECT server FROM route WHERE pattern = ?"}, "doesn't exist (1146)"),
+        ({"password": "wrong"}, "Access denied"),
+        ({"database": "nowhere"}, "Unknown database 'nowhere'"),
+    ],
+    ids=["syntax", "columns", "column", "table", "password", "database"],
+)
+def test_a_reload_fails_if_the_database_answers_that_its_settings_are_wrong(
+    mistake: dict[str, Setting], why: str, mariadb: Mariadb, routed: StartWithDatabase, upstream: ScriptedUpstream
+):
+    name = mariadb.table(("b.example", upstream.server, False))
+    willi = routed(database=name)
+    willi.tolerate("Reload failed")
+    workers = willi.workers
+    write_config(willi.config, {**willi.settings, "mappings": {"db": mariadb.mapping(name, **mistake)}})
+    willi.signal(signal.SIGHUP)
+    fault = willi.wait_for_log(lvl="error", msg="Reload failed, nothing has changed", seconds=60)["error"]
+    assert fault.startswith("mysql:db: ") and why in fault
+    assert willi.workers == workers
+    with greeted(willi) as client:
+        assert rcpt(client, "bob@b.example") == OK
+
+
 def test_a_new_password_in_its_file_needs_no_signal(
     mariadb: Mariadb, routed: StartWithDatabase, upstream: ScriptedUpstream, tmp_path: Path
 ):
@@ -453,19 +481,31 @@ def test_an_empty_table_bounces_no_mail_at_the_start_and_a_later_mapping_serves(
         assert rcpt(client, "bob@c.example") == OK
 
 
+PROCEDURE = "CREATE OR REPLACE PROCEDURE {{0}}.route(p VARCHAR(255)) SELECT {} FROM {{0}}.routes WHERE pattern = p"
+
+
 @pytest.mark.parametrize(
-    ("spoil", "repair"),
+    ("query", "spoil", "repair"),
     [
-        ("RENAME TABLE {0}.routes TO {0}.old", "RENAME TABLE {0}.old TO {0}.routes"),
-        ("ALTER TABLE {0}.routes CHANGE server target TEXT", "ALTER TABLE {0}.routes CHANGE target server TEXT"),
+        (QUERY, "RENAME TABLE {0}.routes TO {0}.old", "RENAME TABLE {0}.old TO {0}.routes"),
+        (
+            QUERY,
+            "ALTER TABLE {0}.routes CHANGE server target TEXT", "ALTER TABLE {0}.routes CHANGE target server TEXT",
+        ),
+        (
+            "SELECT server FROM routes FORCE INDEX (`PRIMARY`) WHERE pattern = ?",
+            "ALTER TABLE {0}.routes DROP PRIMARY KEY", "ALTER TABLE {0}.routes ADD PRIMARY KEY (pattern)",
+        ),
+        ("CALL route(?)", PROCEDURE.format("*"), PROCEDURE.format("server")),
     ],
-    ids=["table", "column"],
-)
-def test_what_is_known_goes_on_while_the_table_or_a_column_is_not_there(
-    spoil: str, repair: str, mariadb: Mariadb, routed: StartWithDatabase, upstream: ScriptedUpstream
+    ids=["table", "column", "index", "columns"],
+)  # fmt: skip
+def test_what_is_known_goes_on_while_the_database_is_not_as_the_query_needs_it(
+    query: str, spoil: str, repair: str, mariadb: Mariadb, routed: StartWithDatabase, upstream: ScriptedUpstream
 ):
-    name = mariadb.table(("b.example", upstream.server, False))
-    willi = routed(database=name, cache_ttl="0s")
+    name = mariadb.table(("b.example", upstream.server, None))
+    mariadb.query(PROCEDURE.format("server").format(name))
+    willi = routed(database=name, query=query, cache_ttl="0s")
     willi.tolerate("mysql:db")
     with greeted(willi) as client:
         assert deliver(client) == QUEUED

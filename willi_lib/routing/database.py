@@ -51,15 +51,25 @@ NOT_NOW_ERRORS = frozenset((
     1078, 1079, 1080, 1105, 1114, 1129, 1135, 1180, 1194, 1195, 1203, 1206, 1223, 1226, 1290, 1296, 1297, 1412, 1429,
     1430, 1431, 1432, 1461, 1615, 1637, 1696, 1712, 1728, 1812, 1814, 1815, 1836, 1877, 3032, 3100, 3101, 3168, 3170,
 ))  # fmt: skip
-# The table, a column, a procedure or the right to it is not there, whatever the key: it may be restored or altered.
-NOT_THERE_ERRORS = frozenset((1044, 1049, 1054, 1142, 1143, 1146, 1305, 1356, 1370, 1932))
+# The account, the table, a column, an index, a procedure or the right to it is not there, or another one than the query
+# needs, whatever the key: it may be restored or altered. 1045 and 1449: of the definer of a view or procedure, too.
+NOT_THERE_ERRORS = frozenset((
+    1044, 1045, 1049, 1052, 1054, 1142, 1143, 1146, 1176, 1305, 1318, 1356, 1370, 1449, 1698, 1735, 1747, 1932,
+))  # fmt: skip
 PROXY_ERRORS = range(9000, 10000)  # of ProxySQL (9001: no server within its time) and of TiDB
 # Said when the characters of a key do not exist in the character set of the column: illegal mix, cannot convert.
 UNKNOWN_CHARACTER_ERRORS = frozenset((1267, 1270, 1271, 3854))
 
 
 class Down(Exception):
-    """The database gave no answer; the text says why, for each host."""
+    """The database gave no answer; the text says why, for each host.
+
+    not_there: a host has answered that something is not there that user, database or query name.
+    """
+
+    def __init__(self, text: str, not_there: bool = False) -> None:
+        super().__init__(text)
+        self.not_there = not_there
 
 
 class NotNow(Down):
@@ -156,7 +166,7 @@ class Database:
         """
         untried = sorted(self.hosts, key=self._rests)
         faults: list[str] = []
-        lost = slow = answered = False
+        lost = slow = answered = not_there = False
         while (seconds := deadline - monotonic()) > 0 and (untried or not answered):
             connection = self._take_idle(untried[:1] or self.hosts)
             if connection is None and not untried:
@@ -174,12 +184,13 @@ class Database:
                 if isinstance(why, _Lost) and not lost:
                     lost = True
                     continue
+                not_there = not_there or (isinstance(why, Down) and why.not_there)
                 slow = slow or isinstance(why, TooSlow)
                 answered = answered or isinstance(why, NotNow)
                 if not isinstance(why, TooSlow):
                     self._failed[host] = monotonic()
             untried = [other for other in untried if other != host]
-        raise (TooSlow if slow else Down)("; ".join(faults))
+        raise (TooSlow if slow else Down)("; ".join(faults), not_there)
 
     def _ask_host(self, host: Host, connection: _Connection | None, key: str, seconds: float) -> Route | None:
         """Ask on this connection, or on a new one. Raises Down, _Lost, LookupFailed."""
@@ -203,12 +214,12 @@ class Database:
             names, row = self._execute(connection, self._statement, (key,) * self._parameters)
             usable = True
         except pymysql.MySQLError as error:
-            number = error.args[0] if error.args else 0
+            number = _number(error)
             if not connection.driver.open or number in CONNECTION_ERRORS or number in DRIVER_ERRORS:
                 raise _Lost(_text(error)) from None
             if number in NOT_NOW_ERRORS or number in NOT_THERE_ERRORS or number in PROXY_ERRORS:
-                raise NotNow(_text(error)) from None
-            usable = isinstance(number, int) and number >= 1000
+                raise NotNow(_text(error), number in NOT_THERE_ERRORS) from None
+            usable = number >= 1000
             if number in GAVE_UP_ERRORS:
                 raise TooSlow(_text(error)) from None
             if number in UNKNOWN_CHARACTER_ERRORS and not key.isascii() and self._compares_once:
@@ -258,7 +269,7 @@ class Database:
                 program_name="willi",
             )
         except (pymysql.MySQLError, OSError) as error:
-            raise Down(_remedy(_text(error))) from None
+            raise Down(_remedy(_text(error)), _number(error) in NOT_THERE_ERRORS) from None
         except RuntimeError as error:
             raise Down(_remedy(str(error))) from None
         except Exception as error:  # noqa: BLE001 -- PyMySQL reads a greeting without looking where it ends
@@ -315,7 +326,10 @@ class Database:
                 raise LookupFailed(_text(error)) from None
             finally:
                 self._close(connection)
-        self._routes.of_row(NOBODY, names, row)
+        try:
+            self._routes.of_row(NOBODY, names, row)
+        except NotNow as fault:
+            raise LookupFailed(str(fault)) from None
         return Facts(str(version[0]) if version else "?", str(tls[1]) if tls else "", names)
 
 
@@ -334,6 +348,11 @@ def _text(error: Exception) -> str:
     """`message (number)`, or what there is."""
     number, *text = error.args or ("",)
     return f"{text[0]} ({number})" if text else str(error) or type(error).__name__
+
+
+def _number(error: Exception) -> int:
+    """Of the server or the driver; 0: none."""
+    return error.args[0] if error.args and isinstance(error.args[0], int) else 0
 
 
 def _remedy(text: str) -> str:
@@ -376,11 +395,14 @@ class _Routes:
         self._known: dict[tuple[str, bool], Route] = {}
 
     def of_row(self, key: str, names: Sequence[str], row: Sequence[object] | None) -> Route | None:
-        """None if there is no row, or no server in it. Raises LookupFailed."""
+        """None if there is no row, or no server in it. Raises LookupFailed, and NotNow for other columns."""
         columns = [name.lower() for name in names]
         if sorted(columns) not in (["server"], ["server", "tls_verify"]):
             found = ", ".join(names) or "none"
-            raise LookupFailed(f"the query must return the columns server and, if you like, tls_verify, not: {found}")
+            text = f"the query must return the columns server and, if you like, tls_verify, not: {found}"
+            if not names:  # a procedure may give nothing for some keys, and rows for others
+                raise LookupFailed(text)
+            raise NotNow(text, not_there=True)  # of a `SELECT *` whose table has been altered, say
         if row is None:
             return None
         values = dict(zip(columns, row, strict=True))

@@ -141,15 +141,15 @@ class Mysql:
             return Condition(False, self._outage.failed, self._outage.why, len(self._entries))
         return Condition(True, self._answered, "", len(self._entries))
 
-    def why_down(self) -> str:
-        """Ask the database, whatever is known of it; empty if it answers."""
+    def fault(self) -> Down | LookupFailed | None:
+        """Ask the database, whatever is known of it; None if it answers."""
         try:
             self._database.ask(NOBODY)
-        except (TooSlow, LookupFailed):
-            return ""
-        except Down as why:
-            return str(why)
-        return ""
+        except TooSlow:
+            return None
+        except (Down, LookupFailed) as why:
+            return why
+        return None
 
     def _is_confirmed(self, keys: Sequence[str], deadline: float) -> bool:
         """Look for the row that any worker found last, unless it was seen after all of these keys were not found.
