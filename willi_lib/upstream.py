@@ -285,7 +285,7 @@ class Connector:
         self._contexts = upstream_contexts(settings)
         self._wants: Cache[bool] = Cache()  # hosts that take nothing in clear
         self._ourselves: Cache[bool] = Cache()  # MX hosts that turned out to be ourselves
-        self._down: dict[tuple[str, int], float] = {}  # host and port: down until (monotonic)
+        self._down: dict[tuple[str, int], float] = {}  # host or address, and port: down until (monotonic)
 
     def connect(self, route: Route, client: Client, clock: Clock, sid: str) -> Upstream:
         """The first host of the route that answers, ready for MAIL.
@@ -345,7 +345,7 @@ class Connector:
         is_last: there is no other host that needs time to be tried, if this one greets and says nothing more.
         """
         failures: list[str] = []
-        addresses = self._addresses(server, clock)
+        addresses = sorted(self._addresses(server, clock), key=lambda address: self._is_down(address[1], server.port))
         for address in addresses:
             if clock.overdue():
                 break
@@ -358,7 +358,10 @@ class Connector:
             except (UpstreamFailed, WireError, BadReply) as error:
                 where = "" if address[1] == server.host else f" [{address[1]}]"
                 failures.append(f"{server}{where}: {str(error).removeprefix(f'{server}: ')}")
+                if len(addresses) > 1 and not clock.overdue():  # else each client would wait for a silent IPv6 first
+                    self.mark_down(Server(address[1], server.port))
             else:
+                self._down.pop((address[1], server.port), None)
                 self._note_open(upstream)
                 return upstream
         raise UpstreamFailed("; ".join(failures) or f"{server}: no time was left for it")
@@ -389,10 +392,10 @@ class Connector:
 
     def _by_state(self, servers: Iterator[Server]) -> list[Server]:
         """Those that failed in the last `DOWN_TIME` go to the end."""
-        if not self._down:
-            return list(servers)
-        now = monotonic()
-        return sorted(servers, key=lambda server: self._down.get((server.host, server.port), 0.0) > now)
+        return sorted(servers, key=lambda server: self._is_down(server.host, server.port))
+
+    def _is_down(self, host: str, port: int) -> bool:
+        return self._down.get((host, port), 0.0) > monotonic()
 
     def _note_open(self, upstream: Upstream) -> None:
         self._down.pop((upstream.server.host, upstream.server.port), None)

@@ -345,6 +345,28 @@ def test_a_host_with_two_addresses_is_tried_at_both(
     assert len(only6.messages) == 1
 
 
+def test_an_address_that_failed_is_tried_last_for_a_while(
+    start_willi: StartWilli, start_upstream: StartUpstream, dns: DnsServer
+):
+    six = start_upstream(host="::1")
+    four = start_upstream(port=six.port)
+    dns.zone["mx.b.example"] = {"A": ["127.0.0.1"], "AAAA": ["::1"]}
+    willi = start_willi(server=f"mx.b.example:{six.port}", dns=dns)
+    with greeted(willi) as client:
+        assert deliver(client) == QUEUED
+    down, good = (six, four) if six.messages else (four, six)
+    down.answers[GREETING] = [reply("421 4.3.2 just starting")]
+    for _ in range(3):
+        with greeted(willi) as client:
+            assert deliver(client) == QUEUED
+    assert len(down.connections) == 2, "the one before, and the one that failed"
+    assert len(good.messages) == 3
+    good.stop()
+    with greeted(willi) as client:
+        assert deliver(client) == QUEUED
+    assert len(down.messages) == 2, "it is tried all the same if there is no other"
+
+
 def test_an_ipv6_upstream_is_named_in_brackets(start_willi: StartWilli, start_upstream: StartUpstream):
     upstream = start_upstream(host="::1")
     willi = start_willi(server=upstream.server)
