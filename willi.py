@@ -41,9 +41,10 @@ GOOD, BAD_CONFIGURATION, BAD_USAGE, CANNOT_BIND, FAILED = range(5)
 try:
     from docopt import DocoptExit, docopt
 
-    from willi_lib import VERSION, log, master
+    from willi_lib import VERSION, log
     from willi_lib.config import ConfigError, Settings, load
-    from willi_lib.listeners import CannotBind
+    from willi_lib.processes import master
+    from willi_lib.processes.listeners import CannotBind
     from willi_lib.text import visible
 except ModuleNotFoundError as missing:  # usual after an upgrade of the system: the libraries are for one Python only
     print(
@@ -71,7 +72,7 @@ def main() -> int:
     try:
         settings = load(arguments["-c"] or default_file())
         if arguments["top"]:
-            from willi_lib.top import top  # nobody else needs it
+            from willi_lib.status.terminal import top  # nobody else needs it
 
             return top(settings)
         if arguments["check"] or arguments["lookup"]:

@@ -17,7 +17,7 @@ from willi_lib.config.cpus import cpu_quota, usable_cpus
 from willi_lib.config.lines import QUOTE, SECTIONS
 from willi_lib.config.reader import NO_MAPPING, OLD_FILE, Reader
 from willi_lib.config.settings import TOP_KEYS
-from willi_lib.routing import Policy, Server
+from willi_lib.routing.route import Policy, Server
 from willi_lib.text import visible
 
 MAPPING = "[mappings]\n[[all]]\ntype = static\nserver = mx.example\n"

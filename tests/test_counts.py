@@ -13,10 +13,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from willi_lib import counts as module
-from willi_lib import reporter
 from willi_lib.config import Address, Settings
-from willi_lib.counts import (
+from willi_lib.mappings.static import Static
+from willi_lib.processes.limits import Limits
+from willi_lib.processes.scoreboard import Row as ScoreboardRow
+from willi_lib.processes.scoreboard import Scoreboard
+from willi_lib.routing.route import Route, Server
+from willi_lib.status import counts as module
+from willi_lib.status import reporter
+from willi_lib.status.counts import (
     BOUNDS,
     CONNECT_SECONDS,
     CONNECTS,
@@ -33,12 +38,7 @@ from willi_lib.counts import (
     HostState,
     Row,
 )
-from willi_lib.limits import Limits
-from willi_lib.reports import MAX_ANY, MAX_DATAGRAM, Links, packed, parse, send, send_counts
-from willi_lib.routing import Route, Server
-from willi_lib.routing.static import Static
-from willi_lib.scoreboard import Row as ScoreboardRow
-from willi_lib.scoreboard import Scoreboard
+from willi_lib.status.reports import MAX_ANY, MAX_DATAGRAM, Links, packed, parse, send, send_counts
 
 HOST = "mail.example:25"
 

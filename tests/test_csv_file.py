@@ -15,9 +15,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.test_routing import ADDRESSES, DOMAINS, Table
-from willi_lib.routing import UNSURE, LookupFailed, NoRoute, Policy, Route, find_route, fold_pattern, parse_servers
-from willi_lib.routing import csv_file as module
-from willi_lib.routing.csv_file import CALM, CUT_OFF, MAX_FAULTS, PAUSE_LINES, RETRY, CsvError, CsvFile
+from willi_lib.mappings import csv_file as module
+from willi_lib.mappings.csv_file import CALM, CUT_OFF, MAX_FAULTS, PAUSE_LINES, RETRY, CsvError, CsvFile
+from willi_lib.routing.route import (
+    UNSURE,
+    LookupFailed,
+    NoRoute,
+    Policy,
+    Route,
+    find_route,
+    fold_pattern,
+    parse_servers,
+)
 
 HEADER = "pattern;server;tls_verify\n"
 

@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from willi_lib import scoreboard as module
-from willi_lib.limits import Limits, client_of
-from willi_lib.scoreboard import Row, Scoreboard, cells_of
+from willi_lib.processes import scoreboard as module
+from willi_lib.processes.limits import Limits, client_of
+from willi_lib.processes.scoreboard import Row, Scoreboard, cells_of
 from willi_lib.smtp import reply as replies
 
 

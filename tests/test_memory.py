@@ -9,7 +9,7 @@ from tests.support.loopback import ROOT
 
 HEAD = """
 import re, resource
-from willi_lib.memory import EVERY, HEADROOM, Memory
+from willi_lib.processes.memory import EVERY, HEADROOM, Memory
 def leave(octets):
     used = int(re.search(r"VmSize:\\s+(\\d+)", open("/proc/self/status").read())[1]) << 10
     resource.setrlimit(resource.RLIMIT_AS, (used + octets, resource.RLIM_INFINITY))
@@ -64,7 +64,8 @@ assert not all(memory.allows(number) for number in range(EVERY + 1))
 
 def test_a_job_that_has_no_memory_goes_on_later():
     run("""
-from willi_lib import jobs, log
+from willi_lib import log
+from willi_lib.net import jobs
 jobs.PAUSE = 0.01
 log.silence()
 turns = []

@@ -10,11 +10,11 @@ import pytest
 from gevent.event import Event
 
 from tests.support.loopback import PATIENCE
-from willi_lib.routing import Answer, LookupFailed, Policy, Route, parse_servers
-from willi_lib.routing import mysql as module
-from willi_lib.routing.database import Access, Database, Down, Host, NotNow, TooSlow, _Routes, statement_of
-from willi_lib.routing.last_row import LastRow
-from willi_lib.routing.mysql import NO_ROW, Mysql, Notice
+from willi_lib.mappings import mysql as module
+from willi_lib.mappings.database import Access, Database, Down, Host, NotNow, TooSlow, _Routes, statement_of
+from willi_lib.mappings.last_row import LastRow
+from willi_lib.mappings.mysql import NO_ROW, Mysql, Notice
+from willi_lib.routing.route import Answer, LookupFailed, Policy, Route, parse_servers
 
 TIMEOUT = 1.0  # seconds for a recipient
 QUERY = "SELECT server FROM routes WHERE pattern = ?"

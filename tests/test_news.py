@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from willi_lib.news import OLD_STAYS, Message, News
-from willi_lib.routing.csv_file import Held, Stamp
+from willi_lib.mappings.csv_file import Held, Stamp
+from willi_lib.processes.news import OLD_STAYS, Message, News
 
 FIRST, SECOND = 101, 102  # workers
 MISSING: Message = {"mapping": "csv", "faults": ["t.csv: No such file"], "text": OLD_STAYS}

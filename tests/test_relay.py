@@ -13,14 +13,14 @@ import pytest
 from gevent.event import Event
 
 from tests.support.loopback import PATIENCE
-from willi_lib import relay as module
 from willi_lib.config import Settings
-from willi_lib.relay import Content, Relay
-from willi_lib.routing import Server
+from willi_lib.net.wire import Clock, TimeLimit, Wire, WireError
+from willi_lib.proxy import relay as module
+from willi_lib.proxy.relay import Content, Relay
+from willi_lib.proxy.upstream import Upstream, UpstreamFailed
+from willi_lib.routing.route import Server
 from willi_lib.smtp import reply as replies
 from willi_lib.smtp.reply import Reply
-from willi_lib.smtp.wire import Clock, TimeLimit, Wire, WireError
-from willi_lib.upstream import Upstream, UpstreamFailed
 
 OK = Reply(250, (b"2.0.0 ok",))
 SETTINGS = Settings(path="willi.conf", mappings=(), read_timeout=PATIENCE, upstream_timeout=PATIENCE, data_timeout=0.2)

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from willi_lib.routing import (
+from willi_lib.mappings.static import Static
+from willi_lib.routing.route import (
     Answer,
     LookupFailed,
     Mapping,
@@ -23,7 +24,6 @@ from willi_lib.routing import (
     parse_tls_verify,
     search,
 )
-from willi_lib.routing.static import Static
 
 
 class Table:

@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.test_limits import board_of
-from willi_lib import scoreboard as module
-from willi_lib.scoreboard import CELLS, HASHES, WINDOW, Row, Scoreboard, cells_of
+from willi_lib.processes import scoreboard as module
+from willi_lib.processes.scoreboard import CELLS, HASHES, WINDOW, Row, Scoreboard, cells_of
 
 MINUTE = 60.0
 ANN, BOB = cells_of("192.0.2.1"), cells_of("192.0.2.2")

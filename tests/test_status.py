@@ -15,14 +15,13 @@ from prometheus_client.openmetrics import parser as openmetrics
 from prometheus_client.openmetrics.exposition import generate_latest as as_openmetrics
 from prometheus_client.parser import text_string_to_metric_families
 
-from willi_lib import counts
 from willi_lib.config import Address, Settings
-from willi_lib.counts import ACCEPTED, CONNECTS, Counts, HostState
-from willi_lib.reports import Links
-from willi_lib.status import http, metrics, serving, view
+from willi_lib.status import counts, http, metrics, serving, view
+from willi_lib.status.counts import ACCEPTED, CONNECTS, Counts, HostState
 from willi_lib.status.hosts import HOUR, MAX_HOSTS, PERIOD, Hosts
 from willi_lib.status.means import MINUTE, HourMean
 from willi_lib.status.overview import Asked
+from willi_lib.status.reports import Links
 from willi_lib.status.serving import Serving
 from willi_lib.status.totals import FRESH, Totals
 

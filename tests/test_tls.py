@@ -18,9 +18,9 @@ import pytest
 
 from tests.support.certificates import Authority, Pair
 from tests.support.loopback import ROOT
-from willi_lib import key_exchange
 from willi_lib.config import Certificate, Settings
-from willi_lib.tls import (
+from willi_lib.net import key_exchange
+from willi_lib.net.tls import (
     BROKEN_PEM,
     VERSIONS,
     CertificateError,
@@ -406,7 +406,7 @@ def test_what_openssl_cnf_chooses_stays_chosen(tmp_path, groups, offered):
     file.write_text(
         f"openssl_conf = init\n[init]\nssl_conf = ssl\n[ssl]\nsystem_default = choice\n[choice]\nGroups = {groups}\n"
     )
-    program = "from willi_lib import key_exchange, tls; print(key_exchange._offered_groups(tls.client_context(False)))"
+    program = "from willi_lib.net import key_exchange as k, tls; print(k._offered_groups(tls.client_context(False)))"
     done = subprocess.run(
         [sys.executable, "-c", program], env={**os.environ, "OPENSSL_CONF": str(file)}, cwd=ROOT,
         capture_output=True, text=True, check=True,

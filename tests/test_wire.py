@@ -18,10 +18,10 @@ import pytest
 
 from tests.support.certificates import Authority, Pair
 from tests.support.loopback import HOST, PATIENCE, wait_until
-from willi_lib.smtp import wire as module
+from willi_lib.net import wire as module
+from willi_lib.net.wire import BadFraming, Clock, LineTooLong, PeerGone, TimeLimit, TlsFailed, Wire, WireError
 from willi_lib.smtp.reply import BadReply, Reply
 from willi_lib.smtp.syntax import MAX_COMMAND_LINE
-from willi_lib.smtp.wire import BadFraming, Clock, LineTooLong, PeerGone, TimeLimit, TlsFailed, Wire, WireError
 
 SHORT = 0.05  # seconds of a limit that is to strike
 NEXT = b"NOOP\r\n"

@@ -21,8 +21,8 @@ import pytest
 from tests.support.certificates import Authority
 from tests.support.loopback import HOST, PATIENCE, ROOT, free_port
 from tests.support.mariadb import PASSWORD, QUERY, USER, Mariadb
-from willi_lib.routing import LookupFailed, Policy, Route, parse_servers
-from willi_lib.routing.database import Access, Database, Down, Host, TooSlow
+from willi_lib.mappings.database import Access, Database, Down, Host, TooSlow
+from willi_lib.routing.route import LookupFailed, Policy, Route, parse_servers
 
 Open = Callable[..., Database]
 USE_NATIVE = "have the account IDENTIFIED VIA mysql_native_password"
@@ -293,7 +293,7 @@ def test_a_connection_that_was_idle_for_long_is_not_trusted(
     first = database._idle[0].driver.thread_id()
     database.ask("b.example")
     assert database._idle[0].driver.thread_id() == first
-    monkeypatch.setattr("willi_lib.routing.database.MAX_IDLE", -1.0)
+    monkeypatch.setattr("willi_lib.mappings.database.MAX_IDLE", -1.0)
     database.ask("b.example")
     assert database._idle[0].driver.thread_id() != first
     assert open_connections(database) == (1, 1)
@@ -326,7 +326,7 @@ def test_a_host_that_is_back_is_asked_again_although_another_one_answers(
     try:
         assert database.ask("b.example") == to("mx1")
         assert not asked.is_set(), "it rests"
-        monkeypatch.setattr("willi_lib.routing.database.HOST_REST", 0.0)
+        monkeypatch.setattr("willi_lib.mappings.database.HOST_REST", 0.0)
         assert database.ask("b.example") == to("mx1")
         assert asked.wait(PATIENCE)
     finally:
@@ -406,8 +406,8 @@ def test_a_lack_of_threads_is_called_what_it_is():
     code = f"""
 from gevent import monkey
 monkey.patch_all(ssl=False)
-from willi_lib.routing import Policy
-from willi_lib.routing.database import Access, Database, Down, Host
+from willi_lib.routing.route import Policy
+from willi_lib.mappings.database import Access, Database, Down, Host
 try:
     Database(Access((Host("localhost", 1),)), {QUERY!r}, Policy(), "mysql:t").ask("b.example")
 except Down as error:

@@ -481,7 +481,7 @@ def test_opt_willi_may_be_a_symlink(machine):
 def test_a_release_that_does_not_start_makes_way_for_the_old_one(machine):
     configure(machine)
     machine.run("cp", "-R", f"{UNPACKED}/willi-{NEW}", "/root/willi")
-    with machine.path("/root/willi/willi_lib/master.py").open("a") as master:
+    with machine.path("/root/willi/willi_lib/processes/master.py").open("a") as master:
         master.write(BROKEN_RELEASE)
     with upstream_on(machine) as upstream:
         machine.run(INIT, "start")
@@ -717,7 +717,7 @@ def test_a_willi_that_does_not_start_makes_way_for_the_old_program_and_its_file(
     machine = with_old_program
     write_new_configuration(machine)
     machine.run("cp", "-R", f"{UNPACKED}/willi-{NEW}", "/root/willi")
-    with machine.path("/root/willi/willi_lib/master.py").open("a") as master:
+    with machine.path("/root/willi/willi_lib/processes/master.py").open("a") as master:
         master.write(BROKEN_RELEASE)
     done = machine.ask("/root/willi/install.sh")
     assert done.returncode == 1
@@ -775,7 +775,7 @@ def test_with_systemd_no_client_is_refused_by_reloads_restarts_and_upgrades(syst
 def test_with_systemd_a_release_that_does_not_start_makes_way_for_the_old_one(systemd):
     configure(systemd)
     systemd.run("cp", "-R", f"{UNPACKED}/willi-{NEW}", "/root/willi")
-    with systemd.path("/root/willi/willi_lib/master.py").open("a") as master:
+    with systemd.path("/root/willi/willi_lib/processes/master.py").open("a") as master:
         master.write(BROKEN_RELEASE)
     with upstream_on(systemd) as upstream:
         systemd.run("systemctl", "start", "willi")

@@ -31,8 +31,8 @@ from tests.support.talk import (
     two_domains,
 )
 from tests.support.upstream import GREETING, Close, Delay, Ended, ScriptedUpstream, Silence
-from willi_lib.dispatch import MAX_IN_VAIN
-from willi_lib.session import MAX_DEFERRALS, MAX_JUNK
+from willi_lib.proxy.session import MAX_DEFERRALS, MAX_JUNK
+from willi_lib.proxy.transaction import MAX_IN_VAIN
 
 TOO_MANY = "421 4.3.2 Too many connections, try again later"
 TOO_MANY_FROM_YOU = "421 4.7.0 Too many connections from your address"

@@ -114,7 +114,7 @@ def test_ps_and_pgrep_show_what_each_process_is(start_willi: StartWilli, upstrea
 
 @pytest.mark.parametrize("name", ["willi-worker", "w" * 200])
 def test_a_name_has_no_more_room_than_the_command_line_had(name: str):
-    program = "import sys; from willi_lib.process_name import name_process; name_process(sys.argv[1]); input()"
+    program = "import sys; from willi_lib.processes import process_name as p; p.name_process(sys.argv[1]); input()"
     command = [PYTHON, "-c", program, name, "last"]
     with subprocess.Popen(command, stdin=subprocess.PIPE, cwd=ROOT, env={"LONG": "x" * 100}) as process:
         wait_until(lambda: Path(f"/proc/{process.pid}/cmdline").read_bytes().startswith(name.encode()), "its name")

@@ -28,13 +28,13 @@ TABLE = "pattern;server;tls_verify\nb.example;{server};false\n"
 BROKEN = """
 import os, runpy, sys
 sys.path.insert(0, os.path.dirname(os.path.abspath(sys.argv[2])))
-from willi_lib import routing
-from willi_lib.routing import csv_file, static
+from willi_lib.mappings import csv_file
+from willi_lib.routing import route
 from willi_lib.smtp import body
 
 def find(self, keys):
     if "fail" in str(keys):
-        raise routing.LookupFailed("the table is on fire")
+        raise route.LookupFailed("the table is on fire")
     if "bug" in str(keys):
         raise ZeroDivisionError("a bug")
     yield from real_find(self, keys)

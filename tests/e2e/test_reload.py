@@ -548,7 +548,7 @@ def test_a_reload_to_more_workers_that_fails_leaves_the_limits_as_they_were(
 
 def ask_for_reload(directory: Path, pid: int) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-I", str(ROOT / "willi_lib" / "reload.py"), str(pid)],
+        [sys.executable, "-I", str(ROOT / "willi_lib" / "processes" / "reload.py"), str(pid)],
         env={**os.environ, "RUNTIME_DIRECTORY": str(directory)}, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
 

@@ -25,18 +25,18 @@ from tests.fuzz.upstreams import CLOSE, REFUSE, RESET, USUAL, HostileUpstream, P
 from tests.support.certificates import Authority
 from tests.support.daemon import Setting, parse_logfmt, write_config
 from willi_lib import config, log
-from willi_lib import upstream as upstream_module
 from willi_lib.config import Settings
-from willi_lib.counts import Counts
-from willi_lib.dns import Resolver
-from willi_lib.routing import Answer, LookupFailed, Policy, Route, parse_servers
-from willi_lib.service import Service
-from willi_lib.session import Session
+from willi_lib.net.resolver import Resolver
+from willi_lib.net.tls import server_context
+from willi_lib.net.wire import Clock, PeerGone, Wire
+from willi_lib.proxy import upstream as upstream_module
+from willi_lib.proxy.context import Service
+from willi_lib.proxy.session import Session
+from willi_lib.proxy.upstream import Client, Connector
+from willi_lib.routing.route import Answer, LookupFailed, Policy, Route, parse_servers
 from willi_lib.smtp import reply as replies
 from willi_lib.smtp.reply import Reply
-from willi_lib.smtp.wire import Clock, PeerGone, Wire
-from willi_lib.tls import server_context
-from willi_lib.upstream import Client, Connector
+from willi_lib.status.counts import Counts
 
 LONGEST = 40.0  # seconds for a session of which each wait has a limit far below
 PATIENCE, IMPATIENCE = 10.0, 0.01  # seconds of Willi's own limits; the second where a script wants to see them strike

@@ -8,9 +8,9 @@ from typing import TypeVar
 from tests.fuzz.lenient import OVERLONG, as_passed_on, content_of, early_end, strict_end, with_good_line_ends
 from tests.support.daemon import parse_logfmt
 from willi_lib import log
-from willi_lib.smtp import proxy_protocol, syntax
+from willi_lib.smtp import proxy_header, syntax
 from willi_lib.smtp.body import MAX_HELD, DataReader, Stuffer
-from willi_lib.smtp.proxy_protocol import MAX_V1_LINE, MAX_V2_BLOCK, BadHeader, Endpoints
+from willi_lib.smtp.proxy_header import MAX_V1_LINE, MAX_V2_BLOCK, BadHeader, Endpoints
 from willi_lib.smtp.reply import MAX_REPLY_LINES, BadReply, Reject, Reply, first_reply, parse_reply_line
 
 T = TypeVar("T")
@@ -143,7 +143,7 @@ def _read_slowly(octets: bytes) -> tuple[Reply, int] | None:
     return None
 
 
-# proxy_protocol.py
+# proxy_header.py
 
 
 def check_proxy_header(octets: bytes) -> None:
@@ -164,16 +164,16 @@ def check_proxy_header(octets: bytes) -> None:
 def _parse_header(octets: bytes) -> tuple[Endpoints | None, int] | bool | None:
     """False: it is none."""
     try:
-        return proxy_protocol.parse(octets)
+        return proxy_header.parse(octets)
     except BadHeader:
         return False
 
 
 def _check_endpoints(endpoints: Endpoints) -> None:
     assert 0 <= endpoints.source_port <= 65535 and 0 <= endpoints.destination_port <= 65535
-    for build in (proxy_protocol.build_v1, proxy_protocol.build_v2):
+    for build in (proxy_header.build_v1, proxy_header.build_v2):
         header = build(endpoints)
-        assert proxy_protocol.parse(header + b"EHLO x\r\n") == (endpoints, len(header)), header
+        assert proxy_header.parse(header + b"EHLO x\r\n") == (endpoints, len(header)), header
 
 
 # body.py

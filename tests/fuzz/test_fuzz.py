@@ -16,12 +16,12 @@ from tests.fuzz.lenient import early_end
 from tests.fuzz.parsers import check_body, check_proxy_header, check_reply, check_syntax
 from tests.fuzz.runner import Failure, run
 from tests.runner.limits import allow
-from willi_lib.relay import Relay
-from willi_lib.session import Session
-from willi_lib.smtp import body, proxy_protocol, reply, syntax
+from willi_lib.net.wire import Wire
+from willi_lib.proxy.relay import Relay
+from willi_lib.proxy.session import Session
+from willi_lib.proxy.upstream import Upstream
+from willi_lib.smtp import body, proxy_header, reply, syntax
 from willi_lib.smtp.reply import Reply
-from willi_lib.smtp.wire import Wire
-from willi_lib.upstream import Upstream
 
 TARGETS = targets()
 INPUTS = {"syntax": 20_000, "body": 6_000, "reply": 20_000, "proxy_protocol": 10_000, "session": 800}
@@ -99,7 +99,7 @@ def test_a_reply_that_is_read_in_two_ways_is_noticed(monkeypatch: pytest.MonkeyP
 
 
 def test_a_proxy_header_without_a_limit_is_noticed(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(proxy_protocol, "MAX_V1_LINE", 1000)
+    monkeypatch.setattr(proxy_header, "MAX_V1_LINE", 1000)
     with pytest.raises(AssertionError):
         check_proxy_header(b"PROXY UNKNOWN " + b"x" * 200)
 
@@ -114,7 +114,7 @@ def test_an_internal_error_is_noticed(monkeypatch: pytest.MonkeyPatch):
 
 
 def _verbs() -> dict[bytes, Any]:
-    from willi_lib import session
+    from willi_lib.proxy import session
 
     return session.VERBS
 

@@ -72,8 +72,8 @@ def run_willi(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
 
 def in_a_hurry(**constants: float) -> list[str]:
     """A prefix for the command: changes constants, as `master.TICK`, in the program that is run."""
-    modules = ["from willi_lib import certificate_files, master", "from willi_lib.routing import csv_file"]
-    lines = ["import runpy, sys", *modules, "from willi_lib.status import keeper"]
+    modules = ["from willi_lib.processes import certificate_files, keeper, master"]
+    lines = ["import runpy, sys", *modules, "from willi_lib.mappings import csv_file"]
     program = "\n".join([*lines, *(f"{name} = {value}" for name, value in constants.items()), ""])
     run = "sys.argv = sys.argv[2:]; sys.path.insert(0, ''); runpy.run_path(sys.argv[0], run_name='__main__')"
     return [PYTHON, "-c", f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{program}{run}"]

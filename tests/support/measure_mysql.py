@@ -21,9 +21,9 @@ import gevent
 from tests.support.certificates import Authority
 from tests.support.loopback import HOST
 from tests.support.mariadb import PASSWORD, QUERY, USER, Mariadb
-from willi_lib.routing import Policy, find_route
-from willi_lib.routing.database import Access, Database, Host
-from willi_lib.routing.mysql import Mysql
+from willi_lib.mappings.database import Access, Database, Host
+from willi_lib.mappings.mysql import Mysql
+from willi_lib.routing.route import Policy, find_route
 
 ROWS = 1_000_000
 COLD, CACHED = 4000, 200_000  # look-ups a measurement

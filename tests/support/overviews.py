@@ -6,17 +6,7 @@ import math
 from dataclasses import fields, replace
 from typing import TypeVar
 
-from willi_lib.status.overview import (
-    Asked,
-    AskedStep,
-    CertificateState,
-    Event,
-    Host,
-    Limit,
-    Minute,
-    Overview,
-    Table,
-)
+from willi_lib.status.overview import Asked, AskedStep, CertificateState, Event, Host, Limit, Minute, Overview, Table
 
 NOW = 1795701802.0  # 2026-11-26 14:03:22 UTC
 DAY = 86400

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from willi_lib import patch  # isort: skip  # noqa: F401 -- first of all
+from willi_lib.net import patch  # isort: skip  # noqa: F401 -- first of all
 
 from willi_lib import log
 from willi_lib.config import Settings
-from willi_lib.dns import Resolver
-from willi_lib.mappings import MappingError, open_mappings
-from willi_lib.routing.csv_file import CsvError, CsvFile
-from willi_lib.tls import CertificateError, server_context, upstream_contexts
+from willi_lib.mappings.csv_file import CsvError, CsvFile
+from willi_lib.mappings.open import MappingError, open_mappings
+from willi_lib.net.resolver import Resolver
+from willi_lib.net.tls import CertificateError, server_context, upstream_contexts
 
 from .certificates import look_at_certificates
 from .files import look_at_files

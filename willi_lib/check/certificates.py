@@ -8,9 +8,9 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 from willi_lib.config import Certificate, Settings
-from willi_lib.key_exchange import has_costly_groups
+from willi_lib.net.key_exchange import has_costly_groups
+from willi_lib.net.tls import ANY_STRENGTH, IGNORE_DATES, CertificateError, CertificateFacts, certificate_facts, show
 from willi_lib.status.words import time_left
-from willi_lib.tls import ANY_STRENGTH, IGNORE_DATES, CertificateError, CertificateFacts, certificate_facts, show
 
 from .report import Report
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from willi_lib.config import CsvSettings, MysqlSettings, Settings
-from willi_lib.mappings import others_can_read
+from willi_lib.mappings.open import others_can_read
 
 from .report import Report
 

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 
 from willi_lib import log
 from willi_lib.config import Settings
-from willi_lib.dns import Resolver
-from willi_lib.lookup import show
-from willi_lib.mappings import MappingError, open_mappings
-from willi_lib.routing import Mapping
-from willi_lib.routing.csv_file import CsvError, CsvFile
-from willi_lib.routing.mysql import Mysql
+from willi_lib.mappings.csv_file import CsvError, CsvFile
+from willi_lib.mappings.mysql import Mysql
+from willi_lib.mappings.open import MappingError, open_mappings
+from willi_lib.net.resolver import Resolver
+from willi_lib.proxy.lookup import show
+from willi_lib.routing.route import Mapping
 from willi_lib.text import visible
 
 from .report import GOOD, WRONG

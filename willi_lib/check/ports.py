@@ -17,7 +17,7 @@ from pathlib import Path
 import gevent
 
 from willi_lib.config import Address, Settings
-from willi_lib.listeners import _families
+from willi_lib.processes.listeners import _families
 
 from .report import Finding, Report
 

@@ -9,7 +9,7 @@ import dns.exception
 import dns.resolver
 
 from willi_lib.config import Settings
-from willi_lib.dns import DnsFailed, Resolver
+from willi_lib.net.resolver import DnsFailed, Resolver
 
 from .report import Report
 from .routes import Destinations

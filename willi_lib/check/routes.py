@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 
 from willi_lib.config import CsvSettings, MysqlSettings, Settings, StaticSettings
-from willi_lib.mappings import MappingError, open_database, open_mappings
-from willi_lib.routing import LookupFailed, Mapping, NoRoute, Route, conclude, search
-from willi_lib.routing.csv_file import CsvError, CsvFile
-from willi_lib.routing.database import Database, Down, Host
-from willi_lib.routing.mysql import Mysql
+from willi_lib.mappings.csv_file import CsvError, CsvFile
+from willi_lib.mappings.database import Database, Down, Host
+from willi_lib.mappings.mysql import Mysql
+from willi_lib.mappings.open import MappingError, open_database, open_mappings
+from willi_lib.routing.route import LookupFailed, Mapping, NoRoute, Route, conclude, search
 from willi_lib.status.words import several
 
 from .promises import is_own

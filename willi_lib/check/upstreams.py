@@ -14,16 +14,16 @@ from dataclasses import dataclass, replace
 from gevent.pool import Pool
 
 from willi_lib.config import Settings
-from willi_lib.dns import NO_ANSWER, Address, Resolver
-from willi_lib.routing import Route, Server
-from willi_lib.service import XCLIENT_ATTRIBUTES
+from willi_lib.net.resolver import NO_ANSWER, Address, Resolver
+from willi_lib.net.tls import CertificateFacts
+from willi_lib.net.wire import Clock, WireError
+from willi_lib.proxy.context import XCLIENT_ATTRIBUTES
+from willi_lib.proxy.upstream import NOT_FROM_US, Client, Connector, Refused, Upstream, UpstreamFailed, WantsTls
+from willi_lib.routing.route import Route, Server
 from willi_lib.smtp import reply as replies
 from willi_lib.smtp.reply import BadReply, Reject, Reply
 from willi_lib.smtp.syntax import UNAVAILABLE
-from willi_lib.smtp.wire import Clock, WireError
 from willi_lib.status.words import several
-from willi_lib.tls import CertificateFacts
-from willi_lib.upstream import NOT_FROM_US, Client, Connector, Refused, Upstream, UpstreamFailed, WantsTls
 
 from .certificates import WARN_DAYS, days_left
 from .promises import is_own

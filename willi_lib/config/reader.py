@@ -11,7 +11,7 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
-from willi_lib.routing import Policy, refuse_invisible
+from willi_lib.routing.route import Policy, refuse_invisible
 from willi_lib.text import visible
 
 from .lines import EQUALS, SECTIONS, Entry, Fault, Section, parse

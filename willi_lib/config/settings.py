@@ -12,7 +12,7 @@ from ipaddress import IPv4Network, IPv6Network
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from willi_lib.routing import Policy, SendProxy, Server, UpstreamTls, Xclient, parse_servers, parse_tls_verify
+from willi_lib.routing.route import Policy, SendProxy, Server, UpstreamTls, Xclient, parse_servers, parse_tls_verify
 
 from . import values
 from .lines import QUOTE

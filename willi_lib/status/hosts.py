@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from willi_lib.counts import CONNECTS, GREETING_SECONDS, GREETINGS, HOST, NUMBER, OTHER, HostState, Key, Row
+from willi_lib.status.counts import CONNECTS, GREETING_SECONDS, GREETINGS, HOST, NUMBER, OTHER, HostState, Key, Row
 
 from .means import HourMean
 

@@ -9,8 +9,9 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
 
-from willi_lib import VERSION, counts
-from willi_lib.counts import OTHER
+from willi_lib import VERSION
+from willi_lib.status import counts
+from willi_lib.status.counts import OTHER
 
 from . import view
 from .hosts import HostTotals

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .. import patch  # isort: skip  # noqa: F401 -- first of all
+from ..net import patch  # isort: skip  # noqa: F401 -- first of all
 
 import gc
 import signal
@@ -16,11 +16,11 @@ from gevent.event import AsyncResult
 
 from willi_lib import log
 from willi_lib.config import Settings
-from willi_lib.jobs import keep_going
-from willi_lib.privileges import drop_privileges
-from willi_lib.reports import Links
+from willi_lib.net.jobs import keep_going
+from willi_lib.processes.privileges import drop_privileges
+from willi_lib.status.reports import Links
 
-from .keeper import HAND_OVER, PULSE, SIGN_OF_LIFE
+from ..processes.keeper import HAND_OVER, PULSE, SIGN_OF_LIFE
 from .serving import Serving
 
 

@@ -15,8 +15,8 @@ from gevent.event import AsyncResult, Event
 
 from willi_lib import log
 from willi_lib.config import Settings
-from willi_lib.jobs import keep_going
-from willi_lib.reports import MAX_ANY, Links, Report, packed, parse, send
+from willi_lib.net.jobs import keep_going
+from willi_lib.status.reports import MAX_ANY, Links, Report, packed, parse, send
 
 from .http import Application, make_servers
 from .overview import Asked, AskedStep

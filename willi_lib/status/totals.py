@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
-from willi_lib import counts
-from willi_lib.counts import Key, Row
-from willi_lib.reports import Report
+from willi_lib.status import counts
+from willi_lib.status.counts import Key, Row
+from willi_lib.status.reports import Report
 
 from .hosts import Hosts
 from .means import MINUTE, MINUTES, HourMean

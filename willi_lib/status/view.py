@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from willi_lib import VERSION, counts
+from willi_lib import VERSION
+from willi_lib.status import counts
 
 from .hosts import HostTotals
 from .overview import Host, Limit, Overview, Table

@@ -1,0 +1,329 @@
+"""Routes from a file of lines `pattern;server;tls_verify`.
+
+The first line is that header. Empty lines and lines that begin with `#` are skipped,
+blanks around a field and empty fields at the end too. `tls_verify` may be missing or empty: true. A field may stand
+in double quotes as in any CSV file, but not go on in the next line. UTF-8, with or
+without a byte order mark.
+
+A pattern that comes again with the same route is no fault, with another one it is:
+mail must not depend on the order of lines that somebody has sorted.
+"""
+
+from __future__ import annotations
+
+import codecs
+import csv
+import errno
+import io
+import os
+import re
+from array import array
+from collections.abc import Callable, Iterator, Sequence
+from math import inf
+from pathlib import Path
+from time import monotonic, time
+from typing import NamedTuple, Protocol, TypeVar
+
+from willi_lib.routing.route import Answer, LookupFailed, Policy, Route, fold_pattern, parse_servers, parse_tls_verify
+
+HEADER = "pattern;server;tls_verify"
+MAX_FAULTS = 10  # reported of one file
+CALM = 10.0  # seconds a file that is written in place must rest: half of it would have recipients refused
+RETRY = 10.0  # seconds until a file that could not be read is tried again
+FILE_TIMEOUT = 30.0  # seconds for the work with a file that may hang; a large one from a slow server takes some
+START_PATIENCE = 30.0  # seconds in which a file must be ready for a worker that starts, if it may wait
+PAUSE_LINES = 2000  # some milliseconds of work
+NO_PATTERNS = "no patterns any more; write a new file beside it and rename that, or take the mapping out of willi.conf"
+CUT_OFF = "has fewer patterns than before and no line end at its end: perhaps a part is missing; else add the line end"
+# Before the first table, these are mistakes in willi.conf; later, and all others, they may be over the next time.
+MISTAKES = frozenset((errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.ELOOP, errno.ENAMETOOLONG))
+
+
+T = TypeVar("T")
+
+
+class Aside(Protocol):
+    """Does what may take for ever, as with a file on a dead server, where nothing else waits for it. Raises OSError."""
+
+    def __call__(self, work: Callable[[], T]) -> T: ...
+
+
+def at_once(work: Callable[[], T]) -> T:
+    """Where nothing else would have to wait."""
+    return work()
+
+
+class Stamp(NamedTuple):
+    """Differs when the file does. A write sets both times to the same value."""
+
+    device: int
+    inode: int
+    size: int
+    written: int  # nanoseconds
+    changed: int  # also by rename, chmod and the like; nobody can set it back
+
+    @classmethod
+    def of(cls, status: os.stat_result) -> Stamp:
+        return cls(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+
+
+class Held(NamedTuple):
+    """What the workers that serve have of a file: a whole table."""
+
+    stamp: Stamp
+    patterns: int
+    ends_a_line: bool  # with its last octet
+
+
+class CsvError(Exception):
+    """The file cannot be used; one fault per line of the text.
+
+    passing: nothing is wrong with the file as far as we know, it could not be read just now.
+    """
+
+    def __init__(self, *faults: str, passing: bool = False) -> None:
+        super().__init__("\n".join(faults))
+        self.faults = faults
+        self.passing = passing
+
+
+class CsvFile:
+    """A mapping held in memory as a whole. It answers once `load` has succeeded."""
+
+    def __init__(
+        self, name: str, file: str, policy: Policy,
+        pause: Callable[[], None] = lambda: None, where: str = "", aside: Aside = at_once,
+    ) -> None:  # fmt: skip
+        """name: for the log, "csv:/path".
+
+        pause: called every few milliseconds of a long `load`; `find` answers meanwhile.
+        where: the line of willi.conf that names the file.
+        aside: does the work with the file.
+        """
+        self.name = name
+        self.file = file
+        self.stamp: Stamp | None = None  # of the file that the table is from
+        self.loaded_at: float | None = None  # seconds since 1970
+        self.fault = ""  # of the last `load`, if the old table had to stay
+        self._policy = policy
+        self._pause = pause
+        self._where = where
+        self._aside = aside
+        self._table: dict[str, Route] | None = None
+        self.held: Held | None = None  # the last whole table, ours or that of other workers
+        self._unsure_until = 0.0  # monotonic: the first table may be half a file that is just being written
+        self._unsure = False
+        self._seen: Stamp | None = None  # the file when we last looked
+        self._due = 0.0  # monotonic: when it is to be read if it stays like this
+
+    def __len__(self) -> int:
+        """The number of patterns."""
+        return len(self._table or ())
+
+    def routes(self) -> list[Route]:
+        """The different routes of the table."""
+        return list({id(route): route for route in (self._table or {}).values()}.values())
+
+    def find(self, keys: Sequence[str]) -> Iterator[Answer]:
+        """The answers for exactly these keys. They raise LookupFailed before the first `load`."""
+        for key in keys:
+            if self._table is None:
+                raise LookupFailed(self.fault or "not read yet", told=True)
+            route = self._table.get(key)
+            if route is None and self._table and self._unsure and key == keys[-1]:
+                raise LookupFailed("its file is being written", told=True)
+            yield Answer(route, "unsure" if self._unsure else "")
+
+    def follow(self, held: Held) -> None:
+        """Begin beside workers that hold a whole table: `load` only when `changed` says so, as they do."""
+        self.held, self._seen = held, held.stamp
+
+    def changed(self) -> bool:
+        """Whether it is time to `load`; to be asked every second or two.
+
+        A new file that took this name by a rename is complete, and read if the next look finds it the same.
+        One that is written in place may be half of what it will be, and cut at a line end it would look
+        perfect: it is read when it has rested for `CALM`. What is wrong with a file is told once, not at every
+        look; what could not be read is tried again.
+        """
+        before, self._seen = self._seen, self._look()
+        if self._seen != before:
+            is_complete = self._seen is None or _was_renamed(before, self._seen)
+            self._due = monotonic() + (0.0 if is_complete else CALM)
+            self._unsure = self._unsure or (not is_complete and monotonic() < self._unsure_until)
+            return False
+        return monotonic() >= self._due
+
+    def load(self) -> None:
+        """Read the file that `changed` saw; all of it replaces the old table, or, after CsvError, nothing does."""
+        is_first, self._due = self.held is None, monotonic() + RETRY
+        try:
+            octets = self._read()
+            ends_a_line = octets.endswith(b"\n")
+            table = self._parse(octets)
+            if self.held and self.held.patterns and not table:
+                raise CsvError(f"{self.file}: {NO_PATTERNS}")
+            if self.held and len(table) < self.held.patterns and self.held.ends_a_line and not ends_a_line:
+                raise CsvError(f"{self.file}: {CUT_OFF}")
+        except MemoryError:
+            self.fault = f"{self.file}: not enough memory to read it"
+            raise CsvError(self.fault, passing=True) from None
+        except CsvError as error:
+            self.fault = error.faults[0]
+            self._due = self._due if error.passing else inf
+            raise
+        assert self._seen  # by _read
+        self._table, self.stamp = table, self._seen
+        self.held = Held(self._seen, len(table), ends_a_line)
+        self.loaded_at, self.fault, self._due = time(), "", inf
+        self._unsure, self._unsure_until = not table, monotonic() + CALM if is_first else 0.0
+
+    def _look(self) -> Stamp | None:
+        try:
+            return Stamp.of(self._aside(Path(self.file).stat))
+        except OSError:
+            return None  # `load` will say why
+
+    def _read(self) -> bytes:
+        """Raises CsvError."""
+        try:
+            stamp, octets, after = self._aside(self._read_whole)
+        except OSError as failure:
+            subject = f"{self._where}: file: cannot read {self.file}" if self._where else self.file
+            passing = self.held is not None or failure.errno not in MISTAKES
+            raise CsvError(f"{subject}: {failure.strerror}", passing=passing) from None
+        self._seen = self._seen or stamp
+        if stamp != self._seen or (stamp.size, stamp.written) != (after.size, after.written):  # not of a later rename
+            raise CsvError(f"{self.file}: written while it was read", passing=True)
+        return octets
+
+    def _read_whole(self) -> tuple[Stamp, bytes, Stamp]:
+        """With the stamps before and after."""
+        with Path(self.file).open("rb") as file:
+            return Stamp.of(os.fstat(file.fileno())), file.read(), Stamp.of(os.fstat(file.fileno()))
+
+    def _parse(self, octets: bytes) -> dict[str, Route]:
+        """Raises CsvError."""
+        lines = enumerate(io.BytesIO(octets.removeprefix(codecs.BOM_UTF8)), 1)
+        self._skip_header(lines)
+        builder = _Builder(self.name, self._policy)
+        faults: list[str] = []
+        for number, line in lines:
+            if number % PAUSE_LINES == 0:
+                self._pause()
+            try:
+                builder.add(number, line)
+            except ValueError as fault:
+                faults.append(f"{self.file}:{number}: {fault}")
+            if len(faults) == MAX_FAULTS:
+                raise CsvError(*faults, f"{self.file}: not read further after {MAX_FAULTS} faults")
+        if faults:
+            raise CsvError(*faults)
+        return builder.table
+
+    def _skip_header(self, lines: Iterator[tuple[int, bytes]]) -> None:
+        """Data in its place would be lost in silence, so it must be there."""
+        for number, line in lines:
+            try:
+                text = _text(line)
+                if text and not _is_header(text):
+                    raise ValueError(f"must be the header {HEADER}, not {text[:80]!r}")
+            except ValueError as fault:
+                raise CsvError(f"{self.file}:{number}: {fault}") from None
+            if text:
+                return
+        raise CsvError(f"{self.file}: empty, without even the header {HEADER}")
+
+
+class _Builder:
+    """The table of one file while it is being read."""
+
+    def __init__(self, mapping: str, policy: Policy) -> None:
+        self.table: dict[str, Route] = {}
+        self._lines = array("I")  # where each key of the table stands, in the table's order
+        self._mapping = mapping
+        self._policy = policy
+        self._routes: dict[str, Route] = {}  # by what follows the pattern
+        self._unique: dict[Route, Route] = {}  # equal routes are one object, which saves memory and comparing
+
+    def add(self, number: int, line: bytes) -> None:
+        """Take in one line, comments and empty ones too. Raises ValueError."""
+        text = _text(line)
+        if not text:
+            return
+        pattern, rest = _split(text)
+        if pattern.startswith("#") and not rest.strip("; "):  # a comment in one cell, quoted for its semicolon
+            return
+        key = _fold(pattern, rest)
+        route = self._routes.get(rest) or self._new_route(rest)
+        known = self.table.get(key)
+        if known is None:
+            self.table[key] = route
+            self._lines.append(number)
+        elif known is not route:
+            first = self._lines[list(self.table).index(key)]
+            raise ValueError(f"{pattern[:80]!r} again, but not with the route of line {first}")
+
+    def _new_route(self, rest: str) -> Route:
+        server, verify, *more = [field.strip() for field in rest.split(";")] + [""]
+        if not server:
+            raise ValueError(f"no server: a line is {HEADER}")
+        if any(more):
+            raise ValueError(f"more than three fields: a line is {HEADER}")
+        tls_verify = parse_tls_verify(verify) if verify else True
+        route = Route(parse_servers(server), tls_verify, self._policy, self._mapping)
+        self._routes[rest] = self._unique.setdefault(route, route)
+        return self._routes[rest]
+
+
+def _was_renamed(before: Stamp | None, now: Stamp) -> bool:
+    """Whether another file has taken the name, and has not been written to since.
+
+    A file that was removed and is created again is another one, too; but its times are equal.
+    """
+    other = before is None or (before.device, before.inode) != (now.device, now.inode)
+    return other and now.changed != now.written
+
+
+def _fold(pattern: str, rest: str) -> str:
+    """The key that the pattern stands for. Raises ValueError."""
+    try:
+        return fold_pattern(pattern.strip())
+    except ValueError as fault:
+        if "," in pattern and not rest:
+            raise ValueError(f"{fault}; fields are separated by ;") from None
+        raise
+
+
+_BLANK = ';"'
+_BLANK_ROW = re.compile(r'(?:""|[;\s])*')
+
+
+def _text(line: bytes) -> str:
+    """The text of a line; empty also for a comment, and for a blank row of a spreadsheet. Raises ValueError."""
+    try:
+        text = line.decode().strip()
+    except UnicodeDecodeError:
+        is_utf16 = line.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+        raise ValueError("not UTF-8" + (", but UTF-16: save the file as `CSV UTF-8`" if is_utf16 else "")) from None
+    if "\r" in text:  # what follows would be lost in a comment
+        raise ValueError("has a carriage return that ends no line: save the file with the line ends of Unix or Windows")
+    return "" if text.startswith("#") or (text[:1] in _BLANK and _BLANK_ROW.fullmatch(text)) else text
+
+
+def _is_header(text: str) -> bool:
+    pattern, rest = _split(text.lower())
+    names = [name.strip() for name in (pattern, *rest.rstrip("; ").split(";"))]
+    return names in (["pattern", "server", "tls_verify"], ["pattern", "server"])
+
+
+def _split(text: str) -> tuple[str, str]:
+    """The pattern and what follows it."""
+    if '"' in text:
+        try:
+            pattern, *rest = next(csv.reader([text], delimiter=";", skipinitialspace=True, strict=True))
+            return pattern, ";".join(rest)
+        except csv.Error:
+            pass  # the quotes are part of the pattern, as in "a b"@b.example
+    pattern, _, following = text.partition(";")
+    return pattern, following

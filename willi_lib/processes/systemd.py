@@ -1,0 +1,59 @@
+"""What systemd wants to hear and what it hands over (sd_notify(3), sd_listen_fds(3)).
+
+Without systemd there are no such variables in the environment, and nothing here does anything.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from time import monotonic_ns
+
+from .. import log
+
+FIRST_DESCRIPTOR = 3  # SD_LISTEN_FDS_START
+NOTIFY_TIMEOUT = 1.0  # seconds for systemd to take a message, which is a matter of microseconds
+
+
+def notify(*lines: str, descriptor: int | None = None) -> None:
+    """Tell systemd something, such as READY=1, and hand it a descriptor to keep."""
+    path = os.environ.get("NOTIFY_SOCKET", "")
+    if not path:
+        return
+    ancillary = [] if descriptor is None else [descriptor]
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sender:
+            sender.settimeout(NOTIFY_TIMEOUT)
+            sender.connect("\0" + path[1:] if path.startswith("@") else path)
+            socket.send_fds(sender, ["\n".join(lines).encode("utf-8", "backslashreplace")], ancillary)
+    except (FileNotFoundError, ConnectionRefusedError):
+        return  # whoever waited for READY=1 has gone, such as the init script
+    except OSError as error:
+        log.warn("Cannot talk to systemd", error=str(error))
+
+
+def notify_reloading() -> None:
+    """To be followed by READY=1, whatever comes of the reload."""
+    notify("RELOADING=1", f"MONOTONIC_USEC={monotonic_ns() // 1000}")
+
+
+def watchdog_interval() -> float | None:
+    """Seconds without a sign of life after which systemd ends us; None if it wants none."""
+    if os.environ.get("WATCHDOG_PID", str(os.getpid())) != str(os.getpid()):
+        return None
+    microseconds = os.environ.get("WATCHDOG_USEC", "")
+    return int(microseconds) / 1e6 if microseconds.isdigit() and int(microseconds) else None
+
+
+def take_sockets() -> list[tuple[str, socket.socket]]:
+    """The sockets that systemd has for us, with their names; at most once."""
+    names = os.environ.pop("LISTEN_FDNAMES", "").split(":")
+    number = os.environ.pop("LISTEN_FDS", "")
+    if os.environ.pop("LISTEN_PID", "") != str(os.getpid()) or not number.isdigit():
+        return []
+    names += [""] * (int(number) - len(names))
+    sockets = []
+    for descriptor, name in zip(range(FIRST_DESCRIPTOR, FIRST_DESCRIPTOR + int(number)), names, strict=False):
+        os.set_inheritable(descriptor, False)
+        sockets.append((name, socket.socket(fileno=descriptor)))
+    return sockets
