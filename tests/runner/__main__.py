@@ -1,7 +1,7 @@
 """`python -m tests.runner --minutes 30 ...`: pytest with these arguments, an end, and nothing left behind.
 
 At its end it says what was still open. However pytest ends, all processes of the tests are ended with it, and their
-temporary directory is removed. pytest's own (/tmp/pytest-of-...) stays, as ever.
+temporary directory is removed. What pytest keeps of its last runs (/tmp/willi-tests-...) stays.
 """
 
 from __future__ import annotations
@@ -53,11 +53,7 @@ def _end(number: int, _frame: object) -> None:
 
 def _run(arguments: list[str], directory: Path, seconds: float) -> int:
     """The exit status."""
-    temporary = tempfile.gettempdir()
-    environment = {
-        **os.environ, DIRECTORY: str(directory), "TMPDIR": str(directory),
-        "PYTEST_DEBUG_TEMPROOT": os.environ.get("PYTEST_DEBUG_TEMPROOT", temporary),
-    }  # fmt: skip
+    environment = {**os.environ, DIRECTORY: str(directory), "TMPDIR": str(directory)}
     deadline = time.monotonic() + seconds
     pytest = subprocess.Popen([sys.executable, "-m", "pytest", *arguments], env=environment, preexec_fn=_with_us)
     try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import faulthandler
+import hashlib
 import os
 import random
 import shutil
@@ -30,6 +31,24 @@ def run_directory() -> Path:
         Path(os.environ[DIRECTORY]).chmod(0o755)
         atexit.register(shutil.rmtree, os.environ[DIRECTORY], ignore_errors=True)
     return Path(os.environ[DIRECTORY])
+
+
+def kept_directory() -> Path:
+    """For what pytest keeps of its last three runs, of this user and this checkout alone.
+
+    pytest closes its directory to other users at each start; some tests open it, and a run in another checkout must
+    not close it under them.
+    """
+    checkout = hashlib.sha256(str(Path(__file__).resolve().parents[2]).encode()).hexdigest()[:8]
+    directory = Path(tempfile.gettempdir()) / f"willi-tests-{os.getuid()}-{checkout}"
+    directory.mkdir(exist_ok=True)
+    directory.chmod(0o755)
+    return directory
+
+
+KEPT = "PYTEST_DEBUG_TEMPROOT"  # pytest's variable for it
+if KEPT not in os.environ:
+    os.environ[KEPT] = str(kept_directory())
 
 
 def stacks_file() -> Path | None:
