@@ -105,6 +105,7 @@ def test_lookup_shows_each_key_and_the_route(tmp_path: Path):
         "no mapping matches, the client gets 554 5.7.1 Relay access denied",
     ]
     assert run_willi("lookup", "-c", path, "eva@c.example").returncode == GOOD
+    assert run_willi("lookup", "-c", path, "<eva@c.example>").returncode == GOOD
 
 
 def test_lookup_of_octets_that_are_no_text_is_answered(tmp_path: Path):

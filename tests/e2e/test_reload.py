@@ -577,6 +577,14 @@ def test_a_reload_that_failed_is_told_to_the_one_that_asked_for_it(start_willi, 
     assert outcome_of(ask_for_reload(tmp_path, willi.process.pid)) == (0, "")
 
 
+def test_reload_does_not_wait_without_its_runtime_directory(start_willi, upstream: ScriptedUpstream, tmp_path: Path):
+    willi = start_willi(server=upstream.server)
+    gone = tmp_path / "gone"
+    outcome = outcome_of(ask_for_reload(gone, willi.process.pid))
+    assert outcome == (1, f"{gone} is missing: only the log says what becomes of this reload\n")
+    willi.wait_for_log(msg="Reloaded")
+
+
 def test_each_of_many_that_ask_for_a_reload_at_once_has_its_answer(start_willi, upstream: ScriptedUpstream, tmp_path):
     """The kernel makes one signal of several, and some come while a reload is under way."""
     willi = start_willi(server=upstream.server, environment={"RUNTIME_DIRECTORY": str(tmp_path)})

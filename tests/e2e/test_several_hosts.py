@@ -11,6 +11,7 @@ from tests.support.dns import DnsServer, Fault
 from tests.support.loopback import HOST, free_port, wait_until
 from tests.support.talk import (
     BOB,
+    CARL,
     GO_ON,
     LOST,
     MAIL,
@@ -39,6 +40,7 @@ from tests.support.upstream import (
     ScriptedUpstream,
     Silence,
 )
+from willi_lib.proxy.upstream import MAX_ADDRESSES, MAX_MX_HOSTS
 
 BAD_GREETINGS: dict[str, Action] = {
     "4xx": reply("421 4.3.2 not now"),
@@ -445,6 +447,23 @@ def test_if_the_best_mx_host_is_down_the_next_one_is_taken(
     with greeted(willi) as client:
         assert deliver(client) == QUEUED
     assert [len(host.messages) for host in mx_hosts] == [0, 1]
+
+
+def test_of_very_many_mx_hosts_and_addresses_only_some_are_tried(start_willi: StartWilli, dns: DnsServer):
+    """RFC 5321 §5.1. Here all of them refuse the connection; the names are short, so that all are in one line."""
+    dns.zone["b.x"] = {"MX": [f"{number} m{number}.b.x." for number in range(10, 40)]}
+    for number in range(10, 40):
+        dns.zone[f"m{number}.b.x"] = {"A": [f"127.26.{number}.1"]}
+    dns.zone["many.x"] = {"A": [f"127.26.1.{host}" for host in range(1, 31)]}
+    willi = start_willi(csv="pattern;server\nb.example;mx:b.x\nc.example;many.x\n", dns=dns)
+    willi.tolerate("Upstream failed")
+    with greeted(willi) as client:
+        assert say(client, MAIL, BOB, b"RSET", MAIL, CARL)[::4] == [SENDER_KEPT, NO_ANSWER]
+    willi.wait_for_log(msg="Upstream failed", count=2)
+    by_mx, by_address = [str(line["error"]).split("; ") for line in willi.lines(msg="Upstream failed")]
+    tried = [failure.partition(".")[0] for failure in by_mx]
+    assert tried == [f"m{number}" for number in range(10, 10 + MAX_MX_HOSTS)]
+    assert len(by_address) == MAX_ADDRESSES
 
 
 @pytest.fixture

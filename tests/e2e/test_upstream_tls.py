@@ -280,11 +280,12 @@ NOT_FROM_US = "451 4.7.0 Server for this recipient wants TLS or a password from 
         (b"HELO c.example", b"HELO c.example", True),
     ],
 )
+@pytest.mark.parametrize("words", [WANTS_TLS, "451 5.7.3 STARTTLS is required to send mail"])
 def test_an_upstream_that_wants_tls_gets_it(
-    step: bytes, hello: bytes, pipelining: bool, start_willi: StartWilli, secure: ScriptedUpstream
+    words: str, step: bytes, hello: bytes, pipelining: bool, start_willi: StartWilli, secure: ScriptedUpstream
 ):
     secure.extensions = (*((b"PIPELINING",) if pipelining else ()), b"XCLIENT NAME ADDR PORT PROTO HELO")
-    secure.answers[step] = [reply(WANTS_TLS)]
+    secure.answers[step] = [reply(words)]
     willi = start_willi(server=secure.server)
     with greeted(willi, hello) as client:
         assert say_together(client, MAIL, BOB, BEN, b"DATA") == [SENDER_KEPT, OK, OK, "354 go on"]

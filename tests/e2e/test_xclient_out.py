@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.conftest import StartWilli
+from tests.conftest import StartUpstream, StartWilli
 from tests.support.certificates import Authority
 from tests.support.client import Client
 from tests.support.daemon import Willi
@@ -416,6 +416,34 @@ def test_where_xclient_is_required_nothing_goes_without(
     upstream.wait_for_ends()
     assert MAIL not in upstream.commands
     assert willi.lines(lvl="error")
+
+
+@pytest.mark.parametrize(
+    ("answer", "heard"),
+    [
+        (None, NEEDED),
+        (reply("550 5.7.0 Error: insufficient authorization"), NEEDED),
+        (reply("451 4.3.0 not now"), "451 4.3.0 not now"),
+    ],
+    ids=["not offered", "refused", "deferred"],
+)
+def test_where_xclient_is_required_the_next_host_is_asked(
+    answer: Action | None, heard: str, start_willi: StartWilli, upstream: ScriptedUpstream,
+    start_upstream: StartUpstream,
+):  # fmt: skip
+    first = start_upstream()
+    if answer is not None:
+        first.extensions = upstream.extensions
+        first.answers[b"XCLIENT"] = answer
+    willi = start_willi(server=f"{first.server},{upstream.server}", xclient="require")
+    willi.tolerate("XCLIENT")
+    with greeted(willi) as client:
+        assert deliver(client) == QUEUED
+    assert MAIL not in first.commands
+    willi = start_willi(server=first.server, xclient="require")
+    willi.tolerate("XCLIENT")
+    with greeted(willi) as client:
+        assert say(client, MAIL, BOB) == [SENDER_KEPT, heard]
 
 
 def test_where_xclient_is_required_and_taken_all_is_well(start_willi: StartWilli, upstream: ScriptedUpstream):

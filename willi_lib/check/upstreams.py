@@ -18,7 +18,7 @@ from willi_lib.net.resolver import NO_ANSWER, Address, Resolver
 from willi_lib.net.tls import CertificateFacts
 from willi_lib.net.wire import Clock, WireError
 from willi_lib.proxy.context import XCLIENT_ATTRIBUTES
-from willi_lib.proxy.upstream import NOT_FROM_US, Client, Connector, Refused, Upstream, UpstreamFailed, WantsTls
+from willi_lib.proxy.upstream import Client, Connector, Refused, Upstream, UpstreamFailed, WantsTls, is_not_from_us
 from willi_lib.routing.route import Route, Server
 from willi_lib.smtp import reply as replies
 from willi_lib.smtp.reply import BadReply, Reject, Reply
@@ -224,7 +224,7 @@ class Prober:
         """The answer to MAIL, over TLS if the upstream wants that. Raises any of FAULTS."""
         upstream = self._open(target, address, clock, STRANGER, "willi-check.invalid", tls=False)
         answer = upstream.ask(b"MAIL FROM:<>")
-        if answer.code == NOT_FROM_US and isinstance(upstream.unwelcome("MAIL", answer), WantsTls):
+        if is_not_from_us(answer) and isinstance(upstream.unwelcome("MAIL", answer), WantsTls):
             notes.fact("wants TLS")
             upstream.quit()
             upstream = self._open(target, address, clock, STRANGER, "willi-check.invalid")
@@ -244,13 +244,13 @@ class Prober:
             notes.warn(f"an IPv6 client ({STRANGER6}) is refused there: {text}", ALLOW_IPV6)
 
     def _judge(self, answer: Reply, notes: Notes) -> None:
-        about_relaying = answer.code in (454, NOT_FROM_US) or b"relay" in b" ".join(answer.lines).lower()
+        about_relaying = answer.code == 454 or is_not_from_us(answer) or b"relay" in b" ".join(answer.lines).lower()
         if answer.positive:
             notes.wrong(
                 f"takes mail for anybody ({answer}): with it Willi is an open relay",
                 "have it refuse recipients that are not its own, and keep Willi's address out of its mynetworks",
             )
-        elif answer.permanent and answer.code != NOT_FROM_US and self._loses_recipients:
+        elif answer.permanent and not is_not_from_us(answer) and self._loses_recipients:
             notes.warn(
                 f"refuses recipients of other upstreams for good ({answer}): a message to both reaches only one",
                 "set mixed_recipients = defer, or have it say 454 (Postfix: defer_unauth_destination)",
@@ -263,7 +263,7 @@ class Prober:
 
 def _judge_mail(answer: Reply, notes: Notes) -> None:
     """A refused MAIL says nothing about relaying."""
-    if answer.code == NOT_FROM_US:
+    if is_not_from_us(answer):
         advice = "have it take mail from Willi's address without a password"
         notes.wrong(f"takes no mail from us (MAIL: {answer}): all of it gets a 451", advice)
     elif answer.permanent:

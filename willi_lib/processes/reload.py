@@ -39,11 +39,14 @@ def runtime_directory() -> Path | None:
 def reload(pid: int) -> str:
     """Have the master of this number reload; its faults, or why there is no answer. Empty: it has."""
     directory = runtime_directory()
+    is_there = directory is not None and directory.is_dir()
     asked = monotonic()
     try:
         os.kill(pid, signal.SIGHUP)
         if directory is None:
             return "RUNTIME_DIRECTORY is not set: only the log says what becomes of this reload"
+        if not is_there:
+            return f"{directory} is missing: only the log says what becomes of this reload"
         while monotonic() < asked + LIMIT:
             began, _, faults = _read(directory / ANSWER).partition("\n")
             if began and float(began) >= asked:

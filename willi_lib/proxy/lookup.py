@@ -49,6 +49,8 @@ def _outcome(step: Step) -> str:
 
 def show(mappings: Sequence[Mapping], settings: Settings, address: str) -> Shown:
     """What a session would find for an address, key by key. Nothing is counted."""
+    if address.startswith("<") and address.endswith(">"):  # as copied from a log or a header
+        address = address[1:-1]
     try:
         recipient = parse_rcpt(b"TO:<" + address.encode("utf-8", "replace") + b">", smtputf8=True)
     except Reject as refusal:

@@ -16,7 +16,7 @@ from ..smtp.syntax import MAX_COMMAND_LINE, Mail, Path, parse_rcpt, split_comman
 from ..status.counts import REFUSED, Counts
 from .lookup import route_of
 from .relay import Relay
-from .upstream import NOT_FROM_US, Client, Connector, Refused, Upstream, UpstreamFailed, WantsTls
+from .upstream import Client, Connector, Refused, Upstream, UpstreamFailed, WantsTls, is_not_from_us
 
 # Connections that a client may have opened one after the other without a message that is accepted: one for each EHLO or
 # change of route. An upstream counts the refusals on one connection only.
@@ -139,10 +139,10 @@ class Dispatch:
         return self._unless_unwelcome(transaction, upstream, recipient)
 
     def _unless_unwelcome(self, transaction: Transaction, upstream: Upstream, recipient: Path) -> Reply:
-        """The answer to RCPT. A 530 is about us: ask again over TLS if that may help, else Reject with a 451."""
+        """The answer to RCPT. One that is about us: ask again over TLS if that may help, else Reject with a 451."""
         line = _rcpt_line(recipient)
         answer = upstream.ask(line)
-        if answer.code != NOT_FROM_US:
+        if not is_not_from_us(answer):
             return answer
         failure = upstream.unwelcome("RCPT", answer)
         if isinstance(failure, WantsTls) and not transaction.recipients:
@@ -150,7 +150,7 @@ class Dispatch:
             transaction.upstream = None
             upstream = self._choose(transaction, recipient)
             answer = upstream.ask(line)
-            if answer.code != NOT_FROM_US:
+            if not is_not_from_us(answer):
                 return answer
         log.error("Upstream wants TLS or a password", sid=self._sid, upstream=str(upstream.server), error=str(answer))
         raise Reject(replies.NOT_FROM_US)
@@ -224,7 +224,7 @@ class Dispatch:
         upstream.send_ahead([line, _rcpt_line(recipient), *self._lines_ahead(transaction, upstream)])
         answer = upstream.ask(line)
         upstream.in_transaction = True  # refused or not: RSET makes sure of it before the next MAIL
-        if answer.code == NOT_FROM_US:
+        if is_not_from_us(answer):
             raise upstream.unwelcome("MAIL", answer)
         return answer
 

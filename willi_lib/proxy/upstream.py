@@ -30,6 +30,10 @@ from ..smtp.syntax import TEMPUNAVAIL, UNAVAILABLE, parse_features, xclient_line
 from ..status.counts import XCLIENT, Counts
 
 NO_MX = 1 << 16  # a preference that no MX record has
+# Of a domain, and addresses of one host: what a DNS answer of 64 KiB can name would take all of upstream_timeout.
+# RFC 5321 §5.1 allows such a limit; Postfix's is 5 addresses in all.
+MAX_MX_HOSTS = 20
+MAX_ADDRESSES = 10
 DOWN_TIME = 60.0  # seconds that a host that failed is tried last
 LAST_WORDS_TIMEOUT = 0.1  # seconds for the rest of a reply of which the beginning has come already
 ONE_WRITE = 64 << 10  # octets up to which copying the end of a message costs less than a second write
@@ -39,12 +43,20 @@ OUR_LACK = frozenset((errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)) 
 OURSELVES_TIME = 3600.0  # seconds that an MX host that turned out to be ourselves is not tried
 WANTS_TLS_TIME = 3600.0  # seconds that a host that wants TLS is not tried in clear
 NOT_KNOWN = 504  # and less: a command that is not known
-NOT_FROM_US = 530  # "Must issue a STARTTLS command first", "Authentication required"
 TOLD = (220, 250)  # answers to XCLIENT that say that the upstream knows the client now
 BAD_VALUE = (501, 504)  # answers to XCLIENT that say that a value is not taken
 
 # Postfix's words, and nothing besides: what an upstream says of a client may have any words in it.
 _NOT_AUTHORIZED = re.compile(rb"(?:5\.7\.\d+ )?(?:Error: )?insufficient authorization\.?", re.IGNORECASE)
+
+
+# Exchange's words for 530, as its connectors with RequireTLS say them.
+_TLS_IS_REQUIRED = re.compile(rb"(?:5\.7\.\d+ )?STARTTLS is required to send mail\b.*", re.IGNORECASE)
+
+
+def is_not_from_us(answer: Reply) -> bool:
+    """Whether it is about us, not about the client: TLS or a password is missing (RFC 3207 §4, RFC 4954 §6)."""
+    return answer.code == 530 or (answer.code == 451 and _TLS_IS_REQUIRED.match(answer.lines[0]) is not None)
 
 
 class UpstreamFailed(Exception):
@@ -57,6 +69,13 @@ class OurFault(UpstreamFailed):
 
 class WantsTls(UpstreamFailed):
     """The same because we spoke in clear, and the upstream offers TLS."""
+
+
+class XclientNeeded(Reject):
+    """No mail may go to this host, which was not told who the client is. The next one may be told."""
+
+    def __init__(self) -> None:
+        super().__init__(replies.XCLIENT_NEEDED)
 
 
 class MailLoop(Reject):
@@ -74,6 +93,10 @@ class Refused(Exception):
     def __init__(self, reply: Reply) -> None:
         super().__init__(str(reply))
         self.reply = reply
+
+
+class XclientDeferred(Refused):
+    """A 4yz to an XCLIENT that is required: the next host may answer otherwise."""
 
 
 @dataclass
@@ -173,7 +196,7 @@ class Upstream:
         self.wire.flush()
 
     def unwelcome(self, command: str, answer: Reply) -> UpstreamFailed:
-        """A 530 is about us, not about the client: TLS or a password is missing (RFC 3207 §4, RFC 4954 §6)."""
+        """What an answer means that is about us, as `is_not_from_us` says."""
         kind = WantsTls if self.could_use_tls and not self.wire.tls_version else UpstreamFailed
         return kind(f"{self.server}: {command}: {answer}")
 
@@ -182,7 +205,7 @@ class Upstream:
     def begin_data(self) -> Reply:
         """DATA; the upstream's 354. Raises Refused, UpstreamFailed."""
         answer = self.ask(b"DATA")
-        if answer.code == NOT_FROM_US:
+        if is_not_from_us(answer):
             raise self.unwelcome("DATA", answer)
         if answer.code >= 400:
             raise Refused(answer)
@@ -322,9 +345,12 @@ class Connector:
                     raise
                 loops.append(str(server))
                 continue
-            except (Refused, Reject):
+            except (Refused, Reject) as refusal:
                 self._counts.refused(server)
-                raise
+                if number == len(servers) or not self._may_ask_next(server, refusal):
+                    raise
+                failures.append(f"{server}: {refusal.reply}")
+                continue
             overdue = clock.overdue()
             had_time = number == 1 or not overdue or monotonic() - began > self._settings.connect_timeout
             if had_time and not is_ours:
@@ -336,6 +362,12 @@ class Connector:
             log.error("Mail loop: no host of the route leads away from Willi", sid=sid, upstream=str(route))
             raise MailLoop
         raise UpstreamFailed("; ".join([*failures, *(f"{host}: mail loops" for host in loops)]))
+
+    def _may_ask_next(self, server: Server, refusal: Refused | Reject) -> bool:
+        """Whether another host may take what this one refused: only where XCLIENT is required, and did not work."""
+        if isinstance(refusal, XclientNeeded):
+            self.mark_down(server)
+        return isinstance(refusal, (XclientNeeded, XclientDeferred))
 
     def _open_host(
         self, route: Route, server: Server, client: Client, clock: Clock, sid: str, is_last: bool
@@ -385,7 +417,8 @@ class Connector:
             )
             if ours == hosts[0][0]:
                 loops.append(str(server))
-            yield from (Server(host, server.port) for preference, host in hosts if preference < ours)
+            better = [host for preference, host in hosts if preference < ours]
+            yield from (Server(host, server.port) for host in better[:MAX_MX_HOSTS])
 
     def _is_ourselves(self, host: str) -> bool:
         return host.rstrip(".") == self._settings.domain.lower() or self._ourselves.get(host) is not None
@@ -411,7 +444,7 @@ class Connector:
     def _addresses(self, server: Server, clock: Clock) -> list[Address]:
         try:
             with clock.limit(self._settings.dns_timeout, "looking up the address (dns_timeout)"):
-                return self._resolver.addresses_of(server.host)
+                return self._resolver.addresses_of(server.host)[:MAX_ADDRESSES]
         except (DnsFailed, WireError) as error:
             _new_socket(stdlib_socket.AF_INET).close()  # without a descriptor there is no answer either
             raise UpstreamFailed(f"{server}: {error}") from None
@@ -511,7 +544,7 @@ class Connector:
             upstream.features = {}
         else:
             upstream.features = parse_features(answer)
-        if answer.code == NOT_FROM_US:
+        if is_not_from_us(answer):
             raise upstream.unwelcome("EHLO", answer)
         if answer.code >= 400 and upstream.knows_client:
             raise Refused(answer)  # by the PROXY header it knew whose name that is
@@ -534,7 +567,7 @@ class Connector:
         answer = upstream.ask((b"EHLO " if client.esmtp else b"HELO ") + name.encode())
         if answer.code == 503 and again:  # OpenSMTPD takes but one greeting, against RFC 5321 §4.1.4: it was our EHLO
             return
-        if answer.code == NOT_FROM_US:
+        if is_not_from_us(answer):
             raise upstream.unwelcome("EHLO", answer)
         if not answer.positive and not upstream.knows_client:
             raise UpstreamFailed(f"HELO: {answer}")
@@ -650,11 +683,12 @@ def _judge_refusal(upstream: Upstream, client: Client, answer: Reply, half_told:
     """False: XCLIENT is refused to us, and the mail may go on without. Raises Refused, Reject, UpstreamFailed."""
     if answer.code < 400:
         raise UpstreamFailed(f"{upstream.server}: XCLIENT: {answer}")
-    if answer.code == NOT_FROM_US:
+    if is_not_from_us(answer):
         raise upstream.unwelcome("XCLIENT", answer)
     if not _is_about_us(answer):
         upstream.xclient = "client_refused"
-        raise Refused(answer)
+        is_required = upstream.route.policy.xclient == "require"
+        raise XclientDeferred(answer) if is_required and not answer.permanent else Refused(answer)
     upstream.xclient = "refused"
     if upstream.route.policy.xclient == "require" or half_told:
         raise _xclient_needed(upstream, sid, str(answer))
@@ -665,10 +699,10 @@ def _judge_refusal(upstream: Upstream, client: Client, answer: Reply, half_told:
     return False
 
 
-def _xclient_needed(upstream: Upstream, sid: str, why: str) -> Reject:
+def _xclient_needed(upstream: Upstream, sid: str, why: str) -> XclientNeeded:
     """The refusal of mail that would go on in our own name."""
     log.error("XCLIENT failed, and the mail must not go without", sid=sid, upstream=str(upstream.server), error=why)
-    return Reject(replies.XCLIENT_NEEDED)
+    return XclientNeeded()
 
 
 def _is_about_us(answer: Reply) -> bool:
