@@ -20,7 +20,8 @@ ROOM_OF = {"text": "log"}
 UPWARD = {"status.process": {"processes"}, "status.reporter": {"processes", "proxy"}}  # to be turned round
 PURE = {
     "smtp.body", "smtp.syntax", "smtp.reply", "smtp.proxy_header", "routing.route", "status.overview", "status.plain",
-    "status.markup", "status.charts", "status.parts", "status.tables", "status.page", "status.style", "status.lines",
+    "status.finding", "status.markup", "status.charts", "status.parts", "status.tables", "status.page", "status.style",
+    "status.lines",
 }  # fmt: skip
 WORLD = {
     "_socket", "asyncio", "datetime", "dns", "gevent", "logging", "os", "random", "select", "selectors", "socket",

@@ -54,7 +54,7 @@ def totals() -> Totals:
 
 
 def problems(totals: Totals, now: float = NOW) -> list[str]:
-    return list(view.problems(totals, now))
+    return [str(problem) for problem in view.problems(totals, now)]
 
 
 def counted(count: Any, times: int = 1) -> dict[str, Any]:
@@ -227,7 +227,7 @@ def test_a_host_is_down_until_somebody_reaches_it_or_nobody_has_tried_for_long(t
     totals.add_rows([[counts.HOST, "a:25", 0, NOW - 60, NOW, "Connection refused"]], NOW)
     [host] = view.overview(totals, NOW).hosts
     assert (host.up, host.down_since, host.last_error) == (False, NOW - 60, "Connection refused")
-    assert problems(totals) == ["The upstream a:25 is down: Connection refused"]
+    assert problems(totals) == ["a:25: the upstream is down: Connection refused"]
     assert view.down_since(totals.hosts.named["a:25"], NOW + HOUR) is None
     totals.hosts.note("a:25", HostState(reached=NOW + 1), NOW)
     [host] = view.overview(totals, NOW + 1).hosts
@@ -244,14 +244,15 @@ def test_a_willi_that_is_well_has_none(totals: Totals):
 @pytest.mark.parametrize(
     ("report", "problem"),
     [
-        (master(workers={}), "No worker serves"),
-        (master(wanted=2), "Only 1 of 2 workers serve"),
-        (master(workers={"2": "serving", "3": "serving"}), "1 worker has not reported for some seconds, of 2"),
-        (master(stopping=True), "Willi is being stopped"),
-        (master(last_reload_error="willi.conf:2: no"), "The last reload failed: willi.conf:2: no"),
-        (master(connections=81), "81 of 100 connections are in use (max_connections)"),
-        (worker(certificates=[["/c.pem", ["a"], NOW + 13.2 * DAY, ""]]), "The certificate /c.pem has 13 days left"),
-        (worker(certificates=[["/c.pem", ["a"], NOW - 1, ""]]), "The certificate /c.pem has expired"),
+        (master(workers={}), "workers: none serves"),
+        (master(wanted=2), "workers: only 1 of 2 serve"),
+        (master(workers={"2": "serving", "3": "serving"}), "workers: 1 has not reported for some seconds, of 2"),
+        (master(stopping=True), "Willi: is being stopped"),
+        (master(last_reload_error="willi.conf:2: no"), "reload: the last one failed: willi.conf:2: no"),
+        (master(connections=80), "max_connections: 80 of 100 are in use"),
+        (worker(certificates=[["/c.pem", ["a"], NOW + 13.2 * DAY, ""]]), "/c.pem: certificate: 13 days left"),
+        (worker(certificates=[["/c.pem", ["a"], NOW - 1, ""]]), "/c.pem: certificate: expired 1.0 s ago"),
+        (worker(certificates=[["/c.pem", [], 0.0, "gone"]]), "/c.pem: certificate: cannot be read"),
         (
             worker(tables=[{"name": "csv:/x", "kind": "csv", "patterns": 1, "last_error": "/x:2: no"}]),
             "csv:/x: not read again: /x:2: no",
@@ -268,7 +269,7 @@ def test_what_is_wrong_is_told(totals: Totals, report: dict[str, Any], problem: 
 
 
 @pytest.mark.parametrize(
-    "report", [master(connections=80), worker(certificates=[["/c.pem", ["a"], NOW + 14 * DAY + 1, ""]])]
+    "report", [master(connections=79), worker(certificates=[["/c.pem", ["a"], NOW + 14 * DAY + 1, ""]])]
 )
 def test_what_is_just_well_is_no_problem(totals: Totals, report: dict[str, Any]):
     totals.take_in(report, NOW)
@@ -276,16 +277,16 @@ def test_what_is_just_well_is_no_problem(totals: Totals, report: dict[str, Any])
 
 
 def test_silence_is_a_problem(totals: Totals):
-    assert problems(totals, NOW + FRESH + 1) == ["The master has said nothing for some seconds"]
+    assert problems(totals, NOW + FRESH + 1) == ["master: has said nothing for some seconds"]
 
 
 def test_many_hosts_that_are_down_are_a_few_lines(totals: Totals):
     for number in range(8):
         totals.hosts.note(f"mx{number}", HostState(0, NOW, NOW, "no"), NOW)
         if number == 5:
-            assert problems(totals)[-1] == "1 more upstream is down"
+            assert problems(totals)[-1] == "upstreams: 1 more is down"
     assert len(problems(totals)) == 6
-    assert problems(totals)[-1] == "3 more upstreams are down"
+    assert problems(totals)[-1] == "upstreams: 3 more are down"
 
 
 def test_of_a_database_what_was_seen_last_is_shown(totals: Totals):

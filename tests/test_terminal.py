@@ -73,6 +73,7 @@ def test_anything_else_is_no_overview(text: bytes):
         ("sessions", '"1"'), ("sessions", "-1"), ("sessions", "true"), ("sessions", "1.5"), ("now", "1e999"),
         ("now", "9" * 400), ("minutes", "{}"), ("minutes", "[[]]"), ("problems", "[1]"), ("problems", '"x"'),
         ("last_reload", '""'), ("domain", "null"), ("hosts", '[{"name": "x"}]'), ("sessions", "9" * 5000),
+        ("problems", '[{"level": "x", "subject": "", "what": "", "advice": ""}]'),
     ],
 )  # fmt: skip
 def test_an_overview_with_one_wrong_value_is_none(name: str, value: str):
@@ -99,7 +100,7 @@ def test_there_are_no_more_lines_than_the_terminal_has(height: int):
 def test_a_small_terminal_shows_the_trouble_and_the_last_messages():
     text = "\n".join(shown(overviews.troubled(), 80, 24))
     assert "6 problems need you" in text
-    assert "mail2.example.org:25 is down" in text
+    assert "mail2.example.org:25: the upstream is down" in text
     assert "SESSION" in text
     assert "more" in text
 
@@ -114,7 +115,7 @@ def test_all_of_it_is_shown_where_there_is_room():
     overview = overviews.troubled()
     text = "\n".join(shown(overview, 400))
     for problem in overview.problems:
-        assert problem in text
+        assert str(problem) in text and problem.advice in text
     for event in overview.events:
         assert event.sid in text
     for limit in overview.limits:
@@ -274,7 +275,7 @@ def terminal(config: Path, columns: int = 100, rows: int = 30, kind: str = "xter
 @pytest.mark.parametrize("end", ["q", signal.SIGINT, signal.SIGTERM])
 def test_the_terminal_is_as_before_at_the_end(server: StatusServer, tmp_path: Path, end: str | signal.Signals):
     with terminal(configure(tmp_path, f"{HOST}:{server.port}")) as opened:
-        opened.shows("mail2.example.org:25 is down")
+        opened.shows("mail2.example.org:25: the upstream is down")
         if isinstance(end, str):
             os.write(opened.master, end.encode())
         else:
@@ -290,7 +291,7 @@ def test_the_terminal_is_as_before_at_the_end(server: StatusServer, tmp_path: Pa
 def test_a_dumb_terminal_gets_it_once_and_no_control_sequence(server: StatusServer, tmp_path: Path):
     with terminal(configure(tmp_path, f"{HOST}:{server.port}"), kind="dumb") as opened:
         assert opened.ended() == 0
-        assert "mail2.example.org:25 is down" in opened.screen
+        assert "mail2.example.org:25: the upstream is down" in opened.screen
         assert opened.screen.replace("\r\n", "").isprintable()
 
 
@@ -311,7 +312,7 @@ def test_it_waits_for_a_willi_that_is_gone_for_a_while(server: StatusServer, tmp
         opened.shows("6 problems need you")
         server.answers["/status.json"] = b"gone"
         opened.shows("No newer answer: ")
-        assert "mail2.example.org:25 is down" in opened.screen
+        assert "mail2.example.org:25: the upstream is down" in opened.screen
         del server.answers["/status.json"]
         server.overview = replace(overviews.healthy(), domain="back.example")
         opened.shows("back.example")

@@ -403,7 +403,7 @@ def test_not_ready_while_workers_say_nothing(start_willi: StartWilli, upstream: 
     try:
         wait_until(lambda: status.get("/readyz").status == 503, "not ready", seconds=60)
         assert status.get("/healthz").status == 200
-        assert any("not reported" in problem for problem in status.overview()["problems"])
+        assert any("not reported" in problem["what"] for problem in status.overview()["problems"])
     finally:
         os.kill(worker, signal.SIGCONT)
     wait_until(lambda: status.get("/readyz").status == 200, "ready again")
@@ -423,7 +423,8 @@ def test_a_host_shows_what_was_wrong_with_each_of_its_addresses(
     assert say(greeted(willi), MAIL, BOB)[1].startswith("451 4.4.1")
     wait_until(lambda: status.answers() and status.overview()["hosts"], "the host")
     [host] = status.overview()["hosts"]
-    whole = [host["last_error"], *status.overview()["problems"], willi.lines(msg="Upstream failed")[0]["error"]]
+    problems = [problem["what"] for problem in status.overview()["problems"]]
+    whole = [host["last_error"], *problems, willi.lines(msg="Upstream failed")[0]["error"]]
     for text in whole:
         assert "[127.0.0.2]: TLS handshake: Hostname mismatch, " in text
         assert "[127.0.0.3]: Connection refused" in text
@@ -585,8 +586,8 @@ def test_lookup_shows_that_a_database_fails(start_willi: StartWilli, upstream: S
     status.wait_for(0, "willi_database_up", mapping="mysql:db")
     assert say(greeted(willi), MAIL, CARL)[1].startswith("451 4.3.0")
     status.wait_for(1, "willi_lookups_total", mapping="mysql:db", outcome="error")
-    [problem] = [text for text in status.overview()["problems"] if "mysql:db" in text]
-    assert "database is down" in problem
+    [problem] = [one for one in status.overview()["problems"] if one["subject"] == "mysql:db"]
+    assert "database is down" in problem["what"]
 
 
 def test_lookup_says_so_if_no_worker_answers(start_willi: StartWilli, upstream: ScriptedUpstream, status: Status):

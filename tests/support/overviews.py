@@ -6,6 +6,8 @@ import math
 from dataclasses import fields, replace
 from typing import TypeVar
 
+from willi_lib.status import view
+from willi_lib.status.finding import RENEW, Finding
 from willi_lib.status.overview import Asked, AskedStep, CertificateState, Event, Host, Limit, Minute, Overview, Table
 
 NOW = 1795701802.0  # 2026-11-26 14:03:22 UTC
@@ -72,12 +74,15 @@ def troubled() -> Overview:
         calm, workers=3, workers_draining=1, reloads_failed=1, sessions=4_960, failed_total=530, minutes=minutes,
         last_reload_error="/opt/willi/etc/willi.conf:12: read_timeot: unknown key; did you mean 'read_timeout'?",
         problems=(
-            "mail2.example.org:25 is down for 12 min: Connection refused",
-            f"{DATABASE}: the database is down: db1.example.org:3306: Can't connect: timed out",
-            "3 of 4 workers serve",
-            f"{first.file} ends in 5 days",
-            "max_connections: 4,960 of 5,000 are in use",
-            "the last reload failed: /opt/willi/etc/willi.conf:12: read_timeot: unknown key",
+            Finding("wrong", "workers", "only 3 of 4 serve", view.READ_LOG),
+            Finding("wrong", "reload", "the last one failed: /opt/willi/etc/willi.conf:12: read_timeot: unknown key",
+                    view.RELOAD_AGAIN),
+            Finding("wrong", DATABASE, "database is down: db1.example.org:3306: Can't connect: timed out",
+                    view.START_DATABASE),
+            Finding("wrong", "mail2.example.org:25", "the upstream is down: Connection refused",
+                    view.LOOK_AT_UPSTREAM),
+            Finding("warn", first.file, "certificate: 5 days left", RENEW),
+            Finding("warn", "max_connections", "4,960 of 5,000 are in use", view.RAISE_LIMIT),
         ),
         hosts=(calm.hosts[0], lost, *calm.hosts[2:]), hosts_left_out=7, tables=(csv, database),
         certificates=(
@@ -94,7 +99,8 @@ def hostile() -> Overview:
     """Each text that somebody else has chosen is malice, as far as that is possible."""
     bad = troubled()
     return replace(
-        bad, domain=HOSTILE[1], version=HOSTILE[0], problems=HOSTILE, last_reload_error=HOSTILE[0], listen=HOSTILE[:2],
+        bad, domain=HOSTILE[1], version=HOSTILE[0], last_reload_error=HOSTILE[0], listen=HOSTILE[:2],
+        problems=tuple(Finding("wrong", text, text, text) for text in HOSTILE),
         hosts=tuple(poisoned(bad.hosts[0], number) for number in range(len(HOSTILE))),
         tables=tuple(poisoned(bad.tables[1], number) for number in range(len(HOSTILE))),
         certificates=tuple(

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from .finding import Finding
+
 
 @dataclass(frozen=True)
 class Minute:
@@ -105,7 +107,7 @@ class Overview:
     pid: int  # the master's
     started: float  # of the master
     listen: tuple[str, ...]
-    problems: tuple[str, ...]  # what an administrator should look at now; none: all is well
+    problems: tuple[Finding, ...]  # what an administrator should look at now, the worst first; none: all is well
     workers: int  # that serve
     workers_wanted: int
     workers_draining: int

@@ -70,8 +70,8 @@ def _header(overview: Overview, asked: Asked | None) -> Markup:
 
 
 def _state(overview: Overview, mark: str) -> Markup:
-    problems = [element("li", said(text, 2 * MOST)) for text in overview.problems]
-    hints = [element("li", hint) for hint in words.advice(overview)]
+    problems = [element("li", said(str(problem), 2 * MOST)) for problem in overview.problems]
+    hints = [element("li", said(hint, 2 * MOST)) for hint in words.advice(overview)]
     return element(
         "section",
         element("h2", words.headline(overview), id="state"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import fields, is_dataclass
 from math import isfinite
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from .overview import Overview
 
@@ -26,6 +26,8 @@ def _build(kind: Any, value: Any) -> Any:
     if isinstance(kind, type) and is_dataclass(kind) and isinstance(value, dict):
         hints = get_type_hints(kind)
         return kind(**{field.name: _build(hints[field.name], value[field.name]) for field in fields(kind)})
+    if get_origin(kind) is Literal and value in get_args(kind):
+        return value
     if type(None) in get_args(kind):
         return None if value is None else _build(get_args(kind)[0], value)
     if kind is float and type(value) in (int, float) and isfinite(value):

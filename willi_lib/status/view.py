@@ -8,16 +8,27 @@ from typing import Any
 from willi_lib import VERSION
 from willi_lib.status import counts
 
+from .finding import RENEW, Finding, Level, certificate_level, limit_level
 from .hosts import HostTotals
 from .overview import Host, Limit, Overview, Table
 from .totals import FRESH, Totals
-from .words import several, time_left
+from .words import certificate_state, several
 
 FORGET_FAILURE = 3600.0  # seconds after which a host that nobody has tried again is not called down any more
-EXPIRES_SOON = 14 * 86400.0  # seconds
-NEARLY = 0.8  # of a limit
 MAX_NAMED = 5  # hosts in one problem
 LIMITS = ("max_connections", "max_connections_per_ip", "max_connection_rate")
+READ_LOG = "The log says why workers ended (lvl=error). The master starts new ones by itself."
+LOOK_AT_UPSTREAM = (
+    "While an upstream is down, its clients hear 451 and try again later: nothing is lost. Look at that server; "
+    "willi.py check tries it from here."
+)
+START_DATABASE = (
+    "While a database is down, answers that are known keep serving for stale_ttl, and others hear 451. Start it again; "
+    "Willi finds it by itself."
+)
+CORRECT_LINE = "A table with a wrong line is not taken; the old one serves. Correct the line that the error names."
+RAISE_LIMIT = "Clients beyond it are told 421 and try again. Raise it, if the machine can bear it, and reload."
+RELOAD_AGAIN = "After a failed reload the old settings serve. Correct what the error names, then reload again."
 REJECTED = (counts.REJECTED_BY_UPSTREAM, counts.REJECTED_BY_WILLI)
 
 
@@ -118,49 +129,45 @@ def limits(totals: Totals, now: float) -> Iterator[Limit]:
             yield Limit(name, used, most, int(totals.number(counts.REFUSED, name)))
 
 
-def problems(totals: Totals, now: float) -> Iterator[str]:
+def problems(totals: Totals, now: float) -> Iterator[Finding]:
     """What an administrator should look at now, the worst first."""
     yield from problems_of_processes(totals, now)
     if totals.master.last_reload_error:
-        yield f"The last reload failed: {totals.master.last_reload_error}"
+        yield Finding("wrong", "reload", f"the last one failed: {totals.master.last_reload_error}", RELOAD_AGAIN)
     for facts in totals.tables():
         if facts.get("last_error"):
-            what = "database is down" if facts.get("database_up") is False else "not read again"
-            yield f"{facts['name']}: {what}: {facts['last_error']}"
-    down = [(name, host) for name, host in totals.hosts.busiest() if down_since(host, now) is not None]
-    for name, host in down[:MAX_NAMED]:
-        yield f"The upstream {name} is down: {host.state.error}"
-    if len(down) > MAX_NAMED:
-        yield several(len(down) - MAX_NAMED, "more upstream is down", "more upstreams are down")
-    yield from problems_of_certificates(totals, now)
-    for limit in limits(totals, now):
-        if limit.name == "max_connections" and limit.used > NEARLY * limit.most:
-            yield f"{limit.used} of {limit.most} connections are in use ({limit.name})"
-
-
-def problems_of_certificates(totals: Totals, now: float) -> Iterator[str]:
-    """Those that have ended, or will soon."""
+            down = facts.get("database_up") is False
+            what, advice = ("database is down", START_DATABASE) if down else ("not read again", CORRECT_LINE)
+            yield Finding("wrong" if down else "warn", facts["name"], f"{what}: {facts['last_error']}", advice)
+    hosts = [(name, host) for name, host in totals.hosts.busiest() if down_since(host, now) is not None]
+    for name, host in hosts[:MAX_NAMED]:
+        yield Finding("wrong", name, f"the upstream is down: {host.state.error}", LOOK_AT_UPSTREAM)
+    if len(hosts) > MAX_NAMED:
+        yield Finding("wrong", "upstreams", several(len(hosts) - MAX_NAMED, "more is down", "more are down"))
     for certificate in totals.certificates():
-        if certificate.expires < now:
-            yield f"The certificate {certificate.file} has expired"
-        elif certificate.expires < now + EXPIRES_SOON:
-            yield f"The certificate {certificate.file} has {time_left(certificate.expires - now)}"
+        level: Level = "wrong" if certificate.fault else certificate_level(certificate.expires - now)
+        if level != "ok":
+            yield Finding(level, certificate.file, f"certificate: {certificate_state(certificate, now)}", RENEW)
+    for limit in limits(totals, now):
+        level = limit_level(limit.used, limit.most)
+        if limit.name == "max_connections" and level != "ok":
+            yield Finding(level, limit.name, f"{limit.used} of {limit.most} are in use", RAISE_LIMIT)
 
 
-def problems_of_processes(totals: Totals, now: float) -> Iterator[str]:
+def problems_of_processes(totals: Totals, now: float) -> Iterator[Finding]:
     """Why mail may not be served just now."""
     master = totals.master
     if master.at < now - FRESH:
-        yield "The master has said nothing for some seconds"
+        yield Finding("wrong", "master", "has said nothing for some seconds")
         return
     if master.stopping:
-        yield "Willi is being stopped"
+        yield Finding("wrong", "Willi", "is being stopped")
         return
     serving = master.number("serving")
-    if not serving:
-        yield "No worker serves"
-    elif serving < master.wanted:
-        yield f"Only {serving} of {master.wanted} workers serve"
+    if serving < master.wanted or not serving:
+        what = f"only {serving} of {master.wanted} serve" if serving else "none serves"
+        yield Finding("wrong", "workers", what, READ_LOG)
     silent = serving - len(totals.fresh_workers(now))
     if silent and serving:
-        yield several(silent, "worker has", "workers have") + f" not reported for some seconds, of {serving}"
+        what = several(silent, "has", "have") + f" not reported for some seconds, of {serving}"
+        yield Finding("wrong", "workers", what)

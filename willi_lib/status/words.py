@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from datetime import datetime, timezone
 
 from willi_lib.text import visible
 
+from .finding import certificate_level, limit_level
 from .overview import CertificateState, Event, Host, Limit, Overview, Table
 
 DAY = 86400  # seconds
-SOON = 30 * DAY  # a certificate that ends so soon should have been renewed already
-AT_ONCE = 14 * DAY  # as for the problems of an overview
-NEAR = 0.8  # of a limit: look at it before clients are turned away
+MARKS = {"ok": "good", "warn": "warn", "wrong": "bad"}
 FOR_ALL = "max_connections"  # the other limits are for a client each, and one that runs into its own is no trouble
 LAST_SECOND = 253402300799.0  # of the year 9999: datetime knows no later one
 
@@ -100,17 +98,13 @@ def time_left(seconds: float) -> str:
 
 def certificate_mark(certificate: CertificateState, now: float) -> str:
     """good, warn or bad."""
-    left = certificate.expires - now
-    if certificate.fault or left < AT_ONCE:
-        return "bad"
-    return "warn" if left < SOON else "good"
+    return "bad" if certificate.fault else MARKS[certificate_level(certificate.expires - now)]
 
 
 def limit_mark(limit: Limit) -> str:
     """good, warn or bad."""
-    if not limit.most or limit.used < NEAR * limit.most:
-        return "good"
-    return "bad" if limit.name == FOR_ALL and limit.used >= limit.most else "warn"
+    mark = MARKS[limit_level(limit.used, limit.most)]
+    return "warn" if mark == "bad" and limit.name != FOR_ALL else mark
 
 
 def table_state(table: Table) -> tuple[str, str]:
@@ -149,44 +143,5 @@ def headline(overview: Overview) -> str:
 
 
 def advice(overview: Overview) -> list[str]:
-    """What to do, beside what the problems themselves say."""
-    return [hint for hint, applies in ADVICE if overview.problems and applies(overview)]
-
-
-def _has_a_bad_certificate(overview: Overview) -> bool:
-    return any(certificate_mark(certificate, overview.now) == "bad" for certificate in overview.certificates)
-
-
-def _is_nearly_full(overview: Overview) -> bool:
-    return any(limit.name == FOR_ALL and limit_mark(limit) != "good" for limit in overview.limits)
-
-
-ADVICE: tuple[tuple[str, Callable[[Overview], bool]], ...] = (
-    (
-        "The log says why workers ended (lvl=error). The master starts new ones by itself.",
-        lambda overview: overview.workers < overview.workers_wanted,
-    ),
-    (
-        "While an upstream is down, its clients hear 451 and try again later: nothing is lost. Look at that server; "
-        "willi.py check tries it from here.",
-        lambda overview: any(not host.up for host in overview.hosts),
-    ),
-    (
-        "While a database is down, answers that are known keep serving for stale_ttl, and others hear 451. Start it "
-        "again; Willi finds it by itself.",
-        lambda overview: any(table.database_up is False for table in overview.tables),
-    ),
-    (
-        "A table with a wrong line is not taken; the old one serves. Mend the line that the error names.",
-        lambda overview: any(table_state(table)[0] == "warn" for table in overview.tables),
-    ),
-    ("Renew certificates in place: Willi takes new files within 10 seconds.", _has_a_bad_certificate),
-    (
-        "Clients beyond max_connections are told 421 and try again. Raise it, if the machine can bear it, and reload.",
-        _is_nearly_full,
-    ),
-    (
-        "After a failed reload the old settings serve. Mend what the error names, then reload again.",
-        lambda overview: bool(overview.last_reload_error),
-    ),
-)
+    """What to do, each once."""
+    return list(dict.fromkeys(problem.advice for problem in overview.problems if problem.advice))
