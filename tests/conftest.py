@@ -15,10 +15,11 @@ from tests.support.certificates import Authority, Pair
 from tests.support.daemon import Setting, Willi
 from tests.support.dns import DnsServer
 from tests.support.examples import examples
-from tests.support.loopback import need
+from tests.support.loopback import need, steady_port
 from tests.support.mariadb import Mariadb
 from tests.support.postfix import Postfix
 from tests.support.raw import RawUpstream
+from tests.support.shared import SharedWillis
 from tests.support.upstream import ScriptedUpstream
 
 pytest_plugins = ("tests.runner.plugin",)
@@ -66,10 +67,16 @@ def certificates(tmp_path_factory: pytest.TempPathFactory) -> Authority:
 
 @pytest.fixture
 def start_upstream() -> Iterator[StartUpstream]:
-    """Start scripted upstreams: start_upstream(port=0, tls=None, proxy=False)."""
+    """Start scripted upstreams: start_upstream(port=0, tls=None, proxy=False).
+
+    The first one of each test has the same port, and so on: see share_willi.
+    """
+    numbers = itertools.count(1)
     with ExitStack() as ends:
 
         def start(*arguments: object, **options: object) -> ScriptedUpstream:
+            if not arguments and options.keys().isdisjoint(("port", "host")):
+                options["port"] = steady_port(f"upstream {next(numbers)}")
             upstream = ScriptedUpstream(*arguments, **options)  # type: ignore[arg-type]
             ends.callback(upstream.stop)
             return upstream
@@ -86,7 +93,7 @@ def upstream(start_upstream: StartUpstream) -> ScriptedUpstream:
 @pytest.fixture
 def raw() -> Iterator[RawUpstream]:
     """An upstream whose every octet the test itself sends."""
-    upstream = RawUpstream()
+    upstream = RawUpstream(steady_port("raw"))
     yield upstream
     upstream.stop()
 
@@ -112,15 +119,8 @@ def start_willi(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Star
     ) -> Willi:  # fmt: skip
         directory = tmp_path / f"willi{next(numbers)}"
         directory.mkdir()
-        sections: dict[str, Setting] = {}
-        if csv:
-            (directory / "upstream_servers.csv").write_text(csv, encoding="utf-8")
-            sections["csv"] = {"type": "csv", "file": str(directory / "upstream_servers.csv")}
-        sections.update(mappings or {})
-        if server:
-            sections["all"] = {"type": "static", "server": server, "tls_verify": False}
         show_on_failure(request, directory.name, directory / "willi.log")
-        settings["mappings"] = sections
+        settings["mappings"] = write_mappings(directory, server, csv, mappings or {})
         willi = Willi(directory, settings, dns.prefix if dns else prefix, environment, options)
         ends.callback(willi.end)
         if probe:
@@ -131,9 +131,62 @@ def start_willi(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Star
         yield start
 
 
+def write_mappings(directory: Path, server: str, csv: str, others: Mapping[str, Setting]) -> dict[str, Setting]:
+    """The sections: a CSV file in this directory, these others, and a catch-all."""
+    sections: dict[str, Setting] = {}
+    if csv:
+        (directory / "upstream_servers.csv").write_text(csv, encoding="utf-8")
+        sections["csv"] = {"type": "csv", "file": str(directory / "upstream_servers.csv")}
+    sections.update(others)
+    if server:
+        sections["all"] = {"type": "static", "server": server, "tls_verify": False}
+    return sections
+
+
+@pytest.fixture(scope="module")
+def shared_willis() -> Iterator[SharedWillis]:
+    """For share_willi."""
+    willis = SharedWillis()
+    yield willis
+    willis.end()
+
+
 @pytest.fixture
-def willi(start_willi: StartWilli, upstream: ScriptedUpstream) -> Willi:
-    """A Willi that sends everything to `upstream`."""
+def share_willi(
+    request: pytest.FixtureRequest, shared_willis: SharedWillis, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[StartWilli]:
+    """As start_willi, but the Willi may be one that earlier tests of the file had: see tests/README.md.
+
+    It takes `server`, `csv` and settings, and routes of one host each. The upstreams are those of `start_upstream` or
+    `raw`, which keep their ports.
+    """
+    with ExitStack() as ends:
+
+        def share(server: str = "", csv: str = "", **settings: Setting) -> Willi:
+            assert "," not in server + csv, "of several hosts one may be down from the test before"
+
+            def start() -> Willi:
+                directory = tmp_path_factory.mktemp("shared")
+                return Willi(directory, {**settings, "mappings": write_mappings(directory, server, csv, {})})
+
+            kind = repr((server, csv, sorted(settings.items())))
+            willi = shared_willis.take(kind, start)
+            ends.callback(shared_willis.give_back, kind, willi)
+            show_on_failure(request, willi.directory.name, willi.log_file)
+            return willi
+
+        yield share
+
+
+@pytest.fixture
+def willi(share_willi: StartWilli, upstream: ScriptedUpstream) -> Willi:
+    """A Willi that sends everything to `upstream`. Its log begins with the test, Willi itself may have begun before."""
+    return share_willi(server=upstream.server)
+
+
+@pytest.fixture
+def fresh_willi(start_willi: StartWilli, upstream: ScriptedUpstream) -> Willi:
+    """The same, and no test had it before."""
     return start_willi(server=upstream.server)
 
 

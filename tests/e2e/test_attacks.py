@@ -70,8 +70,8 @@ def s_client(willi: Willi, typed: str, *options: str) -> str:
 
 
 @pytest.fixture
-def secure(start_willi: StartWilli, upstream: ScriptedUpstream, postfix_certificate: Pair) -> Willi:
-    return start_willi(server=upstream.server, tls_cert=postfix_certificate.cert, tls_key=postfix_certificate.key)
+def secure(share_willi: StartWilli, upstream: ScriptedUpstream, postfix_certificate: Pair) -> Willi:
+    return share_willi(server=upstream.server, tls_cert=postfix_certificate.cert, tls_key=postfix_certificate.key)
 
 
 def test_nothing_is_compressed_by_tls(secure: Willi):

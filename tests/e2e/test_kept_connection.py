@@ -41,8 +41,8 @@ def other(start_upstream: StartUpstream) -> ScriptedUpstream:
 
 
 @pytest.fixture
-def willi(start_willi: StartWilli, upstream: ScriptedUpstream, other: ScriptedUpstream) -> Willi:
-    return start_willi(csv=two_domains(upstream, other), upstream_timeout="1s")
+def willi(share_willi: StartWilli, upstream: ScriptedUpstream, other: ScriptedUpstream) -> Willi:
+    return share_willi(csv=two_domains(upstream, other), upstream_timeout="1s")
 
 
 def test_a_second_message_of_the_same_route_takes_the_same_connection(willi: Willi, upstream: ScriptedUpstream):

@@ -291,20 +291,20 @@ def test_a_reader_of_the_log_that_hangs_stops_no_session_and_lost_lines_are_told
     assert fields[-1]["msg"] == "Stopped"
 
 
-def test_a_full_disk_costs_whole_lines_and_their_number_is_told(willi: Willi):
-    pids = [willi.process.pid, *willi.children]
+def test_a_full_disk_costs_whole_lines_and_their_number_is_told(fresh_willi: Willi):
+    pids = [fresh_willi.process.pid, *fresh_willi.children]
     for pid in pids:  # as if the disk had room for less than one more line
-        resource.prlimit(pid, resource.RLIMIT_FSIZE, (willi.log_file.stat().st_size + 40, resource.RLIM_INFINITY))
-    with greeted(willi) as client:
+        resource.prlimit(pid, resource.RLIMIT_FSIZE, (fresh_willi.log_file.stat().st_size + 40, resource.RLIM_INFINITY))
+    with greeted(fresh_willi) as client:
         assert [deliver(client) for _ in range(3)] == [QUEUED] * 3
-        assert willi.lines(msg="Message accepted") == []
+        assert fresh_willi.lines(msg="Message accepted") == []
         for pid in pids:
             resource.prlimit(pid, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
         assert deliver(client) == QUEUED
-    willi.tolerate("Log lines lost")
-    willi.wait_for_log(msg="Message accepted")
-    assert [line["lines"] for line in willi.lines(msg="Log lines lost")] == ["3"]
-    assert len(willi.lines(msg="Message accepted")) == 1
+    fresh_willi.tolerate("Log lines lost")
+    fresh_willi.wait_for_log(msg="Message accepted")
+    assert [line["lines"] for line in fresh_willi.lines(msg="Log lines lost")] == ["3"]
+    assert len(fresh_willi.lines(msg="Message accepted")) == 1
 
 
 @pytest.mark.parametrize("log", ["stdout", "syslog"])

@@ -38,9 +38,9 @@ def other(start_upstream: StartUpstream) -> ScriptedUpstream:
 
 
 @pytest.fixture
-def willi(start_willi: StartWilli, upstream: ScriptedUpstream, other: ScriptedUpstream) -> Willi:
+def willi(share_willi: StartWilli, upstream: ScriptedUpstream, other: ScriptedUpstream) -> Willi:
     """One with `mixed_recipients = defer`."""
-    return start_willi(csv=two_domains(upstream, other), mixed_recipients="defer", max_recipients=7)
+    return share_willi(csv=two_domains(upstream, other), mixed_recipients="defer", max_recipients=7)
 
 
 @pytest.mark.parametrize("together", [True, False], ids=["pipelined", "one by one"])

@@ -51,9 +51,9 @@ BADLY_FRAMED = {
 
 
 @pytest.fixture
-def raw_willi(start_willi: StartWilli, raw: RawUpstream) -> Willi:
+def raw_willi(share_willi: StartWilli, raw: RawUpstream) -> Willi:
     """A Willi that sends everything to `raw`."""
-    willi = start_willi(server=raw.server)
+    willi = share_willi(server=raw.server)
     willi.tolerate("Upstream failed")
     return willi
 

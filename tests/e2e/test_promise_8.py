@@ -290,12 +290,12 @@ def test_known_answers_do_not_wait_for_the_rest_of_their_group(
 # Memory
 
 
-def test_a_command_line_of_100_megabytes_takes_no_memory(willi: Willi):
-    client = greeted(willi)
-    before = resident(willi)
+def test_a_command_line_of_100_megabytes_takes_no_memory(fresh_willi: Willi):
+    client = greeted(fresh_willi)
+    before = resident(fresh_willi)
     for _ in range(100):
         client.send(b"NOOP " + b"x" * A_MEGABYTE)
-    assert resident(willi) - before < FLAT
+    assert resident(fresh_willi) - before < FLAT
     client.send(b"\r\n")
     assert str(client.read_reply()) == "500 5.5.2 Line too long"
     assert say(client, b"NOOP") == ["250 2.0.0 Ok"]
@@ -355,12 +355,12 @@ def test_a_chunk_of_100_megabytes_takes_no_memory(
     assert str(client.read_reply()) == "250 2.0.0 queued"
 
 
-def test_a_message_that_is_too_big_takes_no_memory(willi: Willi):
-    client = in_data(willi)
-    before = resident(willi)
+def test_a_message_that_is_too_big_takes_no_memory(fresh_willi: Willi):
+    client = in_data(fresh_willi)
+    before = resident(fresh_willi)
     for _ in range(100):
         client.send(b"x" * (A_MEGABYTE - 2) + b"\r\n")
-    assert resident(willi) - before < FLAT
+    assert resident(fresh_willi) - before < FLAT
     assert content(client) == "552 5.3.4 Message is too big"
 
 
@@ -429,15 +429,15 @@ def test_endless_recipients_take_no_memory(start_willi: StartWilli, upstream: Sc
     assert len([line for line in upstream.commands if line == BOB]) == 100
 
 
-def test_endless_refused_recipients_take_no_memory(willi: Willi, upstream: ScriptedUpstream):
+def test_endless_refused_recipients_take_no_memory(fresh_willi: Willi, upstream: ScriptedUpstream):
     """Each with ten thousand octets of the upstream's own words, which are not kept."""
     upstream.answers[b"RCPT"] = Reply(450, (b"4.1.1 " + b"x" * 500,) * 20)
-    client = greeted(willi)
+    client = greeted(fresh_willi)
     assert say(client, MAIL) == [SENDER_KEPT]
-    before = resident(willi)
+    before = resident(fresh_willi)
     for _ in range(80):
         assert {reply.code for reply in client.commands(*[BOB] * 50)} == {450}
-    assert resident(willi) - before < FLAT
+    assert resident(fresh_willi) - before < FLAT
     assert say(client, b"DATA") == ["451 4.5.1 No valid recipients, try again"]
 
 

@@ -69,10 +69,10 @@ def unstuffed(octets: bytes) -> bytes:
 
 
 @pytest.fixture
-def attacked(start_willi: StartWilli, upstream: ScriptedUpstream) -> Iterator[Willi]:
+def attacked(share_willi: StartWilli, upstream: ScriptedUpstream) -> Iterator[Willi]:
     """Willi before an upstream without CHUNKING; afterwards every message that it was sent is looked at."""
     upstream.extensions = (b"PIPELINING", b"8BITMIME")
-    yield start_willi(server=upstream.server)
+    yield share_willi(server=upstream.server)
     assert upstream.messages
     for message in upstream.messages:
         assert_one_message(message.wire)
@@ -184,8 +184,8 @@ def test_what_is_refused_for_its_line_ends_smuggles_nothing(start_willi: StartWi
 
 
 @pytest.fixture
-def secure(start_willi: StartWilli, upstream: ScriptedUpstream, postfix_certificate: Pair) -> Willi:
-    return start_willi(server=upstream.server, tls_cert=postfix_certificate.cert, tls_key=postfix_certificate.key)
+def secure(share_willi: StartWilli, upstream: ScriptedUpstream, postfix_certificate: Pair) -> Willi:
+    return share_willi(server=upstream.server, tls_cert=postfix_certificate.cert, tls_key=postfix_certificate.key)
 
 
 @pytest.mark.parametrize(

@@ -29,10 +29,10 @@ XCLIENT = (*EXTENSIONS, b"XCLIENT ADDR PORT")
 
 
 @pytest.fixture
-def willi(start_willi: StartWilli, upstream: ScriptedUpstream) -> Willi:
+def willi(share_willi: StartWilli, upstream: ScriptedUpstream) -> Willi:
     """One behind a load balancer."""
     upstream.extensions = XCLIENT
-    return start_willi(server=upstream.server, proxy_protocol_hosts=f"{BALANCER}, 2001:db8::/32")
+    return share_willi(server=upstream.server, proxy_protocol_hosts=f"{BALANCER}, 2001:db8::/32")
 
 
 def connect(willi: Willi, source: str = BALANCER) -> Client:

@@ -131,10 +131,10 @@ STAGE_BY_DATA = {
 
 
 @pytest.fixture
-def willi(start_willi: StartWilli, upstream: ScriptedUpstream, certificates: Authority) -> Willi:
+def willi(share_willi: StartWilli, upstream: ScriptedUpstream, certificates: Authority) -> Willi:
     pair = certificates.issue("willi.example")
     upstream.answers[DEAD] = Close()
-    willi = start_willi(server=upstream.server, tls_cert=str(pair.cert), tls_key=str(pair.key))
+    willi = share_willi(server=upstream.server, tls_cert=str(pair.cert), tls_key=str(pair.key))
     willi.tolerate("connection closed")
     return willi
 

@@ -26,8 +26,8 @@ def pairs(certificates: Authority) -> list[Pair]:
 
 
 @pytest.fixture
-def willi(start_willi: StartWilli, upstream: ScriptedUpstream, pairs: list[Pair]) -> Willi:
-    return start_willi(
+def willi(share_willi: StartWilli, upstream: ScriptedUpstream, pairs: list[Pair]) -> Willi:
+    return share_willi(
         server=upstream.server, tls_cert=[str(pair.cert) for pair in pairs], tls_key=[str(pair.key) for pair in pairs]
     )
 

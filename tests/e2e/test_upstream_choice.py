@@ -38,8 +38,8 @@ def other(start_upstream: StartUpstream) -> ScriptedUpstream:
 
 
 @pytest.fixture
-def willi(start_willi: StartWilli, upstream: ScriptedUpstream, other: ScriptedUpstream) -> Willi:
-    return start_willi(csv=two_domains(upstream, other))
+def willi(share_willi: StartWilli, upstream: ScriptedUpstream, other: ScriptedUpstream) -> Willi:
+    return share_willi(csv=two_domains(upstream, other))
 
 
 def test_the_first_recipient_chooses_the_upstream(willi: Willi, upstream: ScriptedUpstream, other: ScriptedUpstream):

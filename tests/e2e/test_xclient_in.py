@@ -16,9 +16,9 @@ BANNER = "220 willi.example ESMTP Willi"
 
 
 @pytest.fixture
-def willi(start_willi: StartWilli, upstream: ScriptedUpstream) -> Willi:
+def willi(share_willi: StartWilli, upstream: ScriptedUpstream) -> Willi:
     upstream.extensions = (*EXTENSIONS, b"XCLIENT NAME ADDR PORT")
-    return start_willi(server=upstream.server, xclient_hosts="127.0.0.4/31")
+    return share_willi(server=upstream.server, xclient_hosts="127.0.0.4/31")
 
 
 def told_of(upstream: ScriptedUpstream) -> bytes:

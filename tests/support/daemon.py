@@ -105,6 +105,7 @@ class Willi:
         self.config = write_config(directory / "willi.conf", self.settings)
         self.log_file = directory / "willi.log"
         self.tolerated: list[str] = []
+        self._log_begins = 0
         self._environment = {**_environment(), **(environment or {})}
         self._command = [*prefix, PYTHON, str(ROOT / "willi.py"), "-c", str(self.config), *options]
         self.start()
@@ -173,6 +174,16 @@ class Willi:
         except (FileNotFoundError, ProcessLookupError):
             return []
 
+    @property
+    def sockets(self) -> int:
+        """How many the workers have, for clients, upstreams and themselves."""
+        count = 0
+        for pid in self.workers:
+            with suppress(FileNotFoundError):  # it has ended, or a connection has
+                for descriptor in Path(f"/proc/{pid}/fd").iterdir():
+                    count += str(descriptor.readlink()).startswith("socket:")
+        return count
+
     def reload(self, settings: Mapping[str, Setting] | None = None) -> None:
         """Change some settings, send SIGHUP, and wait until only the new workers take clients."""
         self.change(settings or {})
@@ -217,7 +228,12 @@ class Willi:
 
     @property
     def text(self) -> str:
-        return self.log_file.read_text(encoding="utf-8", errors="backslashreplace")
+        return self.log_file.read_bytes()[self._log_begins :].decode(errors="backslashreplace")
+
+    def forget_log(self) -> None:
+        """What it has so far, and what it may have, is of another test."""
+        self._log_begins = self.log_file.stat().st_size
+        self.tolerated = []
 
     @property
     def log(self) -> list[dict[str, str]]:

@@ -24,6 +24,7 @@ T = TypeVar("T")
 
 
 _marks: deque[socket.socket] = deque(maxlen=300)  # of our last ports: one that falls out is closed
+_steady: dict[str, tuple[int, socket.socket]] = {}
 
 
 def free_port(host: str = HOST) -> int:
@@ -31,6 +32,19 @@ def free_port(host: str = HOST) -> int:
 
     What keeps the other tests off, also those of another checkout, is a name that one process can have.
     """
+    port, mark = _marked_port(host)
+    _marks.append(mark)
+    return port
+
+
+def steady_port(name: str) -> int:
+    """Such a port, and the same one whenever this process asks: a Willi that tests share finds each one's upstream."""
+    if name not in _steady:
+        _steady[name] = _marked_port(HOST)
+    return _steady[name][0]
+
+
+def _marked_port(host: str) -> tuple[int, socket.socket]:
     while True:
         port = random.randrange(10_000, FIRST_CLIENT_PORT)
         mark = socket.socket(socket.AF_UNIX)
@@ -41,8 +55,7 @@ def free_port(host: str = HOST) -> int:
         except OSError:
             mark.close()
             continue
-        _marks.append(mark)
-        return port
+        return port, mark
 
 
 def wait_until(condition: Callable[[], T | None], what: str, seconds: float = PATIENCE) -> T:

@@ -77,8 +77,8 @@ class Peer(Client):
 class RawUpstream:
     """Listens on a loopback port; nothing is answered unless the test does it."""
 
-    def __init__(self) -> None:
-        self._listener = socket.create_server((HOST, 0))
+    def __init__(self, port: int = 0) -> None:
+        self._listener = socket.create_server((HOST, port))
         self._listener.settimeout(PATIENCE)
         self._peers: list[Peer] = []
 
