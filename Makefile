@@ -72,7 +72,7 @@ check: venv
 	$(TESTS) --minutes $(MINUTES) --quiet --ignore=tests/e2e --ignore=tests/fuzz --ignore=tests/chaos; tests=$$?; \
 	wait $$types && exit $$tests
 
-# In the order of the files: chaos, which takes longest, comes first.
+# In the order of tests/runner/plugin.py: the files that take longest come first.
 test: venv
 	@tests/install-packages.sh tests/e2e/packages.txt
 	@$(BIN)/ruff check $(CHECKED)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tests.runner.limits import allow
+from tests.runner.plugin import LONGEST
 from tests.support.loopback import ROOT, wait_until
 
 SECONDS = 240  # for an inner run; ten are usual
@@ -199,3 +200,11 @@ def test_the_order_of_the_files_is_that_of_the_seed(tmp_path: Path):
         done = run(tmp_path, files, f"--shuffle-files={seed}", "--verbose", "--verbose")
         orders.append([line.split("::")[0] for line in done.lines("test_")])
     assert orders[0] == orders[1] != orders[2] and sorted(orders[2]) == sorted(files)
+
+
+def test_the_files_that_take_longest_begin_first(tmp_path: Path):
+    assert all(list((ROOT / "tests").rglob(name)) for name in LONGEST), "a file has another name now"
+    files = dict.fromkeys(("test_a.py", LONGEST[1], "test_z.py", LONGEST[0]), "def test_good(): pass\n")
+    done = run(tmp_path, files, "--verbose", "--verbose")
+    begun = [line.split("::")[0] for line in done.lines("test_")]
+    assert begun == [LONGEST[0], LONGEST[1], "test_a.py", "test_z.py"]

@@ -22,6 +22,10 @@ from tests.runner import limits
 
 DIRECTORY = "WILLI_TEST_RUN"  # the variable that names the directory of this run, if the runner made one
 LIMITS = pytest.StashKey[limits.Limits]()
+# Begun last, one of these would run alone at the end, while other processes have nothing to do.
+LONGEST = (
+    "test_chaos.py", "test_install.py", "test_load.py", "test_mysql.py", "test_page_in_browser.py", "test_processes.py",
+)  # fmt: skip
 
 
 def run_directory() -> Path:
@@ -117,7 +121,9 @@ def pytest_fixture_setup(
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     seed = config.getoption("shuffle_files")
-    if seed is not None:
+    if seed is None:
+        items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
+    else:
         files = sorted({item.path for item in items})
         random.Random(seed).shuffle(files)
         places = {path: place for place, path in enumerate(files)}
