@@ -402,6 +402,8 @@ def test_a_database_has_these_defaults(load):
         ("host = a, [2001:db8::1]\nport = 3308", "hosts", (Address("a", 3308), Address("2001:db8::1", 3308))),
         ("", "hosts", (Address("localhost", 3306),)),
         ("host = my_db", "hosts", (Address("my_db", 3306),)),
+        ("host = db1.example", "hosts", (Address("db1.example", 3306),)),
+        ("host = 192.0.2.1:1", "hosts", (Address("192.0.2.1", 1),)),
         ("port = 65535", "port", 65535),
         ("unix_socket = /run/mysqld.sock", "unix_socket", "/run/mysqld.sock"),
         ("user = willi", "user", "willi"),
@@ -438,7 +440,7 @@ def test_a_password_is_not_shown_with_the_settings(load):
     assert "geheim" not in repr(mapping_of(load, f"{DATABASE}password = geheim"))
 
 
-HOST = "must be host:port or [IPv6 address]:port"
+BRACKETS = "an IPv6 address needs brackets, as in [2001:db8::1] or [2001:db8::1]:25"
 QUERY = "has no ?, which stands for the address or domain to look up"
 QUOTED = "has quotation marks around the ?, which make it a plain question mark: leave them out"
 CONNECTION = "is now written as host, port, user, password, database and tls_ca"
@@ -465,9 +467,11 @@ CONNECTION = "is now written as host, port, user, password, database and tls_ca"
         ("type = csv\nfle = a\nfile = b", "4: fle: unknown key; did you mean 'file'?"),
         (f"{DATABASE}connection = x", f"5: connection: {CONNECTION}"),
         (f"{DATABASE}host =", "5: host: is empty"),
-        (f"{DATABASE}host = :3306", "5: host: ':3306': must be host or host:port"),
-        (f"{DATABASE}host = a:65536", f"5: host: 'a:65536': {HOST}"),
-        (f"{DATABASE}host = 2001:db8::1", f"5: host: '2001:db8::1': {HOST}"),
+        (f"{DATABASE}host = :3306", "5: host: ':3306': not a host name"),
+        (f"{DATABASE}host = a:65536", "5: host: 'a:65536': the port must be 1 to 65535"),
+        (f"{DATABASE}host = 2001:db8::1", f"5: host: '2001:db8::1': {BRACKETS}"),
+        (f"{DATABASE}host = db.example,a/b", "5: host: 'a/b': not a host name"),
+        (f"{DATABASE}host = [db", "5: host: '[db': must be host, host:port or [IPv6 address]:port"),
         (f"{DATABASE}port = 0", "5: port: '0': must be a whole number from 1 to 65535"),
         (f"{DATABASE}port = 65536", "5: port: '65536': must be a whole number from 1 to 65535"),
         (f"{DATABASE}host = a\nunix_socket = /x", "6: unix_socket: cannot be used together with host"),

@@ -10,8 +10,9 @@ import pytest
 from gevent.event import Event
 
 from tests.support.loopback import PATIENCE
+from willi_lib.hosts import Address
 from willi_lib.mappings import mysql as module
-from willi_lib.mappings.database import Access, Database, Down, Host, NotNow, TooSlow, _Routes, statement_of
+from willi_lib.mappings.database import Access, Database, Down, NotNow, TooSlow, _Routes, statement_of
 from willi_lib.mappings.last_row import LastRow
 from willi_lib.mappings.mysql import NO_ROW, Mysql, Notice
 from willi_lib.routing.route import Answer, LookupFailed, Policy, Route, parse_servers
@@ -540,18 +541,18 @@ def test_only_a_question_mark_outside_quotation_marks_stands_for_the_key(query, 
 @pytest.mark.parametrize("query", ["SELECT server FROM t", "SELECT 'what?'", "SELECT 1 /* ? */"])
 def test_a_query_without_one_is_refused(query):
     with pytest.raises(ValueError, match=r"has no \? outside quotation marks"):
-        Database(Access((Host("db", 3306),)), query, Policy(), "mysql:t")
+        Database(Access((Address("db", 3306),)), query, Policy(), "mysql:t")
 
 
 def test_a_tls_ca_that_is_no_certificate_is_refused(tmp_path):
     file = tmp_path / "ca.pem"
     file.write_text("nothing")
     with pytest.raises(ValueError, match=f"tls_ca: {file}: "):
-        Database(Access((Host("db", 3306),), tls_ca=str(file)), QUERY, Policy(), "mysql:t")
+        Database(Access((Address("db", 3306),), tls_ca=str(file)), QUERY, Policy(), "mysql:t")
 
 
 def test_a_password_is_not_shown():
-    assert "secret" not in repr(Access((Host("db", 3306),), password=b"secret"))
+    assert "secret" not in repr(Access((Address("db", 3306),), password=b"secret"))
 
 
 # Its rows

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from willi_lib.hosts import is_host_name
 from willi_lib.smtp import reply as replies
 from willi_lib.smtp.reply import Reject, Reply
 from willi_lib.smtp.syntax import (
@@ -20,7 +21,6 @@ from willi_lib.smtp.syntax import (
     Mail,
     Path,
     from_xtext,
-    is_host_name,
     may_be_bdat,
     parse_bdat,
     parse_features,

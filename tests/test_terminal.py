@@ -24,7 +24,7 @@ from tests.support import overviews
 from tests.support.daemon import PYTHON, run_willi, write_config
 from tests.support.loopback import HOST, ROOT, free_port, wait_until
 from tests.support.status_server import StatusServer
-from willi_lib.config.values import Address
+from willi_lib.hosts import Address
 from willi_lib.status import lines, plain
 from willi_lib.status import terminal as top
 from willi_lib.text import visible

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-import unicodedata
+from unicodedata import category, combining, name
 
 MAX_MARKS = 2  # combining marks on one letter; more of them climb over the lines above
 _LETTERS = {"\n": r"\n", "\r": r"\r", "\t": r"\t"}
@@ -12,6 +12,8 @@ _LETTERS = {"\n": r"\n", "\r": r"\r", "\t": r"\t"}
 _UNSEEN = re.compile(
     "[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u2800\u3164\ufe00-\ufe0f\uffa0\U000e0000-\U000e0fff]"
 )
+_JOINERS = "\u200c\u200d"
+_NEVER_MEANT = ("Cc", "Cf", "Zs", "Zl", "Zp")  # categories: controls, marks for the direction and the like, blanks
 
 
 def visible(text: str) -> str:
@@ -24,7 +26,7 @@ def visible(text: str) -> str:
         return text
     shown, marks = [], 0
     for character in text:
-        marks = marks + 1 if unicodedata.combining(character) else 0
+        marks = marks + 1 if combining(character) else 0
         is_seen = character.isprintable() and marks <= MAX_MARKS and not _UNSEEN.match(character)
         shown.append(character if is_seen else _escape(character))
     return "".join(shown)
@@ -35,3 +37,18 @@ def _escape(character: str) -> str:
     if code < 0x80:
         return _LETTERS.get(character, f"\\x{code:02x}")
     return f"\\u{code:04x}" if code <= 0xFFFF else f"\\U{code:08x}"
+
+
+def refuse_invisible(text: str) -> None:
+    """Raises ValueError if what an administrator wrote has a character that is not seen, as copied from a web page.
+
+    It would make another name of it without a word. Joiners belong to some scripts: between two letters that are no
+    ASCII they may stand.
+    """
+    if text.isascii():
+        return
+    for before, character, after in zip(" " + text, text, text[1:] + " ", strict=False):
+        is_unseen = _UNSEEN.match(character) or (category(character) in _NEVER_MEANT and not character.isascii())
+        if is_unseen and not (character in _JOINERS and not before.isascii() and not after.isascii()):
+            code = f"U+{ord(character):04X} {name(character, '')}".strip()
+            raise ValueError(f"{text[:80]!r}: has the invisible character {code}: delete it")

@@ -21,7 +21,8 @@ import pytest
 from tests.support.certificates import Authority
 from tests.support.loopback import HOST, PATIENCE, ROOT, free_port
 from tests.support.mariadb import PASSWORD, QUERY, USER, Mariadb
-from willi_lib.mappings.database import Access, Database, Down, Host, TooSlow
+from willi_lib.hosts import Address
+from willi_lib.mappings.database import Access, Database, Down, TooSlow
 from willi_lib.routing.route import LookupFailed, Policy, Route, parse_servers
 
 Open = Callable[..., Database]
@@ -62,7 +63,7 @@ def _in_gevent(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def open_database(mariadb: Mariadb) -> Open:
     def open_(name: str, query: str = QUERY, **access: object) -> Database:
         settings = {
-            "hosts": (Host(HOST, mariadb.port),), "user": USER, "password": PASSWORD.encode(), "database": name,
+            "hosts": (Address(HOST, mariadb.port),), "user": USER, "password": PASSWORD.encode(), "database": name,
             "timeout": 2.0, **access,
         }  # fmt: skip
         return Database(Access(**settings), query, Policy(), "mysql:t")  # type: ignore[arg-type]
@@ -252,8 +253,8 @@ def test_a_query_that_the_server_gives_up_is_asked_once_of_each_host_and_costs_n
         "SET STATEMENT max_statement_time = 0.1 FOR"
         " SELECT server FROM routes WHERE pattern = ? AND (pattern <> 'slow.example' OR SLEEP(300) = 0)"
     )
-    host = Host(HOST, mariadb.port)
-    database = open_database(name, query, hosts=(host, Host("localhost", mariadb.port)))
+    host = Address(HOST, mariadb.port)
+    database = open_database(name, query, hosts=(host, Address("localhost", mariadb.port)))
     with pytest.raises(TooSlow) as failure:
         database.ask("slow.example")
     why = "Query execution was interrupted (max_statement_time exceeded) (1969)"
@@ -303,25 +304,25 @@ def test_a_connection_that_was_idle_for_long_is_not_trusted(
 
 
 @pytest.fixture
-def mute() -> Iterator[Host]:
+def mute() -> Iterator[Address]:
     """It takes connections and says nothing."""
     with socket.create_server((HOST, 0)) as listener:
-        yield Host(HOST, listener.getsockname()[1])
+        yield Address(HOST, listener.getsockname()[1])
 
 
 @pytest.fixture
-def dead() -> Host:
-    return Host(HOST, free_port())
+def dead() -> Address:
+    return Address(HOST, free_port())
 
 
 def test_a_host_that_is_back_is_asked_again_although_another_one_answers(
-    mariadb: Mariadb, open_database: Open, dead: Host, monkeypatch: pytest.MonkeyPatch
+    mariadb: Mariadb, open_database: Open, dead: Address, monkeypatch: pytest.MonkeyPatch
 ):
     name = mariadb.table(("b.example", "mx1", True))
-    database = open_database(name, hosts=(dead, Host(HOST, mariadb.port)))
+    database = open_database(name, hosts=(dead, Address(HOST, mariadb.port)))
     assert database.ask("b.example") == to("mx1")
     asked = gevent.event.Event()
-    server = gevent.server.StreamServer((dead.name, dead.port), lambda *_: asked.set())
+    server = gevent.server.StreamServer((dead.host, dead.port), lambda *_: asked.set())
     server.start()
     try:
         assert database.ask("b.example") == to("mx1")
@@ -366,7 +367,7 @@ def test_not_now_is_no_answer_and_the_next_host_is_asked(
     mariadb: Mariadb, troubled: Callable[..., Database], error: int
 ):
     times = 2 if error == 2003 else 1  # a lost connection is tried once more
-    hosts = (Host(HOST, mariadb.port), Host("localhost", mariadb.port))
+    hosts = (Address(HOST, mariadb.port), Address("localhost", mariadb.port))
     assert troubled(error, times, hosts=hosts).ask("b.example") == to("mx1")
     alone = troubled(error, times)
     with pytest.raises(Down, match=rf"not now \({error}\)"):
@@ -407,9 +408,10 @@ def test_a_lack_of_threads_is_called_what_it_is():
 from gevent import monkey
 monkey.patch_all(ssl=False)
 from willi_lib.routing.route import Policy
-from willi_lib.mappings.database import Access, Database, Down, Host
+from willi_lib.hosts import Address
+from willi_lib.mappings.database import Access, Database, Down
 try:
-    Database(Access((Host("localhost", 1),)), {QUERY!r}, Policy(), "mysql:t").ask("b.example")
+    Database(Access((Address("localhost", 1),)), {QUERY!r}, Policy(), "mysql:t").ask("b.example")
 except Down as error:
     print(error)
 """
@@ -422,7 +424,7 @@ except Down as error:
 def test_the_next_host_is_asked_when_one_fails_and_the_failed_one_last_for_a_while(
     first: str, mariadb: Mariadb, open_database: Open, request: pytest.FixtureRequest
 ):
-    bad, good = request.getfixturevalue(first), Host(HOST, mariadb.port)
+    bad, good = request.getfixturevalue(first), Address(HOST, mariadb.port)
     database = open_database(mariadb.table(("b.example", "mx1", True)), hosts=(bad, good), timeout=6.0)
     assert database.ask("b.example") == to("mx1")
     for connection in database._idle:
@@ -432,8 +434,8 @@ def test_the_next_host_is_asked_when_one_fails_and_the_failed_one_last_for_a_whi
     assert monotonic() - began < 3.0, "less than the first one costs"
 
 
-def test_when_all_hosts_fail_each_says_why(mariadb: Mariadb, open_database: Open, mute: Host, dead: Host):
-    database = open_database("x", hosts=(dead, mute, Host(HOST, mariadb.port)), timeout=6.0)
+def test_when_all_hosts_fail_each_says_why(mariadb: Mariadb, open_database: Open, mute: Address, dead: Address):
+    database = open_database("x", hosts=(dead, mute, Address(HOST, mariadb.port)), timeout=6.0)
     with pytest.raises(Down) as failure:
         database.ask("b.example")
     refused, silent, unknown = str(failure.value).split("; ")
@@ -453,7 +455,7 @@ def test_a_host_that_hangs_within_a_query_is_left_for_the_next_one(
         mariadb.query("CREATE DATABASE IF NOT EXISTS routes1")
         other.query(f"CREATE DATABASE IF NOT EXISTS {name}")
         other.query(f"CREATE TABLE IF NOT EXISTS {name}.routes AS SELECT * FROM routes1.routes")
-        hosts = (Host(HOST, other.port), Host(HOST, mariadb.port))
+        hosts = (Address(HOST, other.port), Address(HOST, mariadb.port))
         database = open_database(name, hosts=hosts, timeout=6.0)
         assert database.ask("b.example") == to("mx2")
         with other.hanging():
@@ -495,7 +497,7 @@ def test_a_certificate_of_another_authority_is_a_failure(mariadb: Mariadb, open_
 def test_a_certificate_for_another_name_is_a_failure(
     mariadb: Mariadb, open_database: Open, certificates: Authority
 ):
-    database = open_database("x", hosts=(Host("127.1", mariadb.port),), tls_ca=str(certificates.ca))
+    database = open_database("x", hosts=(Address("127.1", mariadb.port),), tls_ca=str(certificates.ca))
     with pytest.raises(Down, match="certificate verify failed"):
         database.ask("b.example")
 
@@ -550,7 +552,7 @@ def test_a_host_that_is_no_database_is_passed_over(mariadb: Mariadb, open_databa
     server = gevent.server.StreamServer((HOST, 0), answer)
     server.start()
     try:
-        hosts = (Host(HOST, int(server.server_port or 0)), Host(HOST, mariadb.port))
+        hosts = (Address(HOST, int(server.server_port or 0)), Address(HOST, mariadb.port))
         assert open_database(name, hosts=hosts).ask("b.example") == to("mx1")
         with pytest.raises(Down):
             open_database(name, hosts=hosts[:1]).ask("b.example")

@@ -21,7 +21,8 @@ import gevent
 from tests.support.certificates import Authority
 from tests.support.loopback import HOST
 from tests.support.mariadb import PASSWORD, QUERY, USER, Mariadb
-from willi_lib.mappings.database import Access, Database, Host
+from willi_lib.hosts import Address
+from willi_lib.mappings.database import Access, Database
 from willi_lib.mappings.mysql import Mysql
 from willi_lib.routing.route import Policy, find_route
 
@@ -63,7 +64,7 @@ def report(server: Mariadb, ca: str) -> None:
     first = 1
     for title, tls_ca, socket in (("TCP", "", ""), ("TLS", ca, ""), ("unix socket", "", str(server.socket))):
         for sessions in (1, 5, 100):
-            access = Access((Host(HOST, server.port),), socket, USER, PASSWORD.encode(), name, tls_ca)
+            access = Access((Address(HOST, server.port),), socket, USER, PASSWORD.encode(), name, tls_ca)
             database = Database(access, QUERY, Policy(), "mysql:t")
             mapping = Mysql("mysql:t", database, 5.0, 60.0, 100_000, 3600.0)
             measure(mapping, sessions, ROWS - 200, ROWS)  # connect

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 
 from willi_lib.config import CsvSettings, MysqlSettings, Settings, StaticSettings
+from willi_lib.hosts import Address
 from willi_lib.mappings.csv_file import CsvError, CsvFile
-from willi_lib.mappings.database import Database, Down, Host
+from willi_lib.mappings.database import Database, Down
 from willi_lib.mappings.mysql import Mysql
 from willi_lib.mappings.open import MappingError, open_database, open_mappings
 from willi_lib.routing.route import LookupFailed, Mapping, NoRoute, Route, conclude, search
@@ -120,7 +121,7 @@ def _look_at_database(mapping: MysqlSettings, report: Report) -> None:
         _look_at_database_host(name, database, host, report)
 
 
-def _look_at_database_host(name: str, database: Database, host: Host, report: Report) -> None:
+def _look_at_database_host(name: str, database: Database, host: Address, report: Report) -> None:
     subject = f"{name}: {database.name_of(host)}"
     try:
         facts = database.inspect(host)
@@ -131,7 +132,7 @@ def _look_at_database_host(name: str, database: Database, host: Host, report: Re
     else:
         tls = f"{facts.tls}, certificate verified" if facts.tls else "no TLS"
         text = f"{facts.version}, {tls}, columns {', '.join(facts.columns)}"
-        if facts.tls or not host.name or host.name == "localhost" or is_own(host.name):
+        if facts.tls or not host.host or host.host == "localhost" or is_own(host.host):
             report.ok(subject, text)
         else:
             report.warn(subject, text, "set tls_ca, so that nobody in between can read, or change where mail goes")

@@ -6,9 +6,10 @@ lines     the text of a file -> its sections and keys, each with its line
 reader    `load`: the file against the table; it collects every fault before it gives up
 """
 
+from willi_lib.hosts import Address
+
 from .reader import ConfigError, load
 from .settings import Certificate, CsvSettings, MysqlSettings, Settings, StaticSettings
-from .values import Address
 
 __all__ = [
     "Address", "Certificate", "ConfigError", "CsvSettings", "MysqlSettings", "Settings", "StaticSettings", "load",

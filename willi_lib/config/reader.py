@@ -11,8 +11,8 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
-from willi_lib.routing.route import Policy, refuse_invisible
-from willi_lib.text import visible
+from willi_lib.routing.route import Policy
+from willi_lib.text import refuse_invisible, visible
 
 from .lines import EQUALS, SECTIONS, Entry, Fault, Section, parse
 from .settings import ALL_KEYS, MAPPING_KEYS, POLICY_KEYS, TOP_KEYS, TYPE, TYPES, Key, MappingSettings, Settings

@@ -8,13 +8,12 @@ from __future__ import annotations
 import re
 import socket
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from ipaddress import IPv4Network, IPv6Network, ip_interface
-from itertools import product
+from itertools import permutations
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
-from willi_lib.smtp.syntax import canonical
+from willi_lib.hosts import Address, canonical, is_host_name, parse_ip, parse_port, split_host_port
 
 from .cpus import usable_cpus
 
@@ -26,22 +25,6 @@ EXTENSIONS = ("SMTPUTF8", "CHUNKING", "8BITMIME")
 MAPPED_PREFIX = 96  # bits of ::ffff:0:0/96, in which IPv4 addresses are written as IPv6
 TIMES = {"s": 1, "m": 60, "h": 3600}  # in seconds
 SIZES = {"": 1, "kb": 1000, "mb": 1000**2, "kib": 1024, "mib": 1024**2}  # in octets
-
-
-@dataclass(frozen=True)
-class Address:
-    """Host and port; an empty host means all addresses, IPv4 and IPv6."""
-
-    host: str
-    port: int
-
-    def __str__(self) -> str:
-        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
-
-    def includes(self, other: Address) -> bool:
-        """Whether this is all addresses, and the other is one of them."""
-        everywhere = ("", "::" if ":" in other.host else "0.0.0.0")
-        return self.port == other.port != 0 and self.host in everywhere and other.host not in ("", "0.0.0.0", "::")
 
 
 def wrong(text: str, why: str) -> ValueError:
@@ -121,9 +104,8 @@ def _amount(text: str, units: dict[str, int], wanted: str = "") -> float:
 
 def host_name(text: str) -> str:
     """A host name; without one, that of this machine."""
-    label = r"(?!-)[A-Za-z0-9-]{1,63}(?<!-)"  # RFC 1123 §2.1
     name = text or socket.gethostname()
-    if not re.fullmatch(rf"{label}(\.{label})*", name) or len(name) > 253 or re.fullmatch(r".*\.[0-9]+", name):
+    if not is_host_name(name) or "_" in name:
         raise wrong(name, "must be a host name" + ("" if text else "; this is the one of this machine"))
     return name
 
@@ -131,11 +113,13 @@ def host_name(text: str) -> str:
 def socket_address(text: str) -> Address:
     """Where to listen: a port, and an IP address or nothing before it. Port 0 is any free port."""
     form = "must be like :25, 192.0.2.1:25 or [2001:db8::1]:25"
-    address = _host_and_port(text)
-    if address is None or not re.search(":[0-9]+$", text):
-        raise wrong(text, form)
     try:
-        return Address(address.host and str(canonical(address.host)), address.port)
+        host, written = split_host_port(text)
+        port = parse_port(written or "", least=0)
+    except ValueError:
+        raise wrong(text, form) from None
+    try:
+        return Address(host and str(canonical(host)), port)
     except ValueError:
         raise wrong(text, f"{form}, an IP address, not a name") from None
 
@@ -143,27 +127,22 @@ def socket_address(text: str) -> Address:
 def listen_addresses(words: list[str]) -> tuple[Address, ...]:
     """At least one, and none that another one holds already."""
     addresses = each(socket_address, least=1)(words)
-    for one, other in product(addresses, repeat=2):
-        if one.includes(other):
+    for one, other in permutations(addresses, 2):
+        is_everywhere = one.host in ("", "::" if ":" in other.host else "0.0.0.0")
+        if is_everywhere and one.port == other.port != 0 and other.host not in ("", "0.0.0.0", "::"):
             raise wrong(str(other), f"is part of {one}, and cannot be had twice: leave one of them out")
     return addresses
 
 
 def database_host(text: str) -> Address:
     """`host` or `host:port`; without a port, port 0."""
-    address = _host_and_port(text)
-    if address is None:
-        raise wrong(text, "must be host:port or [IPv6 address]:port")
-    if not address.host:
-        raise wrong(text, "must be host or host:port")
-    return address
-
-
-def _host_and_port(text: str) -> Address | None:
-    match = re.fullmatch(r"(?:\[([0-9A-Fa-f:.]+)\]|([^\s:\[\]/@]*))(?::([0-9]{1,5}))?", text)
-    if match is None or int(match[3] or 0) > 65535:
-        return None
-    return Address(str(canonical(match[1])) if match[1] else match[2], int(match[3] or 0))
+    try:
+        host, port = split_host_port(text)
+        if not (address := parse_ip(host)) and not is_host_name(host):
+            raise ValueError("not a host name")
+        return Address(address or host, 0 if port is None else parse_port(port))
+    except ValueError as fault:
+        raise wrong(text, str(fault)) from None
 
 
 def network(text: str) -> IPv4Network | IPv6Network:

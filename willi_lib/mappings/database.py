@@ -13,13 +13,13 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from time import monotonic
-from typing import NamedTuple
 
 import gevent
 import pymysql
 from gevent import ssl
 from gevent.lock import BoundedSemaphore
 
+from willi_lib.hosts import Address
 from willi_lib.routing.route import LookupFailed, Policy, Route, parse_servers, parse_tls_verify
 
 HOST_REST = 60.0  # seconds a host that failed is tried last, as for an upstream
@@ -84,21 +84,11 @@ class _Lost(Exception):
     """A connection ended before the answer came."""
 
 
-class Host(NamedTuple):
-    """One server."""
-
-    name: str  # empty: unix_socket
-    port: int
-
-    def __str__(self) -> str:
-        return f"[{self.name}]:{self.port}" if ":" in self.name else f"{self.name}:{self.port}"
-
-
 @dataclass(frozen=True)
 class Access:
     """How to reach the database. Named as in willi.conf."""
 
-    hosts: tuple[Host, ...]
+    hosts: tuple[Address, ...]
     unix_socket: str = ""
     user: str = ""
     password: bytes = field(default=b"", repr=False)
@@ -110,7 +100,7 @@ class Access:
 
 @dataclass
 class _Connection:
-    host: Host
+    host: Address
     driver: pymysql.Connection[pymysql.cursors.Cursor]
     idle_since: float = 0.0
 
@@ -132,7 +122,7 @@ class Database:
 
         Raises ValueError: a query without `?`, or a tls_ca that cannot be used.
         """
-        self.hosts = (Host("", 0),) if access.unix_socket else access.hosts
+        self.hosts = (Address("", 0),) if access.unix_socket else access.hosts
         self._access = access
         self._query = query
         self._statement, self._parameters = statement_of(query)
@@ -142,8 +132,8 @@ class Database:
         self._slots = BoundedSemaphore(access.pool_size)
         self._idle: list[_Connection] = []  # the one that was used last is the last
         self._open = 0  # connections, idle ones included
-        self._failed: dict[Host, float] = {}  # and when
-        self._answered: dict[Host, float] = {}  # and when last
+        self._failed: dict[Address, float] = {}  # and when
+        self._answered: dict[Address, float] = {}  # and when last
 
     def ask(self, key: str) -> Route | None:
         """The route in the first row for this key, within `timeout`. Raises Down, TooSlow, LookupFailed.
@@ -192,7 +182,7 @@ class Database:
             untried = [other for other in untried if other != host]
         raise (TooSlow if slow else Down)("; ".join(faults), not_there)
 
-    def _ask_host(self, host: Host, connection: _Connection | None, key: str, seconds: float) -> Route | None:
+    def _ask_host(self, host: Address, connection: _Connection | None, key: str, seconds: float) -> Route | None:
         """Ask on this connection, or on a new one. Raises Down, _Lost, LookupFailed."""
         began = monotonic()
         try:
@@ -247,12 +237,12 @@ class Database:
         while self._idle:
             self._close(self._idle.pop())
 
-    def _connect(self, host: Host) -> _Connection:
+    def _connect(self, host: Address) -> _Connection:
         """Raises Down."""
         access = self._access
         try:
             driver = pymysql.connect(
-                host=host.name or "localhost",
+                host=host.host or "localhost",
                 port=host.port,
                 unix_socket=access.unix_socket or None,
                 user=access.user or None,
@@ -277,7 +267,7 @@ class Database:
         self._open += 1
         return _Connection(host, driver)
 
-    def _take_idle(self, hosts: Sequence[Host]) -> _Connection | None:
+    def _take_idle(self, hosts: Sequence[Address]) -> _Connection | None:
         """The one that was used last, to one of these hosts."""
         while self._idle and self._idle[0].idle_since < monotonic() - MAX_IDLE:
             self._close(self._idle.pop(0))
@@ -297,23 +287,23 @@ class Database:
         with suppress(pymysql.MySQLError):  # it was closed already
             connection.driver.close()
 
-    def _close_idle(self, host: Host) -> None:
+    def _close_idle(self, host: Address) -> None:
         """They are not better than the one that has just failed."""
         dead = [connection for connection in self._idle if connection.host == host]
         self._idle = [connection for connection in self._idle if connection.host != host]
         for connection in dead:
             self._close(connection)
 
-    def _rests(self, host: Host) -> bool:
+    def _rests(self, host: Address) -> bool:
         return monotonic() - self._failed.get(host, -HOST_REST) < HOST_REST
 
-    def name_of(self, host: Host) -> str:
+    def name_of(self, host: Address) -> str:
         """As an administrator calls it."""
-        return str(host) if host.name else self._access.unix_socket
+        return str(host) if host.host else self._access.unix_socket
 
     # -- for `check`
 
-    def inspect(self, host: Host) -> Facts:
+    def inspect(self, host: Address) -> Facts:
         """Connect, have the server prepare the query, and run it. Raises Down, LookupFailed."""
         with gevent.Timeout(self._access.timeout, Down(f"no answer within {self._access.timeout:g} s")):
             connection = self._connect(host)

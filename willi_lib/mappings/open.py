@@ -9,7 +9,7 @@ from pathlib import Path
 from ..config import CsvSettings, MysqlSettings, Settings, StaticSettings
 from ..routing.route import Mapping, Route
 from .csv_file import Aside, CsvFile, at_once
-from .database import Access, Database, Host
+from .database import Access, Database
 from .last_row import LastRow
 from .mysql import Mysql, Notice
 from .static import Static
@@ -65,7 +65,7 @@ def _open(
 def open_database(mapping: MysqlSettings) -> Database:
     """Without a connection yet. Raises ValueError."""
     access = Access(
-        hosts=tuple(Host(host.host, host.port) for host in mapping.hosts),
+        hosts=mapping.hosts,
         unix_socket=mapping.unix_socket,
         user=mapping.user,
         password=_password(mapping),

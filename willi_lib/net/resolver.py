@@ -28,7 +28,8 @@ from gevent.event import AsyncResult
 from gevent.resolver import ares, cares
 
 from .. import log
-from ..smtp.syntax import TEMPUNAVAIL, UNAVAILABLE, is_host_name
+from ..hosts import is_host_name
+from ..smtp.syntax import TEMPUNAVAIL, UNAVAILABLE
 from .file_signature import file_signature
 
 RESOLV_CONF = Path("/etc/resolv.conf")

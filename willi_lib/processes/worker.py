@@ -27,6 +27,7 @@ from gevent.server import StreamServer
 
 from .. import log
 from ..config import Settings
+from ..hosts import canonical
 from ..mappings.csv_file import CsvError
 from ..mappings.mysql import Notice
 from ..mappings.open import MappingError, open_mappings
@@ -40,7 +41,6 @@ from ..proxy.upstream import Client, Connector
 from ..smtp import proxy_header
 from ..smtp import reply as replies
 from ..smtp.reply import Reply
-from ..smtp.syntax import canonical
 from ..status.counts import REFUSED, Counts
 from ..status.reporter import Reporter
 from ..status.reports import Links

@@ -18,6 +18,7 @@ from time import monotonic
 
 from .. import log
 from ..config import Settings
+from ..hosts import with_port
 from ..net.resolver import Address, Cache, DnsFailed, Resolver
 from ..net.tls import upstream_contexts
 from ..net.wire import Clock, PeerGone, Wire, WireError
@@ -114,9 +115,7 @@ class Client:
 
     def __str__(self) -> str:
         """`address:port` for the log, an IPv6 address in brackets."""
-        if not self.address:
-            return "unknown"
-        return f"[{self.address}]:{self.port}" if ":" in self.address else f"{self.address}:{self.port}"
+        return with_port(self.address, self.port) if self.address else "unknown"
 
 
 class Upstream:

@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
-from ipaddress import ip_address
 from typing import Literal, NamedTuple, Protocol
-from unicodedata import category, name, normalize
+from unicodedata import name, normalize
+
+from willi_lib.hosts import DOMAIN, is_host_name, parse_ip, parse_port, split_host_port, with_port
+from willi_lib.text import refuse_invisible
 
 DEFAULT_PORT = 25
 UNSURE = "the table is empty, or is being written"
-MAX_HOST_NAME = 253  # characters, RFC 1035 §2.3.4 without length octets
 
 UpstreamTls = Literal["auto", "always", "require", "never"]
 Xclient = Literal["try", "require", "no"]
@@ -46,10 +46,7 @@ class Server:
 
     def __str__(self) -> str:
         """As an administrator writes it: `host:port`, `[address]:port` or `mx:domain`."""
-        if self.mx:
-            return f"mx:{self.host}"
-        host = f"[{self.host}]" if ":" in self.host else self.host
-        return f"{host}:{self.port}"
+        return f"mx:{self.host}" if self.mx else with_port(self.host, self.port)
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,22 +165,13 @@ def conclude(steps: Sequence[Step], recipient: str) -> Route:
 
 # Keys
 
-_LABEL = r"(?!-)[a-z0-9_-]{1,63}(?<!-)"  # RFC 1123 §2.1, and the underscore that some names have
-_DOMAIN = re.compile(rf"{_LABEL}(?:\.{_LABEL})*")
+_DOMAIN = re.compile(DOMAIN)
 _LITERAL = re.compile(r"\[[!-Z^-~]+\]")  # RFC 5321 §4.1.3, whatever the address in it
-_FOLDED = re.compile(rf"(?:[a-z0-9._+-]+@)?{_DOMAIN.pattern}")  # what folding leaves alone: nearly every pattern
+_FOLDED = re.compile(rf"(?:[a-z0-9._+-]+@)?{DOMAIN}")  # what folding leaves alone: nearly every pattern
 _UNQUOTED = re.compile(r'[^\x00-\x20\x7f"(),:;<>@\[\]\\]+')  # lenient about dots: "a..b" does occur
 _QUOTED = re.compile(r'"((?:[^"\\]|\\.)*)"')
 _ATOM = r"[^\x00-\x20\x7f\"(),.:;<>@\[\]\\]+"
 _DOT_STRING = re.compile(rf"{_ATOM}(?:\.{_ATOM})*")
-
-
-_JOINERS = "\u200c\u200d"
-_UNSEEN = ("Cc", "Cf", "Zs", "Zl", "Zp")  # categories: controls, marks for the direction and the like, blanks
-# Fillers, selectors, the empty braille pattern: of the other categories, and not seen either.
-_IGNORED = re.compile(
-    "[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u2800\u3164\ufe00-\ufe0f\uffa0\U000e0000-\U000e0fff]"
-)
 # What word processors and spreadsheets make of quotation marks and hyphens; no domain has them (RFC 5892).
 _TYPESET = re.compile("[\u00ab\u00bb\u2010-\u2015\u2018-\u201f\u2039\u203a\u2212]")
 
@@ -234,21 +222,6 @@ def fold_pattern(pattern: str) -> str:
     return f"{_fold_local_part(local)}@{domain}"
 
 
-def refuse_invisible(text: str) -> None:
-    """Raises ValueError if what an administrator wrote has a character that is not seen, as copied from a web page.
-
-    It would make another name of it without a word. Joiners belong to some scripts: between two letters that are no
-    ASCII they may stand.
-    """
-    if text.isascii():
-        return
-    for before, character, after in zip(" " + text, text, text[1:] + " ", strict=False):
-        is_unseen = _IGNORED.match(character) or (category(character) in _UNSEEN and not character.isascii())
-        if is_unseen and not (character in _JOINERS and not before.isascii() and not after.isascii()):
-            code = f"U+{ord(character):04X} {name(character, '')}".strip()
-            raise ValueError(f"{text[:80]!r}: has the invisible character {code}: delete it")
-
-
 def _refuse_typeset(domain: str) -> None:
     """Raises ValueError: punycode would make an A-label of such a character that no client ever asks for."""
     if found := _TYPESET.search(domain):
@@ -290,7 +263,6 @@ def _a_label(label: str) -> str:
 # What stands behind a key
 
 _TRUTH = {"true": True, "t": True, "yes": True, "1": True, "false": False, "f": False, "no": False, "0": False}
-_HOST_AND_PORT = re.compile(r"(?:\[([^\[\]]+)\]|([^\[\]:]+))(?::(.*))?")
 
 
 def parse_tls_verify(text: str) -> bool:
@@ -322,36 +294,16 @@ def _parse_server(entry: str) -> Server:
             return Server(_parse_name(domain), mx=True)
         if re.match(r"smtp:(?![0-9]*$)", entry, re.IGNORECASE):  # `smtp:25` is a host called smtp
             raise ValueError("write the host alone, without smtp:")
-        if entry.count(":") > 1 and "[" not in entry:  # where would a port begin?
-            raise ValueError("an IPv6 address needs brackets, as in [2001:db8::1] or [2001:db8::1]:25")
-        parts = _HOST_AND_PORT.fullmatch(entry)
-        if parts is None:
-            raise ValueError("must be host, host:port, [IPv6 address]:port or mx:domain")
-        in_brackets, bare, port = parts.groups()
-        return Server(_parse_host(in_brackets or bare), DEFAULT_PORT if port is None else _parse_port(port))
+        host, port = split_host_port(entry)
+        return Server(parse_ip(host) or _parse_name(host), DEFAULT_PORT if port is None else parse_port(port))
     except ValueError as fault:
         raise ValueError(f"{entry[:80]!r}: {fault}") from None
-
-
-def _parse_host(text: str) -> str:
-    if ":" in text or text[-1].isdigit():  # else no address: trying takes longer than all the rest
-        with suppress(ValueError):
-            address = ip_address(text)
-            return str(getattr(address, "ipv4_mapped", None) or address)
-    return _parse_name(text)
 
 
 def _parse_name(text: str) -> str:
     _refuse_typeset(text)
     name = _fold_domain(text)
-    if not _DOMAIN.fullmatch(name) or len(name) > MAX_HOST_NAME:
-        raise ValueError("not a host name")
-    if name.rpartition(".")[2].isdigit():  # it would be taken for an IPv4 address somewhere
-        raise ValueError("not a host name, nor a whole IPv4 address")
+    if not is_host_name(name):
+        is_digits = name.replace(".", "").isdigit()
+        raise ValueError("not a host name, nor a whole IPv4 address" if is_digits else "not a host name")
     return name
-
-
-def _parse_port(text: str) -> int:
-    if not re.fullmatch("[0-9]{1,5}", text) or not 1 <= int(text) <= 65535:
-        raise ValueError("the port must be 1 to 65535")
-    return int(text)

@@ -10,9 +10,9 @@ import re
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
-from ipaddress import IPv4Address, IPv6Address, ip_address
+from ipaddress import IPv4Address, IPv6Address
 
-from .syntax import canonical
+from willi_lib.hosts import canonical
 
 MAX_V1_LINE = 107  # octets with CRLF, section 2.1
 MAX_V2_BLOCK = 2048  # octets after the first 16. The field can say 65,535; addresses and the usual TLVs take under 600
@@ -20,7 +20,6 @@ MAX_V2_BLOCK = 2048  # octets after the first 16. The field can say 65,535; addr
 Address = IPv4Address | IPv6Address
 
 _V1_START = b"PROXY "
-_V1_FAMILIES: dict[bytes, type[Address]] = {b"TCP4": IPv4Address, b"TCP6": IPv6Address}
 _V1_PORT = re.compile(rb"0|[1-9][0-9]{0,4}")
 
 _V2_SIGNATURE = b"\r\n\r\n\0\r\nQUIT\n"
@@ -106,16 +105,13 @@ def _parse_v1(buffer: bytes) -> tuple[Endpoints | None, int] | None:
 def _v1_endpoints(fields: list[bytes]) -> Endpoints:
     try:
         _, family, source, destination, source_port, destination_port = fields
-        address = _V1_FAMILIES[family]
+        if family != (b"TCP6" if b":" in source else b"TCP4") or (b":" in source) != (b":" in destination):
+            raise ValueError
         if b"%" in source + destination:  # a zone, for ipaddress
             raise ValueError
-        return Endpoints(
-            _as_text(address(source.decode("ascii"))),
-            _port(source_port),
-            _as_text(address(destination.decode("ascii"))),
-            _port(destination_port),
-        )
-    except (KeyError, ValueError):
+        addresses = [str(canonical(octets.decode("ascii"))) for octets in (source, destination)]
+        return Endpoints(addresses[0], _port(source_port), addresses[1], _port(destination_port))
+    except ValueError:
         raise BadHeader(f"bad PROXY line: {b' '.join(fields)!r}") from None
 
 
@@ -146,7 +142,7 @@ def _parse_v2(buffer: bytes) -> tuple[Endpoints | None, int] | None:
 def _v2_endpoints(header: bytes, form: struct.Struct) -> Endpoints:
     source, destination, source_port, destination_port = form.unpack_from(header, _V2_START.size)
     _check_tlvs(header, _V2_START.size + form.size)
-    return Endpoints(_as_text(ip_address(source)), source_port, _as_text(ip_address(destination)), destination_port)
+    return Endpoints(str(canonical(source)), source_port, str(canonical(destination)), destination_port)
 
 
 def _check_tlvs(header: bytes, position: int) -> None:
@@ -173,10 +169,6 @@ def _crc32c(octets: bytes) -> int:
         for _ in range(8):
             crc = (crc >> 1) ^ (0x82F63B78 & -(crc & 1))
     return crc ^ 0xFFFFFFFF
-
-
-def _as_text(address: Address) -> str:
-    return str(getattr(address, "ipv4_mapped", None) or address)
 
 
 def _of_one_family(endpoints: Endpoints) -> tuple[Address, Address]:

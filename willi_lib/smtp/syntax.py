@@ -10,8 +10,9 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
-from ipaddress import IPv4Address, IPv6Address, ip_address
 from typing import Literal, NamedTuple
+
+from willi_lib.hosts import canonical, is_host_name
 
 from . import reply as replies
 from .reply import Reject, Reply
@@ -37,7 +38,6 @@ _PATH = re.compile(
 )
 _PARAMETER = re.compile(rb"([0-9A-Za-z][0-9A-Za-z-]*)(?:=([\x21-\x3c\x3e-\x7e]+))?")
 _HELO = re.compile(rb"[\x21-\x7e]{1,%d}" % MAX_HELO)
-_HOST_NAME = re.compile(r"(?=.{1,253}\Z)(?!-)[0-9A-Za-z_-]{1,63}(?<!-)(?:\.(?!-)[0-9A-Za-z_-]{1,63}(?<!-))*")
 _XTEXT_PLAIN = frozenset(range(0x21, 0x7F)) - frozenset(b"+=")  # RFC 3461 §4
 _XTEXT_AS_IS = re.compile(b"[%s]*" % re.escape(bytes(sorted(_XTEXT_PLAIN))))
 _XTEXT = re.compile(rb"(?:[%s]|\+[0-9A-F]{2})*" % re.escape(bytes(sorted(_XTEXT_PLAIN))))
@@ -213,16 +213,6 @@ def _features(ehlo: Reply) -> Mapping[str, str]:
     return features
 
 
-def canonical(text: str) -> IPv4Address | IPv6Address:
-    """An IP address; what is IPv4 written as IPv6 (::ffff:192.0.2.1) is IPv4. Raises ValueError, also for a zone."""
-    address = ip_address(text)
-    if isinstance(address, IPv4Address):
-        return address
-    if address.scope_id:
-        raise ValueError(text)
-    return address.ipv4_mapped or address
-
-
 def xtext(text: str) -> bytes:
     """Encode as xtext (RFC 3461 §4): upper-case hex for what is not printable ASCII, and for + and =."""
     octets = text.encode()
@@ -267,7 +257,7 @@ def xclient_address(text: str) -> str:
     is_ipv6 = text[:5].upper() == "IPV6:"
     bare = text[5:] if is_ipv6 else text
     try:
-        if is_ipv6 != (":" in bare):  # IPv6 without its word, or the word without IPv6
+        if is_ipv6 != (":" in bare) or "%" in bare:  # IPv6 without its word, the word without IPv6, a zone
             raise ValueError(text)
         return str(canonical(bare))
     except ValueError:
@@ -312,8 +302,3 @@ def xclient_lines(attributes: Sequence[tuple[str, str]]) -> list[bytes]:
         lines[-1] += word
         room -= len(word)
     return lines
-
-
-def is_host_name(text: str) -> bool:
-    """Whether a name from DNS is one that a server takes as XCLIENT NAME (Postfix: valid_hostname)."""
-    return bool(_HOST_NAME.fullmatch(text)) and not text.replace(".", "").isdigit()

@@ -19,7 +19,7 @@ from contextlib import contextmanager, suppress
 from types import FrameType
 
 from ..config import Settings
-from ..config.values import Address
+from ..hosts import Address
 from ..text import visible
 from . import plain, words
 from .lines import ASCII_BARS, BARS, Line, columns, cut, view
