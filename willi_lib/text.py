@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
+from typing import TextIO
 from unicodedata import category, combining, name
 
 MAX_MARKS = 2  # combining marks on one letter; more of them climb over the lines above
@@ -52,3 +54,13 @@ def refuse_invisible(text: str) -> None:
         if is_unseen and not (character in _JOINERS and not before.isascii() and not after.isascii()):
             code = f"U+{ord(character):04X} {name(character, '')}".strip()
             raise ValueError(f"{text[:80]!r}: has the invisible character {code}: delete it")
+
+
+def can_draw(stream: TextIO, environ: Mapping[str, str]) -> bool:
+    """Whether it is a terminal that knows control sequences: a shell inside Emacs shows them as letters."""
+    return stream.isatty() and environ.get("TERM") != "dumb"
+
+
+def wants_colours(stream: TextIO, environ: Mapping[str, str]) -> bool:
+    """By https://no-color.org: on a terminal, unless NO_COLOR is set and not empty."""
+    return can_draw(stream, environ) and not environ.get("NO_COLOR")

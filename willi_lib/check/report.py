@@ -10,9 +10,9 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal, TextIO
+from typing import Literal
 
-from willi_lib.text import visible
+from willi_lib.text import can_draw, visible, wants_colours
 
 GOOD, WRONG = 0, 1
 COLOURS = {"ok": "\x1b[32m", "warn": "\x1b[33m", "wrong": "\x1b[1;31m"}  # green, yellow, bold red
@@ -65,7 +65,7 @@ class Report:
     def __init__(self, as_json: bool = False) -> None:
         self._findings: list[Finding] = []
         self._json = as_json
-        self._colours = _wants_colours(sys.stdout)
+        self._colours = wants_colours(sys.stdout, os.environ)
         self._bar = ""  # what stands on the terminal below the findings
 
     def ok(self, subject: str, what: str) -> None:
@@ -128,7 +128,7 @@ class Progress:
         self._what = what
         self._steps = steps
         self._done = 0
-        self._visible = steps > 0 and _draws(sys.stderr)
+        self._visible = steps > 0 and can_draw(sys.stderr, os.environ)
         self._draw()
 
     def step(self) -> None:
@@ -148,16 +148,6 @@ def say_faults(faults: Iterable[str]) -> int:
     for fault in faults:
         report.faults(fault)
     return report.end()
-
-
-def _wants_colours(stream: TextIO) -> bool:
-    """By the custom of https://no-color.org: on a terminal, unless NO_COLOR says otherwise."""
-    return _draws(stream) and not os.environ.get("NO_COLOR")
-
-
-def _draws(stream: TextIO) -> bool:
-    """Whether it is a terminal that knows control sequences: a shell inside Emacs shows them as letters."""
-    return stream.isatty() and os.environ.get("TERM") != "dumb"
 
 
 def _open_it(file: str) -> str:

@@ -20,7 +20,7 @@ from types import FrameType
 
 from ..config import Settings
 from ..hosts import Address
-from ..text import visible
+from ..text import visible, wants_colours
 from . import plain, words
 from .lines import ASCII_BARS, BARS, Line, columns, cut, view
 from .overview import Overview
@@ -161,7 +161,7 @@ def _key(seconds: float) -> str:
 def _draw(overview: Overview, fault: str) -> None:
     width, height = shutil.get_terminal_size()
     lines = view(overview, height, fault, _bars())
-    colour = "NO_COLOR" not in os.environ
+    colour = wants_colours(sys.stdout, os.environ)
     # Each line is cleared before it is written: after the last column this would take a character away.
     drawn = ["\x1b[K" + _drawn(line, width, colour) for line in lines]
     drawn += ["\x1b[K"] * (height - len(lines))
