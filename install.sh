@@ -189,8 +189,8 @@ choose_configuration() {
         configuration=$CONFIG.new
     elif [ "$serving" = running ]; then
         fail "another program runs as the service willi. Nothing has changed. Leave $CONFIG to it, write the new" \
-            "configuration into $CONFIG.new, and run install.sh again. README.md says more:" \
-            "\"Coming from the Go program\"."
+            "configuration into $CONFIG.new, and run install.sh again. docs/from-the-go-program.md of the release" \
+            "says more."
     fi
 }
 

@@ -32,12 +32,12 @@ def test_a_file_that_cannot_be_read_is_a_matter_of_its_group_and_mode(fault: str
     assert done.stdout == f"wrong  {fault} -> {advice}\n"
 
 
-def test_the_readme_has_the_same_advice_for_a_file_that_cannot_be_read():
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+def test_the_manual_has_the_same_advice_for_a_file_that_cannot_be_read():
+    manual = (ROOT / "docs" / "install.md").read_text(encoding="utf-8")
     done = subprocess.run(
         [sys.executable, "-c", FAULTS, "/FILE: Permission denied"], cwd=ROOT, capture_output=True, text=True, check=True
     )
-    assert done.stdout.rstrip().partition(" -> ")[2].replace("/FILE", "FILE") in readme
+    assert done.stdout.rstrip().partition(" -> ")[2].replace("/FILE", "FILE") in manual
 
 
 @pytest.mark.parametrize("by", ["the path", "a link"])

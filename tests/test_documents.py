@@ -84,21 +84,27 @@ def test_a_mapping_of_the_example_has_the_defaults_without_its_hashes(tmp_path, 
     assert load(tmp_path, f"[mappings]\n{whole}\n") == load(tmp_path, f"[mappings]\n{required}\n")
 
 
-# README.md and CHANGES.md
+# README.md, the pages for administrators and developers, and CHANGES.md
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-MONITORING = (ROOT / "docs" / "monitoring.md").read_text(encoding="utf-8")
+DOCS = {path.name: path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs").glob("*.md"))}
+MANUAL = {"README": README} | {
+    name: DOCS[name]
+    for name in ("install.md", "configure.md", "operate.md", "from-the-go-program.md", "developing.md")
+}
+ALL_PAGES = "\n".join(MANUAL.values())
 CHANGES = (ROOT / "CHANGES.md").read_text(encoding="utf-8")
-QUOTED = re.findall(r"`([^`\n]+)`", README + CHANGES)  # all that stands between backticks in a line
+QUOTED = re.findall(r"`([^`\n]+)`", ALL_PAGES + CHANGES)  # all that stands between backticks in a line
 LOG_LINES = [parse_logfmt(line) for line in re.findall(r"^t=.*", README, re.MULTILINE)]
 LOG_FIELDS = {field for line in LOG_LINES for field in line}
 REPLIES = {str(reply) for reply in vars(replies).values() if isinstance(reply, replies.Reply)}
+MOST_LINES = 300  # of README.md: the first look, not the manual
 
 
 def typed(program: str) -> set[str]:
     """The first arguments of this program, in quoted commands and in indented lines."""
     before = r"(?:^    |`)(?:\$ |\w+=\S+ |\S*python )?(?:\S*/)?"
-    return set(re.findall(rf"{before}{re.escape(program)} (-{{0,2}}\w+)", README, re.MULTILINE))
+    return set(re.findall(rf"{before}{re.escape(program)} (-{{0,2}}\w+)", ALL_PAGES, re.MULTILINE))
 
 
 def rows(text: str) -> list[list[str]]:
@@ -107,23 +113,39 @@ def rows(text: str) -> list[list[str]]:
     return [[cell.strip("`") for cell in line.split(" | ")] for line in lines]
 
 
-def section(title: str) -> str:
-    return README.partition(f"\n## {title}\n")[2].partition("\n## ")[0]
+def section(page: str, title: str) -> str:
+    return MANUAL[page].partition(f"\n## {title}\n")[2].partition("\n## ")[0]
 
 
-def test_the_readme_names_make_targets_that_exist():
+def test_the_readme_is_short_and_opens_every_other_page():
+    assert README.count("\n") <= MOST_LINES
+    opened = re.findall(r"^- \[.*?\]\((\S+?)\)", section("README", "The documents"), re.MULTILINE)
+    assert {f"docs/{name}" for name in DOCS} <= set(opened)
+    assert len(opened) == len(set(opened))
+
+
+def test_no_paragraph_stands_twice():
+    texts = [*MANUAL.values(), *(DOCS[name] for name in DOCS.keys() - MANUAL.keys())]
+    paragraphs = [one for text in texts for one in text.split("\n\n") if len(one) > 100]
+    assert len(paragraphs) == len(set(paragraphs))
+
+
+def test_the_manual_names_make_targets_that_exist():
     targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
     assert {"demo", "check", "test"} <= typed("make") <= targets
 
 
-def test_the_readme_names_commands_and_options_that_exist():
+def test_the_manual_names_commands_and_options_that_exist():
     usage = (ROOT / "willi.py").read_text(encoding="utf-8").split('"""')[1]
     assert {"check", "lookup", "top", "--debug"} <= typed("willi.py") <= set(re.findall(r"(?<!\S)-{0,2}\w+", usage))
 
 
-def test_the_readme_names_files_that_exist():
-    named = set(re.findall(r"\]\((?!http)([^)]+)\)", README)) | set(re.findall(r"`((?:tests|etc)/[^` ]*)`", README))
-    named |= set(re.findall(r"^    cp -\w+ /opt/willi/(\S+)", README, re.MULTILINE))
+@pytest.mark.parametrize("page", ["README.md", *(f"docs/{name}" for name in DOCS)])
+def test_a_page_names_files_and_sections_that_exist(page):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    linked = re.findall(r"\]\((?!http)([^)]+)\)", text)
+    assert [name for name in linked if not (ROOT / page).parent.joinpath(name).exists()] == []
+    named = re.findall(r"`((?:tests|etc)/[^` ]*)`", text)
     assert [name for name in named if not (ROOT / name).exists()] == []
 
 
@@ -146,14 +168,15 @@ def test_a_quoted_reply_is_one_that_willi_gives(text):
     assert text in REPLIES
 
 
-def test_the_limits_of_the_readme_have_their_defaults():
-    shown_defaults = {name: default for name, default, _ in rows(section("Limits and times"))}
+def test_the_limits_of_the_manual_have_their_defaults():
+    shown_defaults = {name: default for name, default, _ in rows(section("configure.md", "Limits and times"))}
     assert len(shown_defaults) > 10
     assert shown_defaults == {name: TOP_KEYS[name].default for name in shown_defaults}
 
 
-def test_the_readme_explains_each_field_of_its_log_lines():
-    assert [field for field, _ in rows(section("Watch"))] == [*max(LOG_LINES, key=lambda line: len(line))]
+def test_the_manual_explains_each_field_of_the_log_lines():
+    explained = [field for field, _ in rows(section("operate.md", "The log"))]
+    assert explained == [*max(LOG_LINES, key=lambda line: len(line))]
     assert {line["msg"] for line in LOG_LINES} == {"Message accepted", "Message rejected"}
 
 
@@ -181,24 +204,33 @@ def test_the_line_for_postmaster_in_the_readme_gives_it_a_route(tmp_path):
 def test_a_host_name_that_the_status_refuses_is_not_promised(tmp_path):
     with pytest.raises(config.ConfigError):
         load(tmp_path, f"status_listen = localhost:8025\n{MAPPING}")
-    promised = set(re.findall(r"status_listen = (\S+?)[`\s]", README + EXAMPLE + MONITORING))
+    promised = set(re.findall(r"status_listen = (\S+?)[`\s]", ALL_PAGES + EXAMPLE + DOCS["monitoring.md"]))
     assert promised == {"127.0.0.1:8025"}
 
 
 def test_the_first_mail_of_the_readme_goes_in_clear_and_over_tls():
     in_clear = "swaks --server 127.0.0.1 --to ann@example.org"
-    assert re.findall(r"^    (swaks .*)$", section("Configure"), re.MULTILINE) == [in_clear, f"{in_clear} -tls"]
-    assert "No line of it may say *wrong* before the MX record" in section("Install")
+    assert re.findall(r"^    (swaks .*)$", section("README", "Check"), re.MULTILINE) == [in_clear, f"{in_clear} -tls"]
+    assert "No line of it may say *wrong* before the MX record" in section("README", "Check")
 
 
 def test_what_to_do_after_an_upgrade_of_the_system_is_told_where_it_is_needed():
-    assert "Keep the tarball on the host" in section("Install")
+    assert "Keep the tarball on the host" in section("README", "Install")
     assert "run install.sh of the release again" in (ROOT / "willi.py").read_text(encoding="utf-8")
 
 
-# README.md, "Coming from the Go program"
+@pytest.mark.parametrize("path", ["install.sh", "etc/willi.service", "etc/willi.init", "etc/willi.conf.example"])
+def test_a_page_that_an_installed_file_names_is_in_the_release_and_has_that_section(path):
+    text = " ".join((ROOT / path).read_text(encoding="utf-8").replace('\\"', '"').split())
+    for page, title in re.findall(r'(README|docs/[\w-]+)\.md(?:(?:,| says under) "([^"]+)")?', text):
+        name = page if page == "README" else page.removeprefix("docs/") + ".md"
+        assert name in MANUAL or name in DOCS
+        assert not title or section(name, title)
 
-OLD = section("Coming from the Go program")
+
+# docs/from-the-go-program.md
+
+OLD = MANUAL["from-the-go-program.md"]
 
 
 def test_the_database_of_the_go_program_is_written_in_its_new_form(tmp_path):
@@ -235,7 +267,7 @@ def test_the_facility_and_the_owner_are_those_that_the_service_has():
 
 # docs/interoperation.md
 
-INTEROPERATION = (ROOT / "docs" / "interoperation.md").read_text(encoding="utf-8")
+INTEROPERATION = DOCS["interoperation.md"]
 
 
 def cells(header: str) -> list[list[str]]:
@@ -257,10 +289,10 @@ def test_what_a_server_cannot_judge_is_told_with_settings_that_exist():
     assert quoted <= ALL_KEYS and {"bare_newline", "max_connection_rate", "send_proxy"} <= quoted
 
 
-def test_a_difference_names_a_section_of_the_readme_that_exists():
+def test_a_difference_names_a_page_and_a_section_that_exist():
     for difference in DIFFERENCES:
-        for title in re.findall(r'README, "(.*)"', difference.where):
-            assert section(title), title
+        for page, title in re.findall(r'(\S+), "(.*)"', difference.where):
+            assert section(page, title), title
 
 
 # SECURITY.md

@@ -564,7 +564,7 @@ def test_uninstall_leaves_the_configuration_for_the_next_install(machine):
 
 
 def test_the_commands_of_the_readme_lead_to_a_running_willi(machine):
-    readme = (ROOT / "README.md").read_text(encoding="utf-8").partition("\n## Install\n")[2].partition("\n## ")[0]
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
     [commands] = re.findall(r"^(    cat .*\n(?:    .*\n)+)", readme, re.MULTILINE)
     commands = textwrap.dedent(commands).replace("systemctl start willi", f"{INIT} start")
     machine.run("sh", "-euc", f"umask 077\n{commands}")
@@ -669,7 +669,7 @@ def speaks(machine: Machine, words: str) -> bool:
 
 
 def write_new_configuration(machine: Machine, **settings: Setting) -> None:
-    """As the README wants it: beside the one of the old program."""
+    """As docs/from-the-go-program.md wants it: beside the one of the old program."""
     old = machine.path(CONF).read_text()
     machine.run("groupadd", "--force", "--system", "willi")
     configure(machine, **settings)

@@ -38,7 +38,7 @@ def inline(at: str) -> str:
 
 
 def postfix_settings() -> dict[str, str]:
-    """Willi's host is nobody special, but for XCLIENT (README, "What the upstream must allow")."""
+    """Willi's host is nobody special, but for XCLIENT (docs/configure.md, "What the upstream must allow")."""
     return {
         "mynetworks": "192.0.2.1/32",
         "smtpd_authorized_xclient_hosts": HOST,

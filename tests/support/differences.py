@@ -26,7 +26,7 @@ class Difference(NamedTuple):
 
     name: str
     why: str
-    where: str  # an RFC, or a section of README.md
+    where: str  # an RFC, or a section of README.md or another page
     servers: tuple[str, ...]  # with which of them the corpus meets it
     said: str
     direct: str
@@ -115,7 +115,7 @@ DIFFERENCES = (
     ),
     Difference(
         "Too many recipients", "Willi has a limit of its own, max_recipients.",
-        'README, "Limits and times"', ALL, "RCPT .*", "250 .*", _own(replies.TOO_MANY_RECIPIENTS), parts=True,
+        'configure.md, "Limits and times"', ALL, "RCPT .*", "250 .*", _own(replies.TOO_MANY_RECIPIENTS), parts=True,
     ),
     Difference(
         "Too big", "Willi has a limit of its own, max_message_bytes. OpenSMTPD looks at SIZE only later.",

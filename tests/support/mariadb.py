@@ -88,7 +88,7 @@ class Mariadb:
         return f"{HOST}:{self.port}"
 
     def table(self, *rows: Row, charset: str = "utf8mb4", engine: str = "InnoDB") -> str:
-        """A new database with the table `routes` as the README defines it; the name of the database."""
+        """A new database with the table `routes` as docs/configure.md defines it; the name of the database."""
         name = f"routes{next(self._numbers)}"
         self.query(f"CREATE DATABASE {name} CHARACTER SET {charset}")
         self.query(f"CREATE TABLE {name}.{TABLE} ENGINE = {engine}")
