@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from ..net import patch  # isort: skip  # noqa: F401 -- first of all
 
-import errno
 import gc
 import json
 import os
@@ -47,7 +46,6 @@ from ..status.reports import Links
 from .child import DATABASE_DOWN, FAULT, GO, LEAVING, MAX_WORDS, NEWS, READY, TRY_AGAIN
 from .limits import OPEN, RATE, Limits
 from .mapping_watch import DatabaseDown, FileThread, MappingWatch, Start
-from .memory import Memory
 from .news import Message
 from .privileges import drop_privileges
 from .scoreboard import Row
@@ -63,7 +61,6 @@ REASONS = {  # why a connection is refused: the limits that do it
     replies.TOO_MANY_CONNECTIONS: "max_connections",
     replies.TOO_MANY_CONNECTIONS_FROM_YOU: OPEN,
     replies.TOO_FAST: RATE,
-    replies.OUT_OF_MEMORY: "no_memory",
 }
 STARTUP_FAULTS = (MappingError, CsvError, CertificateError)
 GARBAGE_THRESHOLD = 50_000  # allocations between collections: -3 to -8 % CPU a session, measured
@@ -72,11 +69,9 @@ GARBAGE_THRESHOLD = 50_000  # allocations between collections: -3 to -8 % CPU a 
 class Listener(StreamServer):
     """gevent's server, handing out the raw non-blocking socket: one object and two watchers less a connection."""
 
-    def __init__(self, listener: stdlib_socket.socket, serve: Callable[..., None], counts: Counts) -> None:
+    def __init__(self, listener: stdlib_socket.socket, serve: Callable[..., None]) -> None:
         super().__init__(listener, serve)
-        self._counts = counts
         self._serve = serve
-        self._spare = open(os.devnull, "rb")  # noqa: PTH123, SIM115 -- a descriptor to let go of when none is left
 
     def do_read(self) -> tuple[Socket, tuple[str, int]] | None:  # type: ignore[override]
         """Accept one connection; None: there is none just now."""
@@ -84,39 +79,15 @@ class Listener(StreamServer):
             descriptor, address = self.socket._accept()  # type: ignore[attr-defined]
         except (BlockingIOError, ConnectionAbortedError):
             return None
-        except OSError as error:
-            if error.errno not in (errno.EMFILE, errno.ENFILE):
-                raise
-            self._turn_away()
+        except OSError as error:  # no descriptor is left, as a rule: the clients wait in the queue of the kernel
+            log.warn("No connection can be accepted", error=str(error))
+            self.stop_accepting()
+            gevent.spawn_later(ACCEPT_PAUSE, self._resume)
             return None
         # With its family and type told, Python need not ask the kernel for them: three system calls less.
         connection = Socket(self.socket.family, self.socket.type, self.socket.proto, descriptor)
         connection.setblocking(False)
         return connection, address
-
-    def _turn_away(self) -> None:
-        """No descriptor is left: use the spare one to say so, or the client would wait for a greeting in vain."""
-        self._spare.close()
-        try:
-            descriptor, address = self.socket._accept()  # type: ignore[attr-defined]
-            connection = Socket(self.socket.family, self.socket.type, self.socket.proto, descriptor)
-            connection.setblocking(False)
-            connection.send(replies.TOO_MANY_CONNECTIONS.octets)
-            connection.close()
-            log.warn("Connection refused, no file descriptors left", client=_plain(address[0]))
-            self._counts.add(REFUSED, "no_descriptors")
-        except BlockingIOError:
-            pass  # another worker had one, and was quicker
-        except OSError as error:
-            self._pause(error)
-        with suppress(OSError):  # then there is none the next time
-            self._spare = open(os.devnull, "rb")  # noqa: PTH123, SIM115
-
-    def _pause(self, error: OSError) -> None:
-        """Not even the spare one was of use, as when the whole machine has none left. The clients wait in the queue."""
-        log.warn("No connection can be accepted", error=str(error))
-        self.stop_accepting()
-        gevent.spawn_later(ACCEPT_PAUSE, self._resume)
 
     def _resume(self) -> None:
         if not self.closed:
@@ -205,9 +176,8 @@ class Worker:
         self._limits = Limits(
             row, settings.max_connections, settings.max_connections_per_ip, settings.max_connection_rate
         )
-        self._memory = Memory()
         self._reporter = Reporter(settings, self._mappings, self._limits, counts, links)
-        self._servers = [Listener(listener, self._serve, counts) for listener in sockets]
+        self._servers = [Listener(listener, self._serve) for listener in sockets]
         if settings.workers > 1:
             for server in self._servers:
                 server.max_accept = 1  # at a time: leave some to the others
@@ -332,10 +302,6 @@ class Worker:
     def _serve_limited(self, sid: str, connection: Socket, address: tuple[str, int]) -> None:
         """Unless there are too many already."""
         wire = Wire(connection, Clock(), log.tracer(sid, "client"), self._settings.write_timeout)
-        if not self._memory.allows(self._connections - 1):
-            log.warn("Connection refused, no memory left", sid=sid, client=address[0], connections=self._connections)
-            self._turn_away(wire, sid, address[0], replies.OUT_OF_MEMORY, linger=False)
-            return
         refusal = self._limits.enter()
         if refusal:
             self._turn_away(wire, sid, address[0], refusal, linger=False)

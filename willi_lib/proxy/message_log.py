@@ -15,7 +15,7 @@ from .upstream import Client, Upstream
 
 # What Willi says when nobody has judged the message or the recipient.
 NO_VERDICT = frozenset((
-    replies.UPSTREAM_FAILED, replies.UPSTREAM_LOST, replies.LOOKUP_FAILED, replies.OUR_FAULT, replies.OUT_OF_MEMORY,
+    replies.UPSTREAM_FAILED, replies.UPSTREAM_LOST, replies.LOOKUP_FAILED, replies.OUR_FAULT,
 ))  # fmt: skip
 NO_MAPPING = "none"
 

@@ -37,7 +37,6 @@ from .relay import Content, Relay
 from .transaction import Dispatch, Refusal, Transaction
 from .upstream import Client, Refused, UpstreamFailed
 
-OUT_OF_MEMORY = "out of memory"  # in the log
 # Between two messages that were accepted; what goes beyond is an error, and errors have max_errors.
 MAX_JUNK = 100  # commands and transactions that come to nothing; Postfix's smtpd_junk_command_limit
 MAX_DEFERRALS = 1000  # 4yz of our own, as for recipients over max_recipients (smtpd_recipient_overshoot_limit)
@@ -116,8 +115,6 @@ class Session:
             self.end_with(replies.SHUTTING_DOWN, "shutting down")
         except ClientGone:
             self.log.debug("Client gone", error="it hung up while the upstream was asked")
-        except MemoryError:  # what failed was large, as a rule, and this is small
-            self.end_with(replies.OUT_OF_MEMORY, OUT_OF_MEMORY)
         except TlsFailed as error:
             self.log.info("TLS failed", error=str(error))
         except BadFraming as error:
@@ -192,7 +189,7 @@ class Session:
             return self.refuse(replies.LOOKUP_FAILED, str(failure))
         except UpstreamFailed as failure:
             return self.fail(failure)
-        except (WireError, ShuttingDown, ClientGone, MemoryError):  # run() closes; there is nobody left to answer
+        except (WireError, ShuttingDown, ClientGone):  # run() closes; there is nobody left to answer
             raise
         except Exception as bug:  # noqa: BLE001 -- our fault: it may try again, elsewhere its octets may be no commands
             self.log.bug("Internal error")
@@ -482,9 +479,9 @@ class Session:
             self.log.blame = ("internal", "shutting down before the verdict (drain_timeout)")
             self.log.message(transaction, None)
             raise
-        except MemoryError:
-            self.log.blame = ("internal", OUT_OF_MEMORY)
-            self.log.message(transaction, replies.OUT_OF_MEMORY)
+        except Exception as bug:
+            self.log.blame = ("internal", f"internal error: {bug!r}")
+            self.log.message(transaction, replies.OUR_FAULT)
             raise
         if last or relay.refusal is not None:
             self.log.blame = relay.blame or ("upstream", str(answer))

@@ -47,7 +47,7 @@ HISTOGRAMS = {
 ALWAYS: dict[str, list[tuple[str, ...]]] = {
     counts.SESSIONS: [()],
     counts.REFUSED: [
-        (reason,) for reason in (*view.LIMITS, "max_errors", "draining", "no_descriptors", "no_memory", "proxy_header")
+        (reason,) for reason in (*view.LIMITS, "max_errors", "draining", "proxy_header")
     ],
     counts.XCLIENT: [(outcome,) for outcome in ("accepted", "refused", "client_refused", "not_offered", "off")],
 }
