@@ -225,7 +225,8 @@ pip_install() {
         install --use-pep517 --requirement "$release/requirements.txt" "$@"
 }
 
-# As the user that will need them: every module of Willi, and so every library. A file system may not let them run.
+# As the user that will need them: every module of Willi, and so every library and the template of the page. A file
+# system may not let them run.
 need_libraries() {
     import='import importlib, pkgutil, sys
 sys.path.insert(0, sys.argv[1])

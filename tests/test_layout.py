@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -21,8 +22,7 @@ UPWARD = {"status.process": {"processes"}, "status.reporter": {"processes", "pro
 PURE = {
     "text", "hosts",
     "smtp.body", "smtp.syntax", "smtp.reply", "smtp.proxy_header", "routing.route", "status.overview", "status.plain",
-    "status.finding", "status.markup", "status.charts", "status.parts", "status.tables", "status.page", "status.style",
-    "status.lines",
+    "status.finding", "status.charts", "status.page", "status.lines",
 }  # fmt: skip
 WORLD = {
     "_socket", "asyncio", "datetime", "dns", "gevent", "logging", "os", "random", "select", "selectors", "socket",
@@ -96,6 +96,7 @@ def test_only_a_few_modules_know_gevent(name: str):
     assert [imported for imported in imports(name, MODULES[name]) if imported.split(".")[0] == "gevent"] == []
 
 
+@cache
 def at_import(path: Path, name: str) -> set[str]:
     """What is imported as soon as the module is: not what stands inside a function."""
     body = ast.parse(path.read_text(encoding="utf-8")).body
@@ -103,19 +104,19 @@ def at_import(path: Path, name: str) -> set[str]:
     return {imported for node in outside for imported in imports(name, path, node)}
 
 
-def bring_gevent(name: str, seen: frozenset[str] = frozenset()) -> set[str]:
-    """The modules through which importing this one would import gevent."""
-    loaded = at_import(MODULES[name], name)
-    guilty = {name} if any(imported.split(".")[0] == "gevent" for imported in loaded) else set()
-    for other in MODULES.keys() - seen - {name}:
-        if any(imported == f"willi_lib.{other}" or imported.startswith(f"willi_lib.{other}.") for imported in loaded):
-            guilty |= bring_gevent(other, seen | {name})
-    return guilty
+def bring(library: str, name: str) -> set[str]:
+    """The modules through which importing this one would import the library."""
+    loaded, left = set(), {name}
+    while left:
+        loaded |= left
+        found = {imported for one in left for imported in at_import(MODULES[one], one)}
+        left = {other for other in MODULES if any(f"{i}.".startswith(f"willi_lib.{other}.") for i in found)} - loaded
+    return {one for one in loaded if any(i.split(".")[0] == library for i in at_import(MODULES[one], one))}
 
 
 def test_the_master_never_imports_gevent():
     """A hub in the parent would be inherited by every child. Only the child imports the worker, inside a function."""
-    assert bring_gevent("processes.master") == set()
+    assert bring("gevent", "processes.master") == set()
 
 
 def test_the_command_line_imports_no_gevent():
@@ -123,5 +124,11 @@ def test_the_command_line_imports_no_gevent():
     if program.exists():
         loaded = at_import(program, "willi")
         direct = {name for name in MODULES if any(i.startswith(f"willi_lib.{name}") for i in loaded)}
-        assert {guilty for name in direct for guilty in bring_gevent(name)} == set()
+        assert {guilty for name in direct for guilty in bring("gevent", name)} == set()
         assert not any(imported.split(".")[0] == "gevent" for imported in loaded)
+
+
+@pytest.mark.parametrize("name", ["processes.master", "processes.worker", "check", "status.terminal"])
+def test_only_the_status_process_has_the_template_of_the_page(name: str):
+    assert bring("jinja2", name) | bring("markupsafe", name) == set()
+    assert bring("jinja2", "status.process") == {"status.page"}

@@ -1,73 +1,74 @@
-"""Small charts as inline SVG: classes and presentation attributes only, so that a strict policy lets them pass."""
+"""The numbers of the small charts: what page.html draws."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
-from .markup import Markup, element
-from .words import moment, number, several
+from .overview import Limit, Minute
+from .words import moment, number
 
 MINUTES = 60
 STEP = 4  # units of the picture for a minute, a gap of 1 included
-HEIGHT = 40
+HEIGHT = 40  # units
 LEAST = 1.5  # units: one refusal beside a thousand shall be seen
-BAR = 100  # units, the whole of a limit
 
 
-@dataclass(frozen=True)
-class Layer:
+class Layer(NamedTuple):
     """What is counted, minute by minute; layers are stacked."""
 
+    field: str  # of a Minute
     name: str  # as in: 3 accepted
-    class_: str
-    counts: Sequence[int]
+    mark: str  # its class in page.css
 
 
-def minutes(what: str, began: Sequence[float], layers: Sequence[Layer]) -> Markup:
-    """A bar for each of the last minutes, the last one at the right. what: as in `messages accepted`."""
-    stacks = list(zip(*(layer.counts for layer in layers), strict=True))[-MINUTES:]
-    began = began[-MINUTES:]
-    highest = max(map(sum, stacks), default=0)
-    first = MINUTES - len(stacks)
-    bars = [
-        _stack(first + place, moment(at).strftime("%H:%M"), layers, stack, highest)
-        for place, (at, stack) in enumerate(zip(began, stacks, strict=True))
-        if any(stack)
-    ]
-    base = element("line", x1=0, x2=MINUTES * STEP, y1=HEIGHT, y2=HEIGHT, class_="base")
-    label = f"{what} in each of the last {MINUTES} minutes: {number(sum(map(sum, stacks)))} in all, "
-    label += f"at most {number(highest)} in a minute"
-    view = f"0 0 {MINUTES * STEP} {HEIGHT}"
-    return element(
-        "svg", bars, base, class_="chart", viewBox=view, preserveAspectRatio="none", role="img", aria_label=label
-    )
+class Bar(NamedTuple):
+    """One minute."""
+
+    x: int
+    title: str
+    parts: Sequence[tuple[str, float, float]]  # from below: mark, y, height
 
 
-def _stack(place: int, clock: str, layers: Sequence[Layer], counts: Sequence[int], highest: int) -> Markup:
-    parts: list[Markup] = []
-    y = float(HEIGHT)
-    for layer, count in zip(layers, counts, strict=True):
-        if count:
-            height = max(LEAST, (HEIGHT - LEAST * len(layers)) * count / highest)
-            y -= height
-            parts.append(_rect(place * STEP, y, STEP - 1, height, layer.class_))
-    told = ", ".join(f"{number(count)} {layer.name}" for layer, count in zip(layers, counts, strict=True) if count)
-    return element("g", element("title", f"{clock} {told}"), parts)
+class Chart:
+    """The last hour of something. name: as in `messages accepted`."""
+
+    def __init__(self, name: str, minutes: Sequence[Minute], *layers: Layer) -> None:
+        self.name = name
+        self.sums = {layer.mark: sum(getattr(minute, layer.field) for minute in minutes) for layer in layers}
+        self.sum = sum(self.sums.values())
+        counts = [[getattr(minute, layer.field) for layer in layers] for minute in minutes]
+        self.highest = max(map(sum, counts), default=0)
+        self.label = f"{name} in each of the last {MINUTES} minutes: {number(self.sum)} in all, "
+        self.label += f"at most {number(self.highest)} in a minute"
+        bars = [self._bar(minute, layers) for minute in minutes]
+        self.bars = [bar._replace(x=STEP * place) for place, bar in enumerate(bars, MINUTES - len(bars)) if bar.parts]
+
+    def _bar(self, minute: Minute, layers: Sequence[Layer]) -> Bar:
+        parts, said, y = [], [], float(HEIGHT)
+        for field, name, mark in layers:
+            if count := getattr(minute, field):
+                height = max(LEAST, (HEIGHT - LEAST * len(layers)) * count / self.highest)
+                y -= height
+                parts.append((mark, round(y, 2), round(height, 2)))
+                said.append(f"{number(count)} {name}")
+        return Bar(0, f"{moment(minute.began):%H:%M} {', '.join(said)}", parts)
 
 
-def bar(used: int, most: int, class_: str) -> Markup:
-    """How near a limit is; the numbers stand beside it."""
-    filled = min(BAR, max(1, BAR * used / most)) if most and used else 0  # one of 5,000 shall be seen
-    shape = [_rect(0, 0, BAR, 8, "room"), _rect(0, 0, filled, 8, class_)]
-    label = f"{several(used, 'is', 'are')} used of {number(most)}"
-    return element(
-        "svg", shape, class_="bar", viewBox=f"0 0 {BAR} 8", preserveAspectRatio="none", role="img", aria_label=label
-    )
+def last_hour(minutes: Sequence[Minute]) -> dict[str, Chart]:
+    """The charts of the page."""
+    return {
+        "sessions": Chart("Sessions", minutes, Layer("sessions", "began", "calm")),
+        "accepted": Chart("Accepted", minutes, Layer("accepted", "accepted", "fine")),
+        "rejected": Chart(
+            "Rejected", minutes, Layer("rejected_by_upstream", "by upstreams", "upstream"),
+            Layer("rejected_by_willi", "by Willi", "own"),
+        ),
+        "refused": Chart("Turned away", minutes, Layer("refused", "turned away", "own")),
+        "failed": Chart("Failed", minutes, Layer("failed", "failed", "wrong")),
+    }  # fmt: skip
 
 
-def _rect(x: float, y: float, width: float, height: float, class_: str) -> Markup:
-    def short(value: float) -> str:
-        return f"{value:.2f}".rstrip("0").rstrip(".")
-
-    return element("rect", x=short(x), y=short(y), width=short(width), height=short(height), class_=class_)
+def filled(limit: Limit) -> float:
+    """How much of its bar, in percent; one of 5,000 shall be seen."""
+    return min(100.0, max(1.0, 100 * limit.used / limit.most)) if limit.most and limit.used else 0.0

@@ -27,7 +27,9 @@ START_DATABASE = (
     "Willi finds it by itself."
 )
 CORRECT_LINE = "A table with a wrong line is not taken; the old one serves. Correct the line that the error names."
-RAISE_LIMIT = "Clients beyond it are told 421 and try again. Raise it, if the machine can bear it, and reload."
+RAISE_LIMIT = (
+    "Clients beyond max_connections are told 421 and try again. Raise it, if the machine can bear it, and reload."
+)
 RELOAD_AGAIN = "After a failed reload the old settings serve. Correct what the error names, then reload again."
 REJECTED = (counts.REJECTED_BY_UPSTREAM, counts.REJECTED_BY_WILLI)
 

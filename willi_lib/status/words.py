@@ -21,9 +21,9 @@ def shorten(text: str, most: int) -> str:
     return text if len(text) <= most else text[: most - 1] + "…"
 
 
-def number(count: int) -> str:
-    """As 12,345."""
-    return f"{count:,}"
+def number(count: int | None) -> str:
+    """As 12,345; nothing if it is unknown."""
+    return f"{count:,}" if count is not None else ""
 
 
 def several(count: int, one: str, many: str = "") -> str:
@@ -41,8 +41,10 @@ def size(octets: int) -> str:
     return f"{value:,.1f} TB"
 
 
-def duration(seconds: float) -> str:
-    """As 4 µs, 0.4 ms, 12 ms, 3.4 s, 5 min, 2 h 10 min, 3 d 4 h."""
+def duration(seconds: float | None) -> str:
+    """As 4 µs, 0.4 ms, 12 ms, 3.4 s, 5 min, 2 h 10 min, 3 d 4 h; nothing if it is unknown."""
+    if seconds is None:
+        return ""
     if seconds < 0.0001:
         return f"{max(seconds, 0) * 1e6:.0f} µs"
     if seconds < 0.01:
@@ -62,6 +64,11 @@ def duration(seconds: float) -> str:
 def moment(seconds: float) -> datetime:
     """In UTC, as all times are here."""
     return datetime.fromtimestamp(min(max(seconds, 0.0), LAST_SECOND), timezone.utc)
+
+
+def utc(seconds: float) -> str:
+    """As 2026-11-26T14:03:22Z."""
+    return f"{moment(seconds):%Y-%m-%dT%H:%M:%SZ}"
 
 
 def clock(seconds: float, now: float) -> str:
