@@ -6,8 +6,10 @@ A module that is not in the table has no place in the house yet: give it one, he
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -132,3 +134,49 @@ def test_the_command_line_imports_no_gevent():
 def test_only_the_status_process_has_the_template_of_the_page(name: str):
     assert bring("jinja2", name) | bring("markupsafe", name) == set()
     assert bring("jinja2", "status.process") == {"status.page"}
+
+
+# docs/developing.md, "The house"
+
+DEVELOPING = (ROOT / "docs" / "developing.md").read_text(encoding="utf-8")
+HOUSE = DEVELOPING.partition("\n## The house\n")[2].partition("\n## ")[0]
+DRAWN_FILES = re.findall(r"^    ((?:  )?)([a-z_]+(?:\.py|/)) ", HOUSE, re.MULTILINE)
+
+
+def drawn_arrows() -> set[tuple[str, str]]:
+    chains = re.findall(r"^    +(\w+ -> .+)$", HOUSE, re.MULTILINE)
+    return {pair for chain in chains for pair in pairwise(chain.split(" -> "))}
+
+
+def arrows_of_the_imports() -> set[tuple[str, str]]:
+    """Those between rooms, without those that others lead to anyway; the log's are not drawn."""
+    knows = {room: set[str]() for room in ROOMS[1:]}
+    for name in MODULES:
+        if room_of(name) in knows:
+            knows[room_of(name)] |= ours(name) - UPWARD.get(name, set()) - {"log", room_of(name)}
+    for room in ROOMS[1:]:  # each after those that it knows: with all that they know
+        knows[room] = knows[room].union(*(knows[other] for other in knows[room]))
+    return {
+        (room, other)
+        for room, others in knows.items()
+        for other in others
+        if not any(other in knows[between] for between in others)
+    }
+
+
+def test_the_drawing_has_the_arrows_of_the_imports():
+    assert drawn_arrows() == arrows_of_the_imports()
+
+
+def test_the_drawing_has_every_room_and_only_files_that_exist():
+    room, drawn = "", []
+    for indent, name in DRAWN_FILES:
+        room = room if indent else name if name.endswith("/") else ""
+        drawn.append(room + name if indent else name)
+    assert [name for name in drawn if not (ROOT / "willi_lib" / name).exists()] == []
+    assert len(drawn) == len(set(drawn))
+    at_the_top = {path.name for path in (ROOT / "willi_lib").glob("*.py")} - {"__init__.py"}
+    rooms = [f"{room}/" for room in ROOMS[1:]]
+    assert set(drawn) - {name for name in drawn if "/" in name} == at_the_top
+    assert [name for name in drawn if name.endswith("/")] == rooms
+    assert {f"{path.parent.name}/" for path in MODULES.values()} == {*rooms, "willi_lib/"}
