@@ -228,6 +228,55 @@ def test_a_page_that_an_installed_file_names_is_in_the_release_and_has_that_sect
         assert not title or section(name, title)
 
 
+# docs/operate.md, "What the lines mean"
+
+MEANINGS = re.findall(r"^\| (`.+?`) \| (\w+(?:, \w+)?) \|", MANUAL["operate.md"], re.MULTILINE)
+EXPLAINED = [(text, levels.split(", ")) for texts, levels in MEANINGS for text in re.findall(r"`(.+?)`", texts)]
+SOURCES = [ROOT / "willi.py", *sorted((ROOT / "willi_lib").rglob("*.py"))]
+NODES = [node for path in SOURCES for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))]
+LEVELS = {"info": "info", "warn": "warn", "error": "error", "bug": "error"}
+
+
+def text_of(node: ast.AST) -> str:
+    """A string of the source; empty if it is anything else."""
+    value = node.value if isinstance(node, ast.Constant) else ""
+    return value if isinstance(value, str) else ""
+
+
+def is_log(node: ast.expr) -> bool:
+    """Whether this is `log`, or `self.log`."""
+    return "log" in (getattr(node, "id", ""), getattr(node, "attr", ""))
+
+
+def logged() -> set[tuple[str, str]]:
+    """Each message that is written as log.warn("..."), and its level. Those that another process tells are not seen."""
+    assigned = [node for node in NODES if isinstance(node, ast.Assign)]
+    names = {getattr(node.targets[0], "id", ""): text_of(node.value) for node in assigned}
+    found = set()
+    for node in NODES:
+        if not (isinstance(node, ast.Call) and node.args and isinstance(node.func, ast.Attribute)):
+            continue
+        if node.func.attr in LEVELS and is_log(node.func.value):
+            parts = list(ast.walk(node.args[0]))  # one of two texts, as it may be
+            words = {names.get(part.id, "") if isinstance(part, ast.Name) else text_of(part) for part in parts}
+            found |= {(text, LEVELS[node.func.attr]) for text in words - {""}}
+    return found
+
+
+def test_each_message_that_is_explained_stands_in_the_code():
+    known = {text_of(node) for node in NODES}
+    assert len(EXPLAINED) > 50
+    assert [message for message, _ in EXPLAINED if not any(message in text for text in known)] == []
+
+
+def test_each_message_of_the_log_is_explained_with_its_level():
+    messages = logged()
+    assert len(messages) > 40
+    explained = [(text, level) for text, levels in EXPLAINED for level in levels]
+    told = {one for one in messages for start, level in explained if one[0].startswith(start) and one[1] == level}
+    assert messages - told == set(), "docs/operate.md must explain these"
+
+
 # docs/from-the-go-program.md
 
 OLD = MANUAL["from-the-go-program.md"]
