@@ -2,7 +2,6 @@
 
 values    what is written -> a value: times, sizes, addresses, networks ...
 settings  the table: every key, its default, unit and range, once
-lines     the text of a file -> its sections and keys, each with its line
 reader    `load`: the file against the table; it collects every fault before it gives up
 """
 

@@ -16,10 +16,11 @@ from willi_lib.hosts import Address
 from willi_lib.routing.route import Policy, SendProxy, Server, UpstreamTls, Xclient, parse_servers, parse_tls_verify
 
 from . import values
-from .lines import QUOTE
 from .values import EXTENSIONS, each
 
 T = TypeVar("T")
+QUOTE = 'quote the whole value, as in "a, b"'
+POLICY = Policy()
 
 LogLevel = Literal["debug", "info", "warn", "error"]
 LogTarget = Literal["stdout", "syslog"]
@@ -108,10 +109,10 @@ class Settings:
     bare_newline: BareNewline = key("normalize", values.one_of, words=BareNewline)
     extensions: frozenset[str] = key(", ".join(EXTENSIONS), values.extension_names, is_list=True)
     strict_8bitmime: bool = key("no", values.yes_no)
-    upstream_tls: UpstreamTls = key("auto", values.one_of, words=UpstreamTls)
-    upstream_tls_ca: str = key("", values.readable, is_path=True)
-    xclient: Xclient = key("try", values.one_of, words=Xclient)
-    send_proxy: SendProxy = key("no", values.one_of, words=SendProxy)
+    upstream_tls: UpstreamTls = key(POLICY.upstream_tls, values.one_of, words=UpstreamTls)
+    upstream_tls_ca: str = key(POLICY.upstream_tls_ca, values.readable, is_path=True)
+    xclient: Xclient = key(POLICY.xclient, values.one_of, words=Xclient)
+    send_proxy: SendProxy = key(POLICY.send_proxy, values.one_of, words=SendProxy)
     proxy_protocol_hosts: tuple[IPv4Network | IPv6Network, ...] = key("", each(values.network), is_list=True)
     xclient_hosts: tuple[IPv4Network | IPv6Network, ...] = key("", each(values.network), is_list=True)
     status_listen: Address | None = key("", lambda text: values.socket_address(text) if text else None)
