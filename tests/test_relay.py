@@ -14,7 +14,8 @@ from gevent.event import Event
 
 from tests.support.loopback import PATIENCE
 from willi_lib.config import Settings
-from willi_lib.net.wire import Clock, TimeLimit, Wire, WireError
+from willi_lib.net.deadline import Clock, TimeLimit, WireError
+from willi_lib.net.wire import Wire
 from willi_lib.proxy import relay as module
 from willi_lib.proxy.relay import Content, Relay
 from willi_lib.proxy.upstream import Upstream, UpstreamFailed

@@ -19,7 +19,8 @@ import pytest
 from tests.support.certificates import Authority, Pair
 from tests.support.loopback import HOST, PATIENCE, wait_until
 from willi_lib.net import wire as module
-from willi_lib.net.wire import BadFraming, Clock, LineTooLong, PeerGone, TimeLimit, TlsFailed, Wire, WireError
+from willi_lib.net.deadline import Clock, TimeLimit, WireError
+from willi_lib.net.wire import BadFraming, LineTooLong, PeerGone, TlsFailed, Wire
 from willi_lib.smtp.reply import BadReply, Reply
 from willi_lib.smtp.syntax import MAX_COMMAND_LINE
 

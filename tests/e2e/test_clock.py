@@ -28,7 +28,8 @@ TOO_FAST = "421 4.7.0 Too many connections from your address in a minute"
 WALL_CLOCK = {"time.time", "time.localtime", "time.gmtime", "datetime.now", "datetime.utcnow", "datetime.today"}
 
 KEEP_TIME = (
-    "smtp", "net/wire.py", "net/resolver.py", "proxy/upstream.py", "proxy/transaction.py", "proxy/relay.py",
+    "smtp", "net/wire.py", "net/deadline.py", "net/resolver.py", "proxy/upstream.py", "proxy/connector.py",
+    "proxy/transaction.py", "proxy/relay.py",
     "proxy/session.py", "mappings/mysql.py", "mappings/database.py", "processes/limits.py", "processes/scoreboard.py",
     "processes/worker.py", "processes/child.py", "processes/certificate_files.py",
 )  # fmt: skip

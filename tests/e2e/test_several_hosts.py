@@ -40,7 +40,7 @@ from tests.support.upstream import (
     ScriptedUpstream,
     Silence,
 )
-from willi_lib.proxy.upstream import MAX_ADDRESSES, MAX_MX_HOSTS
+from willi_lib.proxy.connector import MAX_ADDRESSES, MAX_MX_HOSTS
 
 BAD_GREETINGS: dict[str, Action] = {
     "4xx": reply("421 4.3.2 not now"),

@@ -26,13 +26,16 @@ from tests.support.certificates import Authority
 from tests.support.daemon import Setting, parse_logfmt, write_config
 from willi_lib import config, log
 from willi_lib.config import Settings
+from willi_lib.net.deadline import Clock
 from willi_lib.net.resolver import Resolver
 from willi_lib.net.tls import server_context
-from willi_lib.net.wire import Clock, PeerGone, Wire
+from willi_lib.net.wire import PeerGone, Wire
+from willi_lib.proxy import connector
 from willi_lib.proxy import upstream as upstream_module
+from willi_lib.proxy.connector import Connector
 from willi_lib.proxy.context import Service
 from willi_lib.proxy.session import Session
-from willi_lib.proxy.upstream import Client, Connector
+from willi_lib.proxy.upstream import Client
 from willi_lib.routing.route import Answer, LookupFailed, Policy, Route, parse_servers
 from willi_lib.smtp import reply as replies
 from willi_lib.smtp.reply import Reply
@@ -376,17 +379,17 @@ class _Told:
 @contextmanager
 def _in_place_of(player: Player, threshold: int) -> Iterator[None]:
     """Upstreams are the player's, and so is the log."""
-    sink, connect = log._sink, upstream_module._connect
+    sink, connect = log._sink, connector._connect
     before = sink.target, sink.threshold
     sink.target, sink.threshold = _Told(player), threshold
-    upstream_module._connect = player.connect  # type: ignore[assignment]
+    connector._connect = player.connect  # type: ignore[assignment]
     patience = upstream_module.LAST_WORDS_TIMEOUT
     if not player._script.is_patient:
         upstream_module.LAST_WORDS_TIMEOUT = IMPATIENCE
     try:
         yield
     finally:
-        upstream_module._connect = connect
+        connector._connect = connect
         upstream_module.LAST_WORDS_TIMEOUT = patience
         sink.target, sink.threshold = before
 

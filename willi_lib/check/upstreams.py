@@ -14,11 +14,12 @@ from dataclasses import dataclass, replace
 from gevent.pool import Pool
 
 from willi_lib.config import Settings
+from willi_lib.net.deadline import Clock, WireError
 from willi_lib.net.resolver import NO_ANSWER, Address, Resolver
 from willi_lib.net.tls import CertificateFacts
-from willi_lib.net.wire import Clock, WireError
+from willi_lib.proxy.connector import Connector
 from willi_lib.proxy.context import XCLIENT_ATTRIBUTES
-from willi_lib.proxy.upstream import Client, Connector, Refused, Upstream, UpstreamFailed, WantsTls, is_not_from_us
+from willi_lib.proxy.upstream import Client, Refused, Upstream, UpstreamFailed, WantsTls, is_not_from_us
 from willi_lib.routing.route import Route, Server
 from willi_lib.smtp import reply as replies
 from willi_lib.smtp.reply import BadReply, Reject, Reply

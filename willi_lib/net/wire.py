@@ -14,7 +14,6 @@ from _socket import socket as Socket  # gevent replaces socket.socket; here we w
 from collections.abc import Callable
 from contextlib import suppress
 from time import monotonic
-from types import TracebackType
 from typing import Any
 
 from gevent import get_hub, getcurrent
@@ -22,6 +21,7 @@ from gevent import get_hub, getcurrent
 from ..smtp import reply as replies
 from ..smtp.reply import BadReply, Reply, first_reply, parse_reply_line
 from ..smtp.syntax import MAX_COMMAND_LINE
+from .deadline import AFTER_READING, Clock, WireError
 
 READ_EVENT, WRITE_EVENT = 1, 2  # libev's EV_READ and EV_WRITE
 COMMAND_READ = 16 << 10  # octets a recv when lines are expected
@@ -40,21 +40,10 @@ LINGER = 2.0  # seconds for the peer to read our last words before the socket go
 LINGER_OCTETS = 1 << 20  # what we throw away meanwhile
 FAIR_TIME = 0.01  # seconds with octets at hand all the time after which the others, and the clocks, get their turn
 FAIR_LINES = 64  # lines from the buffer, likewise
-FOREVER = float("inf")
-STOOD_STILL = 0.5  # seconds that a timer comes too late: we did not run, and what came meanwhile is to be read first
-AFTER_READING = -1  # libev's priority of our timers: reads are 0
 
 # By default glibc gives the memory of each large read back to the kernel, and faults it in again for the next. Freeing
 # one larger block raises that threshold to twice its size (mallopt(3), M_MMAP_THRESHOLD): -7 % CPU a GB.
 bytes(4 << 20)
-
-
-class WireError(Exception):
-    """The connection is of no further use."""
-
-
-class TimeLimit(WireError):
-    """A step took longer than it may."""
 
 
 class PeerGone(WireError):
@@ -75,89 +64,6 @@ class LineTooLong(Exception):
     def __init__(self, beginning: bytes) -> None:
         super().__init__()
         self.beginning = beginning  # as much as the limit
-
-
-class Clock:
-    """The time limits of one greenlet, on one loop timer that is re-armed only for a nearer deadline."""
-
-    __slots__ = ("_deadline", "_doing", "_fires", "_greenlet", "_timer")
-
-    def __init__(self) -> None:
-        self._greenlet = getcurrent()
-        self._timer: Any = None  # gevent's stubs have no public name for a loop's timer and io
-        self._fires = FOREVER
-        self._deadline = FOREVER
-        self._doing = ""
-
-    def limit(self, seconds: float, doing: str) -> Limit:
-        """Context: raise TimeLimit in this greenlet if the block takes longer. An outer limit stays in force."""
-        return Limit(self, monotonic() + seconds, doing)
-
-    def until(self, deadline: float, doing: str) -> Limit:
-        """The same with a point in time, as of time.monotonic()."""
-        return Limit(self, deadline, doing)
-
-    def interrupt(self, error: Exception, unless: Callable[[], bool]) -> None:
-        """Raise in the greenlet from outside, unless it has meanwhile come to do something else."""
-        get_hub().loop.run_callback(lambda: None if unless() else self._greenlet.throw(error))
-
-    def overdue(self) -> bool:
-        """Whether the limit in force has passed."""
-        return monotonic() >= self._deadline
-
-    def close(self) -> None:
-        """Stop the timer."""
-        if self._timer is not None:
-            self._timer.close()
-            self._timer = None
-            self._fires = FOREVER
-
-    def _arm(self, deadline: float, again: bool = False) -> None:
-        self.close()
-        self._fires = deadline
-        self._timer = get_hub().loop.timer(max(0.0, deadline - monotonic()), priority=AFTER_READING)
-        self._timer.start(self._on_timer, again, update=True)
-
-    def _on_timer(self, again: bool) -> None:
-        """Strike, if it is time. again: the loop has looked for what has come since the first time."""
-        now = monotonic()
-        late = now - self._fires
-        self.close()
-        if now < self._deadline < FOREVER:
-            self._arm(self._deadline)
-        elif now >= self._deadline and late > STOOD_STILL and not again:
-            self._arm(now, again=True)
-        elif now >= self._deadline:
-            self._greenlet.throw(TimeLimit(f"timed out {self._doing}"))
-
-
-class Limit:
-    """One block under a time limit. A class, since a generator costs four times as much."""
-
-    __slots__ = ("_clock", "_deadline", "_doing", "_outer")
-
-    def __init__(self, clock: Clock, deadline: float, doing: str) -> None:
-        self._clock = clock
-        self._deadline = deadline
-        self._doing = doing
-
-    def __enter__(self) -> None:
-        clock = self._clock
-        self._outer = (clock._deadline, clock._doing)
-        if self._deadline < clock._deadline:
-            clock._deadline, clock._doing = self._deadline, self._doing
-            if self._deadline < clock._fires:
-                clock._arm(self._deadline)
-        elif clock._timer is None:  # the limit in force has struck already, and strikes again at the next wait
-            clock._arm(clock._deadline)
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        clock = self._clock
-        clock._deadline, clock._doing = self._outer
-        if clock._timer is None and clock._deadline < FOREVER:  # ours has struck: the outer one still counts
-            clock._arm(clock._deadline)
 
 
 class Wire:

@@ -30,13 +30,15 @@ from ..hosts import canonical
 from ..mappings.csv_file import CsvError
 from ..mappings.mysql import Notice
 from ..mappings.open import MappingError, open_mappings
+from ..net.deadline import Clock, WireError
 from ..net.jobs import keep_going
 from ..net.resolver import Resolver
 from ..net.tls import CertificateError, ServerTls
-from ..net.wire import Clock, PeerGone, Wire, WireError, give_way
+from ..net.wire import PeerGone, Wire, give_way
+from ..proxy.connector import Connector
 from ..proxy.context import Service
 from ..proxy.session import Session, new_session_id
-from ..proxy.upstream import Client, Connector
+from ..proxy.upstream import Client
 from ..smtp import proxy_header
 from ..smtp import reply as replies
 from ..smtp.reply import Reply

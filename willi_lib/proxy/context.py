@@ -12,7 +12,7 @@ from ..net.resolver import Resolver
 from ..routing.route import Mapping
 from ..smtp.reply import Reply
 from ..status.counts import Counts
-from .upstream import Connector
+from .connector import Connector
 
 XCLIENT_ATTRIBUTES = frozenset(("NAME", "ADDR", "PORT", "PROTO", "HELO"))  # what `xclient_hosts` may tell us
 

@@ -10,7 +10,8 @@ from collections.abc import Callable
 from time import monotonic
 
 from ..config import Settings
-from ..net.wire import FOREVER, TimeLimit, Wire
+from ..net.deadline import FOREVER, TimeLimit
+from ..net.wire import Wire
 from ..smtp import reply as replies
 from ..smtp.body import DataReader, Stuffer
 from ..smtp.reply import Reply, own

@@ -11,7 +11,8 @@ import random
 from collections.abc import Callable
 from enum import Enum, auto
 
-from ..net.wire import BadFraming, LineTooLong, TimeLimit, TlsFailed, Wire, WireError
+from ..net.deadline import TimeLimit, WireError
+from ..net.wire import BadFraming, LineTooLong, TlsFailed, Wire
 from ..routing.route import LookupFailed, NoRoute
 from ..smtp import reply as replies
 from ..smtp.proxy_header import is_header

@@ -8,15 +8,17 @@ from time import monotonic
 
 from .. import log
 from ..config import Settings
-from ..net.wire import FOREVER, TimeLimit, Wire
+from ..net.deadline import FOREVER, TimeLimit
+from ..net.wire import Wire
 from ..routing.route import LookupFailed, Mapping, NoRoute, Route
 from ..smtp import reply as replies
 from ..smtp.reply import Reject, Reply
 from ..smtp.syntax import MAX_COMMAND_LINE, Mail, Path, parse_rcpt, split_command
 from ..status.counts import REFUSED, Counts
+from .connector import Connector
 from .lookup import route_of
 from .relay import Relay
-from .upstream import Client, Connector, Refused, Upstream, UpstreamFailed, WantsTls, is_not_from_us
+from .upstream import Client, Refused, Upstream, UpstreamFailed, WantsTls, is_not_from_us
 
 # Connections that a client may have opened one after the other without a message that is accepted: one for each EHLO or
 # change of route. An upstream counts the refusals on one connection only.
