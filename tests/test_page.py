@@ -16,6 +16,7 @@ from tests.support.overviews import HOSTILE, NOW
 from willi_lib.status import charts, page, words
 from willi_lib.status.charts import Chart, Layer
 from willi_lib.status.finding import Finding
+from willi_lib.status.means import MINUTES
 from willi_lib.status.overview import Asked, AskedStep, CertificateState, Event, Host, Limit, Minute, Overview, Table
 from willi_lib.text import visible
 
@@ -313,7 +314,7 @@ def test_the_page_draws_the_numbers_of_a_chart():
     overview = overviews.troubled()
     [svg] = [node for node in parsed(overview).iter("svg") if node.get("aria-label", "").startswith("Rejected")]
     chart = charts.last_hour(overview.minutes)["rejected"]
-    assert svg.get("viewBox") == f"0 0 {charts.MINUTES * charts.STEP} {charts.HEIGHT}"
+    assert svg.get("viewBox") == f"0 0 {MINUTES * charts.STEP} {charts.HEIGHT}"
     assert svg.get("aria-label") == chart.label
     assert [title.text for title in svg.iter("title")] == [bar.title for bar in chart.bars]
     drawn = [(node.get("x"), node.get("class"), node.get("y"), node.get("height")) for node in svg.iter("rect")]

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from .means import MINUTES
 from .overview import Limit, Minute
 from .words import moment, number
 
-MINUTES = 60
 STEP = 4  # units of the picture for a minute, a gap of 1 included
 HEIGHT = 40  # units
 LEAST = 1.5  # units: one refusal beside a thousand shall be seen
@@ -37,8 +37,8 @@ class Chart:
         self.name = name
         self.sums = {layer.mark: sum(getattr(minute, layer.field) for minute in minutes) for layer in layers}
         self.sum = sum(self.sums.values())
-        counts = [[getattr(minute, layer.field) for layer in layers] for minute in minutes]
-        self.highest = max(map(sum, counts), default=0)
+        self.counts = [sum(getattr(minute, layer.field) for layer in layers) for minute in minutes]
+        self.highest = max(self.counts, default=0)
         self.label = f"{name} in each of the last {MINUTES} minutes: {number(self.sum)} in all, "
         self.label += f"at most {number(self.highest)} in a minute"
         bars = [self._bar(minute, layers) for minute in minutes]
