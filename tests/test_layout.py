@@ -32,8 +32,8 @@ WORLD = {
 }  # fmt: skip
 # `check` is a process of its own and patches it as the worker does.
 KNOW_GEVENT = {
-    "net", "mappings.mysql", "mappings.database", "processes.mapping_watch", "processes.worker", "check",
-    "status.http", "status.process", "status.reporter", "status.serving",
+    "net", "mappings.mysql", "mappings.database", "processes.admission", "processes.mapping_watch",
+    "processes.worker", "check", "status.http", "status.process", "status.reporter", "status.serving",
 }  # fmt: skip
 
 
