@@ -300,14 +300,14 @@ def test_a_chart_stacks_what_happened_in_a_minute_and_stays_in_its_picture():
     layers = (Layer("rejected_by_upstream", "by upstreams", "upstream"), Layer("rejected_by_willi", "by Willi", "own"))
     chart = Chart("Rejected", minutes, *layers)
     assert chart.label == "Rejected in each of the last 60 minutes: 1,002 in all, at most 1,001 in a minute"
-    assert [bar.title for bar in chart.bars] == ["14:04 1,000 by upstreams, 1 by Willi", "14:05 1 by upstreams"]
-    assert [bar.x for bar in chart.bars] == [58 * charts.STEP, 59 * charts.STEP]
-    [(mark, y, height), (upper_mark, upper_y, upper_height)] = chart.bars[0].parts
+    assert [title for _, title, _ in chart.bars] == ["14:04 1,000 by upstreams, 1 by Willi", "14:05 1 by upstreams"]
+    assert [x for x, _, _ in chart.bars] == [58 * charts.STEP, 59 * charts.STEP]
+    [(mark, y, height), (upper_mark, upper_y, upper_height)] = chart.bars[0][2]
     assert (mark, upper_mark) == ("upstream", "own")
     assert y + height == charts.HEIGHT
     assert y == pytest.approx(upper_y + upper_height, abs=0.02)
     assert upper_y >= 0
-    assert min(part[2] for bar in chart.bars for part in bar.parts) >= charts.LEAST
+    assert min(height for _, _, parts in chart.bars for _, _, height in parts) >= charts.LEAST
 
 
 def test_the_page_draws_the_numbers_of_a_chart():
@@ -316,9 +316,9 @@ def test_the_page_draws_the_numbers_of_a_chart():
     chart = charts.last_hour(overview.minutes)["rejected"]
     assert svg.get("viewBox") == f"0 0 {MINUTES * charts.STEP} {charts.HEIGHT}"
     assert svg.get("aria-label") == chart.label
-    assert [title.text for title in svg.iter("title")] == [bar.title for bar in chart.bars]
+    assert [title.text for title in svg.iter("title")] == [title for _, title, _ in chart.bars]
     drawn = [(node.get("x"), node.get("class"), node.get("y"), node.get("height")) for node in svg.iter("rect")]
-    assert drawn == [(str(bar.x), *map(str, part)) for bar in chart.bars for part in bar.parts]
+    assert drawn == [(str(x), *map(str, part)) for x, _, parts in chart.bars for part in parts]
     assert len(drawn) > 60
 
 

@@ -1,74 +1,63 @@
-"""The numbers of the small charts: what page.html draws."""
+"""The numbers of the charts of the last hour: what page.html draws."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from .means import MINUTES
-from .overview import Limit, Minute
+from .overview import Minute
 from .words import moment, number
 
 STEP = 4  # units of the picture for a minute, a gap of 1 included
 HEIGHT = 40  # units
 LEAST = 1.5  # units: one refusal beside a thousand shall be seen
 
+Part = tuple[str, float, float]  # of a bar: its mark, y and height
+
 
 class Layer(NamedTuple):
-    """What is counted, minute by minute; layers are stacked."""
+    """What is counted; layers are stacked."""
 
     field: str  # of a Minute
     name: str  # as in: 3 accepted
     mark: str  # its class in page.css
 
 
-class Bar(NamedTuple):
-    """One minute."""
-
-    x: int
-    title: str
-    parts: Sequence[tuple[str, float, float]]  # from below: mark, y, height
-
-
 class Chart:
-    """The last hour of something. name: as in `messages accepted`."""
+    """One of them. name: as in `messages accepted`."""
 
     def __init__(self, name: str, minutes: Sequence[Minute], *layers: Layer) -> None:
         self.name = name
         self.sums = {layer.mark: sum(getattr(minute, layer.field) for minute in minutes) for layer in layers}
-        self.sum = sum(self.sums.values())
         self.counts = [sum(getattr(minute, layer.field) for layer in layers) for minute in minutes]
-        self.highest = max(self.counts, default=0)
+        self.sum, self.highest = sum(self.counts), max(self.counts, default=0)
         self.label = f"{name} in each of the last {MINUTES} minutes: {number(self.sum)} in all, "
         self.label += f"at most {number(self.highest)} in a minute"
-        bars = [self._bar(minute, layers) for minute in minutes]
-        self.bars = [bar._replace(x=STEP * place) for place, bar in enumerate(bars, MINUTES - len(bars)) if bar.parts]
+        self.bars = list(self._bars(minutes, layers))
 
-    def _bar(self, minute: Minute, layers: Sequence[Layer]) -> Bar:
-        parts, said, y = [], [], float(HEIGHT)
-        for field, name, mark in layers:
-            if count := getattr(minute, field):
-                height = max(LEAST, (HEIGHT - LEAST * len(layers)) * count / self.highest)
-                y -= height
-                parts.append((mark, round(y, 2), round(height, 2)))
-                said.append(f"{number(count)} {name}")
-        return Bar(0, f"{moment(minute.began):%H:%M} {', '.join(said)}", parts)
+    def _bars(self, minutes: Sequence[Minute], layers: Sequence[Layer]) -> Iterator[tuple[int, str, list[Part]]]:
+        """x, the text and the parts from below, of each minute in which something was counted."""
+        for place, minute in enumerate(minutes, MINUTES - len(minutes)):
+            parts, said, y = [], [], float(HEIGHT)
+            for field, name, mark in layers:
+                if count := getattr(minute, field):
+                    height = max(LEAST, (HEIGHT - LEAST * len(layers)) * count / self.highest)
+                    y -= height
+                    parts.append((mark, round(y, 2), round(height, 2)))
+                    said.append(f"{number(count)} {name}")
+            if parts:
+                yield STEP * place, f"{moment(minute.began):%H:%M} {', '.join(said)}", parts
 
 
 def last_hour(minutes: Sequence[Minute]) -> dict[str, Chart]:
-    """The charts of the page."""
+    """All of them, by names of their own."""
+    by_upstreams = Layer("rejected_by_upstream", "by upstreams", "upstream")
+    by_willi = Layer("rejected_by_willi", "by Willi", "own")
     return {
         "sessions": Chart("Sessions", minutes, Layer("sessions", "began", "calm")),
         "accepted": Chart("Accepted", minutes, Layer("accepted", "accepted", "fine")),
-        "rejected": Chart(
-            "Rejected", minutes, Layer("rejected_by_upstream", "by upstreams", "upstream"),
-            Layer("rejected_by_willi", "by Willi", "own"),
-        ),
+        "rejected": Chart("Rejected", minutes, by_upstreams, by_willi),
         "refused": Chart("Turned away", minutes, Layer("refused", "turned away", "own")),
         "failed": Chart("Failed", minutes, Layer("failed", "failed", "wrong")),
-    }  # fmt: skip
-
-
-def filled(limit: Limit) -> float:
-    """How much of its bar, in percent; one of 5,000 shall be seen."""
-    return min(100.0, max(1.0, 100 * limit.used / limit.most)) if limit.most and limit.used else 0.0
+    }

@@ -26,14 +26,7 @@ def _shown(value: object) -> object:
 _environment = Environment(
     autoescape=True, finalize=_shown, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
 )
-_environment.filters |= {
-    word.__name__: word
-    for word in (
-        charts.filled, words.advice, words.answer, words.certificate_mark, words.certificate_state, words.clock,
-        words.duration, words.event_mark, words.headline, words.host_state, words.limit_mark, words.number,
-        words.refuser, words.several, words.share, words.shorten, words.size, words.table_state, words.utc,
-    )
-}  # fmt: skip
+_environment.filters |= {name: word for name, word in vars(words).items() if callable(word)}  # {{ size | number }}
 _page = _environment.from_string(Path(__file__).with_name("page.html").read_text(encoding="utf-8"))
 
 

@@ -66,11 +66,6 @@ def moment(seconds: float) -> datetime:
     return datetime.fromtimestamp(min(max(seconds, 0.0), LAST_SECOND), timezone.utc)
 
 
-def utc(seconds: float) -> str:
-    """As 2026-11-26T14:03:22Z."""
-    return f"{moment(seconds):%Y-%m-%dT%H:%M:%SZ}"
-
-
 def clock(seconds: float, now: float) -> str:
     """As 14:03:22, and with the day before it if that is not today."""
     at = moment(seconds)
@@ -103,19 +98,25 @@ def time_left(seconds: float) -> str:
     return f"{several(int(seconds // DAY), 'day')} left" if seconds >= DAY else f"{duration(seconds)} left"
 
 
+# A mark is good, warn or bad: a class in page.css, a colour in the terminal.
+
+
 def certificate_mark(certificate: CertificateState, now: float) -> str:
-    """good, warn or bad."""
     return "bad" if certificate.fault else MARKS[certificate_level(certificate.expires - now)]
 
 
 def limit_mark(limit: Limit) -> str:
-    """good, warn or bad."""
     mark = MARKS[limit_level(limit.used, limit.most)]
     return "warn" if mark == "bad" and limit.name != FOR_ALL else mark
 
 
+def filled(limit: Limit) -> float:
+    """How much of its bar, in percent; one of 5,000 shall be seen."""
+    return min(100.0, max(1.0, 100 * limit.used / limit.most)) if limit.most and limit.used else 0.0
+
+
 def table_state(table: Table) -> tuple[str, str]:
-    """good, warn or bad, and the state in words."""
+    """The mark, and the state in words."""
     if table.database_up is False:
         return "bad", "down"
     if table.database_up:
@@ -124,14 +125,13 @@ def table_state(table: Table) -> tuple[str, str]:
 
 
 def event_mark(event: Event) -> str:
-    """good, warn or bad: bad is only what an administrator may have to mend."""
+    """Bad is only what an administrator may have to correct."""
     if event.kind == "accepted":
         return "good"
     return "bad" if event.error_src == "internal" and event.reply.startswith("451") else "warn"
 
 
 def refuser(event: Event) -> str:
-    """Who did not want it."""
     return {"upstream": "by upstream", "internal": "by Willi", "client": "client lost"}.get(event.error_src, "")
 
 
@@ -143,7 +143,6 @@ def answer(event: Event) -> tuple[str, str]:
 
 
 def headline(overview: Overview) -> str:
-    """Is it well?"""
     if not overview.problems:
         return "All is well"
     return several(len(overview.problems), "problem needs you", "problems need you")
