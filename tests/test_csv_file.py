@@ -40,7 +40,7 @@ def read(file: Path, content: str | bytes, pause: Callable[[], None] = lambda: N
     """The mapping of a file with this content, loaded."""
     file.write_bytes(content.encode() if isinstance(content, str) else content)
     mapping = CsvFile(f"csv:{file}", str(file), Policy(), pause)
-    mapping.load()
+    mapping.read()
     return mapping
 
 
@@ -103,7 +103,7 @@ def test_the_example_of_the_first_willi_is_understood(file):
 def test_a_route_has_the_policy_and_the_name_of_its_mapping(file):
     file.write_text(HEADER + "b.example;mx\n")
     mapping = CsvFile("csv:map", str(file), Policy(xclient="require"))
-    mapping.load()
+    mapping.read()
     route = find(mapping, "b.example")
     assert route == Route(parse_servers("mx"), True, Policy(xclient="require"))
     assert route.mapping == "csv:map"
@@ -328,7 +328,7 @@ def test_a_file_that_cannot_be_read_is_refused_with_the_systems_reason(file, nam
     file.touch()
     path = f"{file.parent}/{name}"
     with pytest.raises(CsvError) as failure:
-        CsvFile("csv:map", path, Policy()).load()
+        CsvFile("csv:map", path, Policy()).read()
     assert str(failure.value) == f"{path}: {why}"
 
 
@@ -400,7 +400,7 @@ def test_a_new_content_is_noticed_and_replaces_the_old_one(file, clock, write, s
     mapping = read(file, HEADER + "a.example;mx1\nb.example;mx1\n")
     write(file, HEADER + "b.example;mx2\nc.example;mx2\n")
     assert looks(mapping, clock) == seconds
-    mapping.load()
+    mapping.read()
     assert len(mapping) == 2
     assert find(mapping, "a.example") is None
     assert find(mapping, "b.example") == to("mx2")
@@ -419,7 +419,7 @@ def test_a_file_that_is_written_slowly_is_read_when_it_is_complete(file, clock):
         assert looks(mapping, clock, CALM - 2) is None
         append(file, f"b{number}.example;mx2")
     assert looks(mapping, clock) == CALM
-    mapping.load()
+    mapping.read()
     assert len(mapping) == 4
 
 
@@ -460,14 +460,14 @@ def test_a_bad_line_keeps_the_old_table_and_is_told_once(file, clock):
     file.write_text(HEADER + "b.example;mx2\nc.example;mx2:\n")
     assert looks(mapping, clock) == CALM
     with pytest.raises(CsvError) as failure:
-        mapping.load()
+        mapping.read()
     assert str(failure.value) == f"{file}:3: 'mx2:': the port must be 1 to 65535"
     assert find(mapping, "b.example") == to("mx1")
     assert len(mapping) == 1
     assert looks(mapping, clock) is None
     file.write_text(HEADER + "b.example;mx2\n")
     assert looks(mapping, clock) == CALM
-    mapping.load()
+    mapping.read()
     assert find(mapping, "b.example") == to("mx2")
 
 
@@ -477,13 +477,13 @@ def test_a_file_that_vanishes_keeps_the_old_table_and_may_return(file, clock):
     for seconds in (2, RETRY, RETRY):
         assert looks(mapping, clock) == seconds
         with pytest.raises(CsvError) as failure:
-            mapping.load()
+            mapping.read()
         assert str(failure.value) == f"{file}: No such file or directory"
         assert failure.value.passing
         assert find(mapping, "b.example") == to("mx1")
     file.write_text(HEADER + "b.example;mx2\n")
     assert looks(mapping, clock) == CALM
-    mapping.load()
+    mapping.read()
     assert find(mapping, "b.example") == to("mx2")
 
 
@@ -517,7 +517,7 @@ def load_meanwhile(mapping: CsvFile, deed: Callable[[], None]) -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Path, "open", open_disturbed)
-        mapping.load()
+        mapping.read()
 
 
 def test_a_file_renamed_while_its_predecessor_is_read_is_the_next_to_be_read(file, clock):
@@ -525,7 +525,7 @@ def test_a_file_renamed_while_its_predecessor_is_read_is_the_next_to_be_read(fil
     load_meanwhile(mapping, lambda: rename(file, HEADER + "b.example;mx2\n"))
     assert find(mapping, "b.example") == to("mx1")
     assert looks(mapping, clock) == 2
-    mapping.load()
+    mapping.read()
     assert find(mapping, "b.example") == to("mx2")
 
 
@@ -538,7 +538,7 @@ def test_a_file_written_while_it_is_read_keeps_the_old_table_and_is_read_when_it
     assert str(failure.value) == f"{file}: written while it was read"
     assert find(mapping, "b.example") == to("mx1")
     assert looks(mapping, clock) == CALM
-    mapping.load()
+    mapping.read()
     assert find(mapping, "b.example") == to("mx2")
 
 
@@ -547,7 +547,7 @@ def test_a_long_reading_pauses_and_the_old_table_answers_to_its_end(file, clock)
     mapping = read(file, HEADER + "b.example;mx1\n", pause=lambda: answers.append(find(mapping, "b.example")))
     file.write_text(HEADER + "b.example;mx2\n" + "# comment\n" * 3 * PAUSE_LINES)
     assert looks(mapping, clock) == CALM
-    mapping.load()
+    mapping.read()
     assert answers == [to("mx1")] * 3
     assert find(mapping, "b.example") == to("mx2")
 
@@ -557,7 +557,7 @@ def test_a_file_that_has_become_empty_does_not_replace_a_table(file, clock):
     file.write_text(HEADER)
     assert looks(mapping, clock) == CALM
     with pytest.raises(CsvError, match="no patterns any more"):
-        mapping.load()
+        mapping.read()
     assert len(mapping) == 1
     assert looks(mapping, clock) is None
 
@@ -568,7 +568,7 @@ def test_a_file_that_is_truncated_between_look_and_load_is_not_read(file, clock)
     assert looks(mapping, clock) == 2
     file.write_text(HEADER + "a.example;mx3\n")
     with pytest.raises(CsvError) as failure:
-        mapping.load()
+        mapping.read()
     assert str(failure.value) == f"{file}: written while it was read"
     assert find(mapping, "b.example") == to("mx1")
     assert looks(mapping, clock) == CALM
@@ -598,11 +598,11 @@ def test_a_file_that_could_not_be_read_just_now_is_tried_again(file, clock):
     for seconds in (2, RETRY):
         assert looks(mapping, clock) == seconds
         with Descriptors(), pytest.raises(CsvError) as failure:
-            mapping.load()
+            mapping.read()
         assert (str(failure.value), failure.value.passing) == (f"{file}: Too many open files", True)
         assert find(mapping, "b.example") == to("mx1")
     assert looks(mapping, clock) == RETRY
-    mapping.load()
+    mapping.read()
     assert find(mapping, "b.example") == to("mx2")
 
 
@@ -615,7 +615,7 @@ def test_too_little_memory_leaves_the_old_table_and_is_tried_again(file, clock):
     for seconds in (2, RETRY):
         assert looks(mapping, clock) == seconds
         with pytest.raises(CsvError) as failure:
-            mapping.load()
+            mapping.read()
         assert (str(failure.value), failure.value.passing) == (f"{file}: not enough memory to read it", True)
     assert find(mapping, "b.example") == to("mx1")
 
@@ -628,19 +628,19 @@ def test_a_file_that_lost_patterns_and_its_last_line_end_may_be_cut_off(file, cl
         seen = starts()
         assert looks(seen, clock) == CALM
         with pytest.raises(CsvError) as failure:
-            seen.load()
+            seen.read()
         assert (str(failure.value), failure.value.passing) == (f"{file}: {CUT_OFF}", False)
         assert find(mapping, "d.example") == to("mx1.example.org")
         file.write_text(whole)
         assert looks(mapping, clock) == CALM
-        mapping.load()
+        mapping.read()
 
 
 def test_a_file_that_never_ended_with_a_line_end_may_lose_patterns(file, clock):
     mapping = read(file, HEADER + "b.example;mx1\nc.example;mx1")
     file.write_text(HEADER + "b.example;mx1")
     assert looks(mapping, clock) == CALM
-    mapping.load()
+    mapping.read()
     assert find(mapping, "c.example") is None
 
 
@@ -681,7 +681,7 @@ def test_a_first_table_whose_file_is_still_written_says_no_definite_no_before_it
         find_route([mapping], "ann@b.example")
     assert find_route([mapping], "ann@a.example") == to("mx1")
     assert looks(mapping, clock) == CALM
-    mapping.load()
+    mapping.read()
     with pytest.raises(NoRoute):
         find_route([mapping], "ann@b.example")
 
@@ -691,16 +691,14 @@ def test_a_first_table_whose_file_is_still_written_says_no_definite_no_before_it
 
 def follow(file: Path, held: CsvFile) -> CsvFile:
     """As such a worker would."""
-    mapping = CsvFile(f"csv:{file}", str(file), Policy())
     assert held.held
-    mapping.follow(held.held)
-    return mapping
+    return CsvFile(f"csv:{file}", str(file), Policy(), held=held.held)
 
 
 def test_a_file_that_others_hold_is_read_at_once(file, clock):
     mapping = follow(file, read(file, HEADER + "b.example;mx1\n"))
     assert looks(mapping, clock) == 0
-    mapping.load()
+    mapping.read()
     assert find(mapping, "b.example") == to("mx1")
 
 
@@ -711,7 +709,7 @@ def test_a_file_that_others_hold_is_waited_for_as_they_do(file, clock, write, se
     assert looks(mapping, clock) == seconds
     with pytest.raises(LookupFailed):
         find(mapping, "b.example")
-    mapping.load()
+    mapping.read()
     assert find(mapping, "b.example") == to("mx2")
 
 
@@ -720,7 +718,7 @@ def test_an_empty_file_is_not_taken_beside_those_that_hold_a_full_one(file, cloc
     rename(file, HEADER)
     assert looks(mapping, clock) == 2
     with pytest.raises(CsvError, match="no patterns any more") as failure:
-        mapping.load()
+        mapping.read()
     assert not failure.value.passing
     with pytest.raises(LookupFailed):
         find(mapping, "b.example")
@@ -731,12 +729,12 @@ def test_a_file_that_has_vanished_is_waited_for_beside_those_that_hold_it(file, 
     file.unlink()
     assert looks(mapping, clock) == 2
     with pytest.raises(CsvError) as failure:
-        mapping.load()
+        mapping.read()
     assert failure.value.passing
 
 
 def test_a_missing_file_is_told_with_the_line_that_names_it(file):
     with pytest.raises(CsvError) as failure:
-        CsvFile("csv:map", str(file), Policy(), where="/etc/willi.conf:7").load()
+        CsvFile("csv:map", str(file), Policy(), where="/etc/willi.conf:7").read()
     assert str(failure.value) == f"/etc/willi.conf:7: file: cannot read {file}: No such file or directory"
     assert not failure.value.passing

@@ -15,7 +15,7 @@ from willi_lib.mappings import mysql as module
 from willi_lib.mappings.database import Access, Database, Down, NotNow, TooSlow, _Routes, statement_of
 from willi_lib.mappings.last_row import LastRow
 from willi_lib.mappings.mysql import NO_ROW, Mysql, Notice
-from willi_lib.routing.route import Answer, LookupFailed, Policy, Route, parse_servers
+from willi_lib.routing.route import Answer, HostFacts, LookupFailed, Policy, Route, parse_servers
 
 TIMEOUT = 1.0  # seconds for a recipient
 QUERY = "SELECT server FROM routes WHERE pattern = ?"
@@ -50,6 +50,9 @@ class Table:
         if self.fault:
             raise self.fault
         return self.routes.get(key)
+
+    def inspect_hosts(self) -> tuple[HostFacts, ...]:
+        return ()
 
     def close(self) -> None:
         pass

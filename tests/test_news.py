@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import pytest
 
-from willi_lib.mappings.csv_file import Held, Stamp
 from willi_lib.processes.news import OLD_STAYS, Message, News
+from willi_lib.routing.route import HeldTable
 
 FIRST, SECOND = 101, 102  # workers
 MISSING: Message = {"mapping": "csv", "faults": ["t.csv: No such file"], "text": OLD_STAYS}
 
 
 def table(changed: int) -> Message:
-    return {"mapping": "csv", "file": "t.csv", "held": Held(Stamp(1, 2, 3, changed, changed), 7, ends_a_line=True)}
+    return {"mapping": "csv", "held": HeldTable((1, 2, 3, changed, changed), 7, ends_a_line=True)}
 
 
 def told(capfd: pytest.CaptureFixture[str]) -> str:

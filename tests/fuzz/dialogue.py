@@ -24,6 +24,7 @@ from tests.fuzz.lenient import as_passed_on
 from tests.fuzz.upstreams import CLOSE, REFUSE, RESET, USUAL, HostileUpstream, Plan, Stored
 from tests.support.certificates import Authority
 from tests.support.daemon import Setting, parse_logfmt, write_config
+from tests.support.mapping import InMemory
 from willi_lib import config, log
 from willi_lib.config import Settings
 from willi_lib.net.deadline import Clock
@@ -100,7 +101,7 @@ class Script:
         return self.end != STAY and all(KEYWORD_OR_WHOLE.fullmatch(answer) for answer in self.upstream)
 
 
-class Table:
+class Table(InMemory):
     """Routes: b.example has one host, c.example two, broken.example an answer that nobody knows."""
 
     name = "table"

@@ -24,7 +24,18 @@ from pathlib import Path
 from time import monotonic, time
 from typing import NamedTuple, Protocol, TypeVar
 
-from willi_lib.routing.route import Answer, LookupFailed, Policy, Route, fold_pattern, parse_servers, parse_tls_verify
+from willi_lib.routing.route import (
+    Answer,
+    HeldTable,
+    LookupFailed,
+    MappingError,
+    MappingFacts,
+    Policy,
+    Route,
+    fold_pattern,
+    parse_servers,
+    parse_tls_verify,
+)
 
 HEADER = "pattern;server;tls_verify"
 MAX_FAULTS = 10  # reported of one file
@@ -67,24 +78,7 @@ class Stamp(NamedTuple):
         return cls(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
 
 
-class Held(NamedTuple):
-    """What the workers that serve have of a file: a whole table."""
-
-    stamp: Stamp
-    patterns: int
-    ends_a_line: bool  # with its last octet
-
-
-class CsvError(Exception):
-    """The file cannot be used; one fault per line of the text.
-
-    passing: nothing is wrong with the file as far as we know, it could not be read just now.
-    """
-
-    def __init__(self, *faults: str, passing: bool = False) -> None:
-        super().__init__("\n".join(faults))
-        self.faults = faults
-        self.passing = passing
+CsvError = MappingError
 
 
 class CsvFile:
@@ -93,12 +87,14 @@ class CsvFile:
     def __init__(
         self, name: str, file: str, policy: Policy,
         pause: Callable[[], None] = lambda: None, where: str = "", aside: Aside = at_once,
+        held: HeldTable | None = None,
     ) -> None:  # fmt: skip
         """name: for the log, "csv:/path".
 
         pause: called every few milliseconds of a long `load`; `find` answers meanwhile.
         where: the line of willi.conf that names the file.
         aside: does the work with the file.
+        held: what other workers hold. This one begins under their rules: a file that has changed must have rested.
         """
         self.name = name
         self.file = file
@@ -110,10 +106,11 @@ class CsvFile:
         self._where = where
         self._aside = aside
         self._table: dict[str, Route] | None = None
-        self.held: Held | None = None  # the last whole table, ours or that of other workers
+        self._routes: tuple[Route, ...] = ()
+        self.held = held  # the last whole table, ours or that of other workers
         self._unsure_until = 0.0  # monotonic: the first table may be half a file that is just being written
         self._unsure = False
-        self._seen: Stamp | None = None  # the file when we last looked
+        self._seen = Stamp(*held.version) if held else None  # the file when we last looked
         self._due = 0.0  # monotonic: when it is to be read if it stays like this
 
     def __len__(self) -> int:
@@ -122,7 +119,18 @@ class CsvFile:
 
     def routes(self) -> list[Route]:
         """The different routes of the table."""
-        return list({id(route): route for route in (self._table or {}).values()}.values())
+        return list(self._routes)
+
+    def files(self) -> Sequence[str]:
+        return (self.file,)
+
+    def facts(self, thorough: bool = False) -> MappingFacts:
+        return MappingFacts(
+            self._routes, patterns=len(self), table=self.held, loaded_at=self.loaded_at, last_error=self.fault
+        )
+
+    def close(self) -> None:
+        pass
 
     def find(self, keys: Sequence[str]) -> Iterator[Answer]:
         """The answers for exactly these keys. They raise LookupFailed before the first `load`."""
@@ -134,12 +142,15 @@ class CsvFile:
                 raise LookupFailed("its file is being written", told=True)
             yield Answer(route, "unsure" if self._unsure else "")
 
-    def follow(self, held: Held) -> None:
-        """Begin beside workers that hold a whole table: `load` only when `changed` says so, as they do."""
-        self.held, self._seen = held, held.stamp
+    def load(self) -> bool:
+        """Read the file if it is the first time, or if `changed` says so. Raises MappingError."""
+        is_due = self.changed() or not (self.held or self.fault)
+        if is_due:
+            self.read()
+        return is_due
 
     def changed(self) -> bool:
-        """Whether it is time to `load`; to be asked every second or two.
+        """Whether it is time to read the file; to be asked every second or two.
 
         A new file that took this name by a rename is complete, and read if the next look finds it the same.
         One that is written in place may be half of what it will be, and cut at a line end it would look
@@ -154,13 +165,13 @@ class CsvFile:
             return False
         return monotonic() >= self._due
 
-    def load(self) -> None:
+    def read(self) -> None:
         """Read the file that `changed` saw; all of it replaces the old table, or, after CsvError, nothing does."""
         is_first, self._due = self.held is None, monotonic() + RETRY
         try:
             octets = self._read()
             ends_a_line = octets.endswith(b"\n")
-            table = self._parse(octets)
+            table, routes = self._parse(octets)
             if self.held and self.held.patterns and not table:
                 raise CsvError(f"{self.file}: {NO_PATTERNS}")
             if self.held and len(table) < self.held.patterns and self.held.ends_a_line and not ends_a_line:
@@ -173,8 +184,8 @@ class CsvFile:
             self._due = self._due if error.passing else inf
             raise
         assert self._seen  # by _read
-        self._table, self.stamp = table, self._seen
-        self.held = Held(self._seen, len(table), ends_a_line)
+        self._table, self._routes, self.stamp = table, routes, self._seen
+        self.held = HeldTable(self._seen, len(table), ends_a_line)
         self.loaded_at, self.fault, self._due = time(), "", inf
         self._unsure, self._unsure_until = not table, monotonic() + CALM if is_first else 0.0
 
@@ -202,7 +213,7 @@ class CsvFile:
         with Path(self.file).open("rb") as file:
             return Stamp.of(os.fstat(file.fileno())), file.read(), Stamp.of(os.fstat(file.fileno()))
 
-    def _parse(self, octets: bytes) -> dict[str, Route]:
+    def _parse(self, octets: bytes) -> tuple[dict[str, Route], tuple[Route, ...]]:
         """Raises CsvError."""
         lines = enumerate(io.BytesIO(octets.removeprefix(codecs.BOM_UTF8)), 1)
         self._skip_header(lines)
@@ -219,7 +230,7 @@ class CsvFile:
                 raise CsvError(*faults, f"{self.file}: not read further after {MAX_FAULTS} faults")
         if faults:
             raise CsvError(*faults)
-        return builder.table
+        return builder.table, tuple(builder.routes)
 
     def _skip_header(self, lines: Iterator[tuple[int, bytes]]) -> None:
         """Data in its place would be lost in silence, so it must be there."""
@@ -244,7 +255,7 @@ class _Builder:
         self._mapping = mapping
         self._policy = policy
         self._routes: dict[str, Route] = {}  # by what follows the pattern
-        self._unique: dict[Route, Route] = {}  # equal routes are one object, which saves memory and comparing
+        self.routes: dict[Route, Route] = {}  # equal routes are one object, which saves memory and comparing
 
     def add(self, number: int, line: bytes) -> None:
         """Take in one line, comments and empty ones too. Raises ValueError."""
@@ -272,7 +283,7 @@ class _Builder:
             raise ValueError(f"more than three fields: a line is {HEADER}")
         tls_verify = parse_tls_verify(verify) if verify else True
         route = Route(parse_servers(server), tls_verify, self._policy, self._mapping)
-        self._routes[rest] = self._unique.setdefault(route, route)
+        self._routes[rest] = self.routes.setdefault(route, route)
         return self._routes[rest]
 
 

@@ -20,7 +20,7 @@ from gevent import ssl
 from gevent.lock import BoundedSemaphore
 
 from willi_lib.hosts import Address
-from willi_lib.routing.route import LookupFailed, Policy, Route, parse_servers, parse_tls_verify
+from willi_lib.routing.route import HostFacts, LookupFailed, Policy, Route, parse_servers, parse_tls_verify
 
 HOST_REST = 60.0  # seconds a host that failed is tried last, as for an upstream
 MAX_IDLE = 60.0  # seconds a connection is kept unused: firewalls forget it after some minutes and tell nobody
@@ -302,6 +302,20 @@ class Database:
         return str(host) if host.host else self._access.unix_socket
 
     # -- for `check`
+
+    def inspect_hosts(self) -> tuple[HostFacts, ...]:
+        """Ask each of them."""
+        return tuple(map(self._facts_of, self.hosts))
+
+    def _facts_of(self, host: Address) -> HostFacts:
+        name = self.name_of(host)
+        try:
+            facts = self.inspect(host)
+        except (Down, LookupFailed) as error:
+            return HostFacts(name, host.host, fault=str(error), answered=isinstance(error, LookupFailed))
+        tls = f"{facts.tls}, certificate verified" if facts.tls else "no TLS"
+        text = f"{facts.version}, {tls}, columns {', '.join(facts.columns)}"
+        return HostFacts(name, host.host, facts.tls, text)
 
     def inspect(self, host: Address) -> Facts:
         """Connect, have the server prepare the query, and run it. Raises Down, LookupFailed."""

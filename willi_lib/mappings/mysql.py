@@ -24,7 +24,7 @@ from gevent.event import AsyncResult
 
 from willi_lib.mappings.database import NOBODY, Down, TooSlow
 from willi_lib.mappings.last_row import LastRow
-from willi_lib.routing.route import Answer, LookupFailed, Route
+from willi_lib.routing.route import Answer, HostFacts, LookupFailed, MappingError, MappingFacts, Route
 
 RETRY_INTERVAL = 5.0  # seconds between sessions that wait for a database that is down ...
 QUICK_RETRY = 1.0  # ... and between tries if they cost nobody any time, as with a refused connection ...
@@ -79,6 +79,9 @@ class Source(Protocol):
 
     def ask(self, key: str) -> Route | None:
         """The route for this key, within a time limit. Raises Down, TooSlow, LookupFailed."""
+
+    def inspect_hosts(self) -> tuple[HostFacts, ...]:
+        """Ask each."""
 
     def close(self) -> None:
         """Take leave."""
@@ -141,15 +144,29 @@ class Mysql:
             return Condition(False, self._outage.failed, self._outage.why, len(self._entries))
         return Condition(True, self._answered, "", len(self._entries))
 
-    def fault(self) -> Down | LookupFailed | None:
-        """Ask the database, whatever is known of it; None if it answers."""
+    def load(self) -> bool:
+        """Ask the database, whatever is known of it. Raises MappingError; passing: it gave no answer."""
         try:
             self._database.ask(NOBODY)
         except TooSlow:
-            return None
+            pass
         except (Down, LookupFailed) as why:
-            return why
-        return None
+            passing = isinstance(why, Down) and not why.not_there
+            raise MappingError(f"{self.name}: {why}", passing=passing) from None
+        return False
+
+    def files(self) -> Sequence[str]:
+        return ()
+
+    def facts(self, thorough: bool = False) -> MappingFacts:
+        now = self._outage
+        return MappingFacts(
+            last_error=now.why if now else "",
+            database_up=not now,
+            seen=now.failed if now else self._answered,
+            cache_entries=len(self._entries),
+            hosts=self._database.inspect_hosts() if thorough else (),
+        )
 
     def _is_confirmed(self, keys: Sequence[str], deadline: float) -> bool:
         """Look for the row that any worker found last, unless it was seen after all of these keys were not found.

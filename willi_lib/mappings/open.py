@@ -7,7 +7,8 @@ from collections.abc import Mapping as ByKey
 from pathlib import Path
 
 from ..config import CsvSettings, MysqlSettings, Settings, StaticSettings
-from ..routing.route import Mapping, Route
+from ..routing.route import HeldTable, Mapping, Route
+from ..routing.route import MappingError as MappingError
 from .csv_file import Aside, CsvFile, at_once
 from .database import Access, Database
 from .last_row import LastRow
@@ -17,16 +18,13 @@ from .static import Static
 READABLE_BY_OTHERS = 0o004  # of a file's mode; the service needs that of the group
 
 
-class MappingError(Exception):
-    """A mapping that cannot be used; one line for each fault."""
-
-
 def open_mappings(
     settings: Settings,
     pause: Callable[[], None] = lambda: None,
     tell: Callable[[Notice], None] = lambda _notice: None,
     aside: Callable[[], Aside] = lambda: at_once,
     last_rows: ByKey[MysqlSettings, LastRow] | None = None,
+    held: ByKey[str, HeldTable] | None = None,
 ) -> list[Mapping]:
     """Make them; a CSV file still has to be loaded. A database need not be there.
 
@@ -34,21 +32,23 @@ def open_mappings(
     tell: called with what an administrator should hear of a database, now and later.
     aside: makes what does the work with one file.
     last_rows: what the workers share of each database.
+    held: the tables of other workers, by mapping.
     Raises MappingError.
     """
-    return [_open(mapping, pause, tell, aside, last_rows or {}) for mapping in settings.mappings]
+    return [_open(mapping, pause, tell, aside, last_rows or {}, held or {}) for mapping in settings.mappings]
 
 
 def _open(
     mapping: StaticSettings | CsvSettings | MysqlSettings,
     pause: Callable[[], None], tell: Callable[[Notice], None], aside: Callable[[], Aside],
-    last_rows: ByKey[MysqlSettings, LastRow],
+    last_rows: ByKey[MysqlSettings, LastRow], held: ByKey[str, HeldTable],
 ) -> Mapping:  # fmt: skip
     if isinstance(mapping, StaticSettings):
         name = f"static:{mapping.name}"
         return Static(name, Route(mapping.server, mapping.tls_verify, mapping.policy, name))
     if isinstance(mapping, CsvSettings):
-        return CsvFile(f"csv:{mapping.file}", mapping.file, mapping.policy, pause, mapping.where, aside())
+        name = f"csv:{mapping.file}"
+        return CsvFile(name, mapping.file, mapping.policy, pause, mapping.where, aside(), held.get(name))
     name = f"mysql:{mapping.name}"
     if others_can_read(mapping.password_file):
         tell(Notice("warn", "Every user of this machine can read the password file", name, mapping.password_file))

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import repeat
 
-from willi_lib.routing.route import Answer, Route
+from willi_lib.routing.route import Answer, MappingFacts, Route
 
 
 class Static:
@@ -20,3 +20,15 @@ class Static:
     def find(self, keys: Sequence[str]) -> Iterator[Answer]:
         """The route, whatever the keys."""
         return repeat(Answer(self.route), len(keys))
+
+    def load(self) -> bool:
+        return False
+
+    def close(self) -> None:
+        pass
+
+    def files(self) -> Sequence[str]:
+        return ()
+
+    def facts(self, thorough: bool = False) -> MappingFacts:
+        return MappingFacts(routes=(self.route,), takes_all=True)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from collections.abc import Mapping as ByKey
 from dataclasses import dataclass, field
 from time import monotonic
 from typing import TypeVar
@@ -14,13 +15,9 @@ from gevent.threadpool import ThreadPool
 
 from .. import log
 from ..config import MysqlSettings
-from ..mappings import csv_file as csv
-from ..mappings.csv_file import CsvError, CsvFile, Held
+from ..mappings import csv_file
 from ..mappings.last_row import LastRow
-from ..mappings.mysql import Mysql
-from ..mappings.open import MappingError
-from ..routing.route import LookupFailed
-from ..routing.route import Mapping as AnyMapping
+from ..routing.route import HeldTable, Mapping, MappingError
 from . import news
 
 ANSWERS_LOST = "Reload while a database is down, remembered answers are lost"
@@ -33,10 +30,10 @@ T = TypeVar("T")
 class Start:
     """How a worker starts."""
 
-    held: Mapping[str, Held] = field(default_factory=dict)  # by file: the tables of the workers that serve
+    held: ByKey[str, HeldTable] = field(default_factory=dict)  # by mapping: the tables of the workers that serve
     alone: bool = False  # there were such workers, and none is left
     reload: news.Reload = ""
-    last_rows: Mapping[MysqlSettings, LastRow] = field(default_factory=dict)  # shared by all workers
+    last_rows: ByKey[MysqlSettings, LastRow] = field(default_factory=dict)  # shared by all workers
 
 
 class DatabaseDown(MappingError):
@@ -46,42 +43,40 @@ class DatabaseDown(MappingError):
 class MappingWatch:
     """Reads and looks; `tell` hears what the other workers should know."""
 
-    def __init__(self, mappings: Sequence[AnyMapping], tell: Callable[[news.Message], None]) -> None:
-        self._csv_files = [mapping for mapping in mappings if isinstance(mapping, CsvFile)]
-        self._databases = [mapping for mapping in mappings if isinstance(mapping, Mysql)]
+    def __init__(self, mappings: Sequence[Mapping], tell: Callable[[news.Message], None]) -> None:
+        self._mappings = mappings
         self._tell = tell
 
     def load(self, start: Start) -> None:
-        """Read all CSV files. Raises CsvError, MappingError.
+        """Read all files. Raises MappingError.
 
         Beside workers that serve nothing is taken that is worse than what they have: no empty table, none that is
         being written, and none that cannot be read just now. If no such worker is left, we serve without that table
         until it can be read, which means 451.
         """
-        for database in self._databases if start.reload else ():
-            _ask_before_reload(database, start.reload)
-        for csv_file in self._csv_files:
-            held = start.held.get(csv_file.file)
-            if held:
-                csv_file.follow(held)
+        for mapping in self._mappings:
+            if not mapping.files():
+                if start.reload:
+                    _ask_before_reload(mapping, start.reload)
+                continue
+            may_be_missing = start.alone and mapping.name in start.held
             try:
-                self._load(csv_file, bool(held), 0.0 if held and start.alone else csv.START_PATIENCE)
-            except CsvError as error:
-                if not (held and start.alone):
+                self._load(mapping, 0.0 if may_be_missing else csv_file.START_PATIENCE)
+            except MappingError as error:
+                if not may_be_missing:
                     raise
-                self._tell(news.of_fault(csv_file, error))
+                self._tell(news.of_fault(mapping, error))
 
-    def _load(self, csv_file: CsvFile, follows: bool, patience: float) -> None:
-        """Wait as long as that for a file that is not ready. Raises CsvError."""
+    def _load(self, mapping: Mapping, patience: float) -> None:
+        """Wait as long as that for a file that is not ready. Raises MappingError."""
         deadline = monotonic() + patience
-        fault = CsvError(f"{csv_file.file}: still being written", passing=True)
+        fault = MappingError(f"{mapping.files()[0]}: still being written", passing=True)
         while True:
             try:
-                if csv_file.changed() or not (follows or csv_file.fault):
-                    csv_file.load()
-                    self._tell(news.of_table(csv_file))
+                if mapping.load():
+                    self._tell(news.of_table(mapping))
                     return
-            except CsvError as error:
+            except MappingError as error:
                 if not error.passing:
                     raise
                 fault = error
@@ -90,35 +85,33 @@ class MappingWatch:
             gevent.sleep(START_LOOK)
 
     def look(self) -> None:
-        """To be called every second or two: read a CSV file again when it has changed; a bad one changes nothing."""
-        for csv_file in self._csv_files:
+        """To be called every second or two: read what has changed; a bad file changes nothing."""
+        for mapping in self._mappings:
             try:
-                if csv_file.changed():
-                    csv_file.load()
-                    self._tell(news.of_table(csv_file))
-            except CsvError as error:
-                self._tell(news.of_fault(csv_file, error))
+                if mapping.files() and mapping.load():
+                    self._tell(news.of_table(mapping))
+            except MappingError as error:
+                self._tell(news.of_fault(mapping, error))
 
     def close(self) -> None:
-        """Take leave of the databases."""
-        for database in self._databases:
-            database.close()
+        for mapping in self._mappings:
+            mapping.close()
 
 
-def _ask_before_reload(database: Mysql, reload: news.Reload) -> None:
+def _ask_before_reload(mapping: Mapping, reload: news.Reload) -> None:
     """Raises MappingError: new workers would get no answers, and those that serve have some.
 
     A database that is gone does not stop a reload that an administrator asks for; one that answers that a name, the
     password or the query is wrong does.
     """
-    fault = database.fault()
-    if fault is None:
-        return
-    if reload == "automatic":
-        raise DatabaseDown(f"{database.name}: {fault}")
-    if reload == "asked" and (isinstance(fault, LookupFailed) or fault.not_there):
-        raise MappingError(f"{database.name}: {fault}")
-    log.warn(ANSWERS_LOST, mapping=database.name, error=str(fault))
+    try:
+        mapping.load()
+    except MappingError as fault:
+        if reload == "automatic":
+            raise DatabaseDown(str(fault)) from None
+        if reload == "asked" and not fault.passing:
+            raise
+        log.warn(ANSWERS_LOST, mapping=mapping.name, error=str(fault).removeprefix(f"{mapping.name}: "))
 
 
 class FileThread:
@@ -144,7 +137,7 @@ class FileThread:
                 self._last = self._pool.spawn(attempt)
             except RuntimeError as error:  # the system has no more threads
                 raise OSError(errno.EAGAIN, str(error)) from None
-            self._last.wait(csv.FILE_TIMEOUT)
+            self._last.wait(csv_file.FILE_TIMEOUT)
             if self._last.ready():
                 if failure := self._last.get():
                     raise failure

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any, Literal
 
 from .. import log
-from ..mappings.csv_file import CsvError, CsvFile, Held, Stamp
+from ..routing.route import HeldTable, Mapping, MappingError
 
 OLD_STAYS = "CSV file not read, the old table stays"
 NO_TABLE = "CSV file not read by a new worker, which answers 451 without its table"
@@ -19,23 +19,23 @@ Message = dict[str, Any]
 Reload = Literal["", "asked", "automatic", "overdue"]  # by SIGHUP; for a changed certificate; when that waited too long
 
 
-def of_table(csv_file: CsvFile) -> Message:
+def of_table(mapping: Mapping) -> Message:
     """It was read."""
-    return {"mapping": csv_file.name, "file": csv_file.file, "held": csv_file.held}
+    return {"mapping": mapping.name, "held": mapping.facts().table}
 
 
-def of_fault(csv_file: CsvFile, error: CsvError) -> Message:
+def of_fault(mapping: Mapping, error: MappingError) -> Message:
     """It could not be read."""
     faults = [fault[:MAX_FAULT] for fault in error.faults]
-    return {"mapping": csv_file.name, "faults": faults, "text": OLD_STAYS if csv_file.stamp else NO_TABLE}
+    return {"mapping": mapping.name, "faults": faults, "text": OLD_STAYS if mapping.facts().loaded_at else NO_TABLE}
 
 
 class News:
     """Of the workers that have read the same willi.conf."""
 
-    def __init__(self, held: dict[str, Held] | None = None) -> None:
+    def __init__(self, held: dict[str, HeldTable] | None = None) -> None:
         """held: the tables of the workers before them."""
-        self.tables: dict[str, Held] = {}  # that they hold, by file
+        self.tables: dict[str, HeldTable] = {}  # that they hold, by mapping
         self._before = held or {}
         self._faults: dict[str, list[str]] = {}  # by mapping
         self._faulty: dict[str, set[int]] = {}  # by mapping: the workers that have met these faults
@@ -44,9 +44,9 @@ class News:
         """Note what a worker (its process id) tells of a table, and log it if it is new."""
         if "faults" in message:
             self._take_faults(message["mapping"], message["text"], message["faults"], worker)
-        else:
-            stamp, *others = message["held"]
-            self._take_table(message["mapping"], message["file"], Held(Stamp(*stamp), *others), worker)
+        elif message["held"]:
+            version, *others = message["held"]
+            self._take_table(message["mapping"], HeldTable(tuple(version), *others), worker)
 
     def _take_faults(self, mapping: str, text: str, faults: list[str], worker: int) -> None:
         if self._faults.get(mapping) == [text, *faults]:
@@ -56,16 +56,16 @@ class News:
         for fault in faults:
             log.error(text, mapping=mapping, error=fault)
 
-    def _take_table(self, mapping: str, file: str, held: Held, worker: int) -> None:
-        known, self.tables[file] = self.tables.get(file), held
+    def _take_table(self, mapping: str, held: HeldTable, worker: int) -> None:
+        known, self.tables[mapping] = self.tables.get(mapping), held
         was_faulty = worker in self._faulty.get(mapping, ())
         if was_faulty or held != known:  # else it is a slow worker, which tells of the file before the fault
             self._faults.pop(mapping, None)
             self._faulty.pop(mapping, None)
-        before = (known or self._before.get(file) or held).patterns
+        before = (known or self._before.get(mapping) or held).patterns
         shrunk = before >= MANY_PATTERNS and held.patterns < before / 2  # perhaps its end is missing
         if not held.patterns and known != held:
             log.warn("CSV file has no patterns, what no other mapping has is told 451", mapping=mapping)
-        elif (known and known.stamp != held.stamp) or was_faulty or (shrunk and not known):
+        elif (known and known.version != held.version) or was_faulty or (shrunk and not known):
             tell = log.warn if shrunk else log.info
             tell("CSV file read again", mapping=mapping, patterns=held.patterns, before=before)

@@ -104,7 +104,7 @@ class Worker:
         """
         resolver = self._resolver = Resolver(settings.dns_timeout)
         resolver.serve_all_sockets()
-        self._mappings = open_mappings(settings, give_way, _log_notice, FileThread, start.last_rows)
+        self._mappings = open_mappings(settings, give_way, _log_notice, FileThread, start.last_rows, start.held)
         self._mapping_watch = MappingWatch(self._mappings, tell)
         self._mapping_watch.load(start)
         counts = Counts()

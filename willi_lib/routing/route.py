@@ -7,7 +7,7 @@ order of the search. A mapping only answers for keys. Pure: no socket, no log.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, Protocol
 from unicodedata import name, normalize
@@ -85,10 +85,72 @@ class Answer(NamedTuple):
     origin: Origin = ""
 
 
+class MappingError(Exception):
+    """A mapping that cannot be used; one fault a line of the text.
+
+    passing: nothing is wrong with it as far as we know, it could not be read just now.
+    """
+
+    def __init__(self, *faults: str, passing: bool = False) -> None:
+        super().__init__("\n".join(faults))
+        self.faults = faults
+        self.passing = passing
+
+
+class HeldTable(NamedTuple):
+    """What one worker has to know of the table that others hold, to take none that is worse."""
+
+    version: tuple[int, ...]  # differs when the file does
+    patterns: int
+    ends_a_line: bool  # the last octet of the file does
+
+
+class HostFacts(NamedTuple):
+    """One host of a database, as it answered just now."""
+
+    name: str  # as an administrator writes it
+    host: str  # without port; empty: a socket of this machine
+    tls: str = ""  # the version; empty: none
+    text: str = ""  # what the server is, for an administrator
+    fault: str = ""
+    answered: bool = True  # the fault is what the host itself said of the query
+
+
+@dataclass(frozen=True)
+class MappingFacts:
+    """How a mapping is now, for the status and for `check`. None: it has no such thing."""
+
+    routes: Collection[Route] | None = None  # all of them; None: not known beforehand, as in a database
+    takes_all: bool = False  # every recipient has a route here
+    patterns: int | None = None
+    table: HeldTable | None = None
+    loaded_at: float | None = None  # seconds since 1970
+    last_error: str = ""
+    database_up: bool | None = None
+    seen: float = 0.0  # when the database last answered or did not (monotonic); 0: nothing was asked yet
+    cache_entries: int | None = None
+    hosts: tuple[HostFacts, ...] = ()
+
+
 class Mapping(Protocol):
     """One source of routes."""
 
     name: str  # for the log: "csv:/etc/willi/map.csv"
+
+    def load(self) -> bool:
+        """Read what is to be read now, if there is anything: whether there was. Called at the start, then every second.
+
+        Raises MappingError; what was read before stays.
+        """
+
+    def close(self) -> None:
+        """Release connections and files."""
+
+    def files(self) -> Sequence[str]:
+        """What `load` reads. Empty: it need not be called every second."""
+
+    def facts(self, thorough: bool = False) -> MappingFacts:
+        """thorough: with the hosts of a database, each of which is asked. That takes time."""
 
     def find(self, keys: Sequence[str]) -> Iterator[Answer]:
         """The answer for exactly each key, in this order; a key is not asked for before its answer is taken.
