@@ -18,7 +18,7 @@ Options:
   -c FILE         The configuration. Default: ./willi.conf, then /opt/willi/etc/willi.conf.
   --quick         Only whether Willi would start: the file, tables, certificates and ports. No server is asked.
   --json          The findings as a list of {"level", "subject", "what", "advice"}.
-  --debug         One process, and the whole dialogue in the log on the terminal.
+  --debug         One worker, and the whole dialogue in the log on the terminal.
   -h --help       Show this text.
   -V --version    Show the version.
 
@@ -148,16 +148,13 @@ def serve(settings: Settings, debug: bool) -> int:
     # An upgrade turns /opt/willi/venv to another release: workers forked after it shall find the libraries of ours.
     sys.path[:] = map(os.path.realpath, sys.path)
     if debug:
-        settings = dataclasses.replace(settings, loglevel="debug", log="stdout", workers=1)
+        settings = for_debug(settings)
     log.set_up(settings.loglevel, settings.log)
     log.info("Starting", version=VERSION, config=settings.path)
     if settings.log == "syslog" and (fault := log.syslog_fault()):
         print(f"willi.py: no line of the log is kept: {fault}", file=sys.stderr, flush=True)
     try:
-        if debug:
-            master.run_alone(settings)
-        else:
-            master.run(settings, read_again=lambda: load(settings.path))
+        master.run(settings, lambda: for_debug(load(settings.path)) if debug else load(settings.path))
     except CannotBind as error:
         return cannot_start(str(error), CANNOT_BIND)
     except master.Unusable as error:
@@ -170,6 +167,10 @@ def serve(settings: Settings, debug: bool) -> int:
     finally:
         log.finish()
     return GOOD
+
+
+def for_debug(settings: Settings) -> Settings:
+    return dataclasses.replace(settings, loglevel="debug", log="stdout", workers=1)
 
 
 def cannot_start(faults: str, status: int) -> int:

@@ -363,6 +363,20 @@ def test_debug_shows_the_dialogue_but_not_the_message(start_willi: StartWilli, u
     assert "secret" not in willi.text
 
 
+def test_with_debug_there_is_one_worker_and_the_dialogue_in_the_log_also_after_a_reload(
+    start_willi: StartWilli, upstream: ScriptedUpstream
+):
+    willi = start_willi(server=upstream.server, workers=3, log="syslog", loglevel="error", options=["--debug"])
+    for sessions in (1, 2):
+        with greeted(willi) as client:
+            assert deliver(client) == QUEUED
+        willi.wait_for_log(msg="Message accepted", count=sessions)
+        assert len(willi.lines(msg="client <", line=MAIL.decode())) == sessions
+        assert len(willi.workers) == 1
+        if sessions == 1:
+            willi.reload()
+
+
 def test_accepted_recipients_of_a_lost_upstream_are_in_the_log(willi: Willi, upstream: ScriptedUpstream):
     willi.tolerate("Upstream failed")
     upstream.answers[BEN] = Close()

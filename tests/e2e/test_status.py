@@ -367,18 +367,6 @@ def listens(pid: int, port: int) -> bool:
     return bool(own.intersection(found))
 
 
-def test_with_debug_one_process_does_both(
-    start_willi: StartWilli, upstream: ScriptedUpstream, status: Status
-):
-    willi = start_willi(server=upstream.server, status_listen=status.setting, options=["--debug"])
-    assert deliver(greeted(willi)) == QUEUED
-    status.wait_for(1, "willi_messages_total", verdict="accepted")
-    assert willi.children == []
-    assert status.get("/readyz").status == 200
-    assert upstream.server in status.lookup("bob@b.example")
-    assert status.overview()["workers"] == 1
-
-
 # Health
 
 

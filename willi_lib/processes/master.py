@@ -12,7 +12,6 @@ import resource
 import signal
 import socket
 from collections.abc import Callable, Mapping
-from functools import partial
 from time import monotonic, time
 from typing import NoReturn
 
@@ -20,13 +19,13 @@ from .. import log
 from ..config import ConfigError, MysqlSettings, Settings
 from ..mappings.last_row import LastRow
 from ..net.tls import CertificateError, server_tls
-from ..status.reports import Links, Report
+from ..status.reports import Report
 from ..status.words import several
 from . import systemd
 from .certificate_files import CertificateFiles
 from .child import DATABASE_DOWN, TRY_AGAIN, Child, Generation, State
-from .keeper import Keeper, status_addresses
-from .listeners import CannotBind, Listeners, bind
+from .keeper import Keeper
+from .listeners import CannotBind, Listeners
 from .news import News, Reload
 from .process_name import name_process
 from .reload import write_answer
@@ -72,50 +71,6 @@ def run(settings: Settings, read_again: Callable[[], Settings]) -> None:
     """
     name_process("willi-master", in_command=False)  # the init script knows it by its command
     Master(settings, read_again).run()
-
-
-def run_alone(settings: Settings) -> None:
-    """Serve from this very process, for --debug. Raises CannotBind, Unusable."""
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
-    listeners = Listeners()
-    listeners.close_others(settings.listen)
-    listeners.open(settings.listen)
-    links, status_sockets = Links(), _status_sockets(settings)
-    look_at_surroundings(settings)
-    board = _board_for(settings)
-    board.give(0)
-    from ..status import serving as status
-    from . import worker  # not before: it brings gevent
-    from .mapping_watch import Start
-
-    news = partial(News().take, worker=os.getpid())
-    try:
-        tls = server_tls(settings)
-        start = Start(last_rows=_last_rows(settings))
-        serving = worker.Worker(settings, tls, listeners.sockets, Row(board, 0), links, news, start)
-    except worker.STARTUP_FAULTS as faults:
-        raise Unusable(str(faults)) from None
-    log.info("Ready", listen=str(listeners), pid=os.getpid())
-    facts = Facts()
-
-    def tell(is_ending: bool) -> Report:
-        states = {str(os.getpid()): "draining" if is_ending else "serving"}
-        return facts.report(settings, str(listeners), states, board.total, is_ending)
-
-    def show_status(is_ending: Callable[[], bool]) -> None:
-        if status_sockets:
-            status.serve_beside(settings, status_sockets, links, lambda: tell(is_ending()))
-
-    serving.run_alone(show_status)
-    log.info("Stopped")
-
-
-def _status_sockets(settings: Settings) -> list[socket.socket]:
-    try:
-        return [*bind(status_addresses(settings), ()).values()]
-    except CannotBind as error:
-        log.warn("There is no status", error=str(error))
-        return []
 
 
 def look_at_surroundings(settings: Settings) -> None:

@@ -1,7 +1,4 @@
-"""One process that serves clients: gevent, TLS, limits, CSV files read again, and the end of it all.
-
-`run` is a worker of the master's; `Worker.run_alone` is the only process there is.
-"""
+"""One process that serves clients: gevent, TLS, limits, CSV files read again, and the end of it all."""
 
 from __future__ import annotations
 
@@ -121,23 +118,6 @@ class Worker:
         gc.freeze()
         gc.set_threshold(GARBAGE_THRESHOLD, 20, 20)
 
-    def run_alone(self, show_status: Callable[[Callable[[], bool]], None]) -> None:
-        """Serve until SIGTERM or SIGINT, then let running transactions finish; a second signal ends at once.
-
-        show_status: is called first, with what tells whether it is to end.
-        """
-        show_status(self._asked_to_end.is_set)
-        for number in (signal.SIGTERM, signal.SIGINT):
-            gevent.signal_handler(number, self._on_signal)
-        gevent.signal_handler(signal.SIGHUP, log.warn, "There is no reload with --debug: start Willi again")
-        self.serve()
-
-    def _on_signal(self) -> None:
-        if self._asked_to_end.is_set():
-            log.warn("Ended at once", sessions=len(self._admission.sessions))
-            os._exit(0)
-        self.end()
-
     def end(self) -> None:
         """Let `serve` drain and return."""
         self._asked_to_end.set()
@@ -150,7 +130,7 @@ class Worker:
             log.error("The master is dead, this worker drains and ends", pid=os.getpid())
             self.end()
 
-    def serve(self, about_to_end: Callable[[], None] = lambda: None) -> None:
+    def serve(self, about_to_end: Callable[[], None]) -> None:
         """Take clients until asked to end, and let running transactions finish.
 
         about_to_end: is called before that.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import socket as stdlib_socket
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import count
 from time import monotonic, time
 from typing import Any
@@ -107,17 +107,3 @@ class Serving:
         finally:
             del self._asked[number]
         return Asked(address, tuple(AskedStep(*step) for step in steps), result)
-
-
-def serve_beside(
-    settings: Settings, sockets: Sequence[stdlib_socket.socket], links: Links, facts: Callable[[], Report]
-) -> None:
-    """In the only process there is, beside the clients. facts: what a master would tell."""
-
-    def tell() -> None:
-        while True:
-            send(links.to_reports, {"master": facts()})
-            gevent.sleep(INTERVAL)
-
-    gevent.spawn(keep_going, tell)
-    gevent.spawn(Serving(settings, sockets, links).start)
