@@ -1,30 +1,47 @@
-"""A mean of the last hour."""
+"""The last sixty minutes: what is added up minute by minute, and a mean of it."""
 
 from __future__ import annotations
 
-from collections import deque
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
 
 MINUTE = 60.0  # seconds
 MINUTES = 60
 
 
-class HourMean:
-    """Durations of the last hour, added up by minutes."""
+class LastHour:
+    """Numbers by their names, added up by minutes."""
 
     def __init__(self) -> None:
-        self._minutes: deque[tuple[int, float, float]] = deque(maxlen=MINUTES)  # the minute, how many, their seconds
+        self._minutes: dict[float, defaultdict[str, float]] = {}  # by their beginning
+
+    def add(self, now: float, **numbers: float) -> None:
+        minute = self._minutes.setdefault(now // MINUTE * MINUTE, defaultdict(float))
+        for name, number in numbers.items():
+            minute[name] += number
+        if len(self._minutes) > MINUTES:  # also those to come, of a clock that was fast
+            shown = {began for began, _ in self.minutes(now)}
+            self._minutes = {began: counted for began, counted in self._minutes.items() if began in shown}
+
+    def minutes(self, now: float) -> Iterator[tuple[float, Mapping[str, float]]]:
+        """The last 60 with their beginning, the oldest first, those in which nothing was counted too."""
+        for ago in reversed(range(MINUTES)):
+            began = now // MINUTE * MINUTE - MINUTE * ago
+            yield began, self._minutes.get(began, {})
+
+
+class HourMean:
+    """Of the durations of the last hour."""
+
+    def __init__(self) -> None:
+        self._hour = LastHour()
 
     def add(self, number: float, seconds: float, now: float) -> None:
         """So many more, and their sum."""
-        minute = int(now // MINUTE)
-        if self._minutes and self._minutes[-1][0] == minute:
-            _, before, seconds_before = self._minutes.pop()
-            number, seconds = number + before, seconds + seconds_before
-        self._minutes.append((minute, number, seconds))
+        self._hour.add(now, number=number, seconds=seconds)
 
     def mean(self, now: float) -> float | None:
         """In seconds; None: there were none."""
-        this = now // MINUTE
-        recent = [entry for entry in self._minutes if this - MINUTES < entry[0] <= this]
-        number = sum(entry[1] for entry in recent)
-        return sum(entry[2] for entry in recent) / number if number else None
+        number = sum(counted.get("number", 0.0) for _, counted in self._hour.minutes(now))
+        seconds = sum(counted.get("seconds", 0.0) for _, counted in self._hour.minutes(now))
+        return seconds / number if number else None
