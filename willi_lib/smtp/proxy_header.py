@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import struct
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv6Address
 
@@ -17,10 +18,8 @@ from willi_lib.hosts import canonical
 MAX_V1_LINE = 107  # octets with CRLF, section 2.1
 MAX_V2_BLOCK = 2048  # octets after the first 16. The field can say 65,535; addresses and the usual TLVs take under 600
 
-Address = IPv4Address | IPv6Address
-
 _V1_START = b"PROXY "
-_V1_PORT = re.compile(rb"0|[1-9][0-9]{0,4}")
+_V1_TCP = re.compile(rb"PROXY TCP([46]) ([0-9A-Fa-f.:]+) ([0-9A-Fa-f.:]+) (0|[1-9][0-9]{0,4}) (0|[1-9][0-9]{0,4})")
 
 _V2_SIGNATURE = b"\r\n\r\n\0\r\nQUIT\n"
 _V2_START = struct.Struct("!12sBBH")  # signature, version and command, family and protocol, length of the block
@@ -31,9 +30,6 @@ _V2_ADDRESSES = {_V2_TCP4: struct.Struct("!4s4sHH"), _V2_TCP6: struct.Struct("!1
 # With anything but TCP (UNSPEC, datagrams, unix sockets) the receiver "is free to accept the connection anyway and use
 # the real endpoint addresses", and HAProxy and nginx do. Values outside of this table are invalid (section 2.2).
 _V2_FAMILIES = {family | protocol for family in (0x00, 0x10, 0x20, 0x30) for protocol in (0, 1, 2)}
-
-_TLV_START = struct.Struct("!BH")
-_TLV_CRC32C = 0x03
 
 
 @dataclass(frozen=True)
@@ -97,31 +93,23 @@ def _parse_v1(buffer: bytes) -> tuple[Endpoints | None, int] | None:
         raise BadHeader("CR or LF alone in a PROXY line")
     if not crlf:
         return None
-    fields = text.split(b" ")
-    endpoints = None if fields[1] == b"UNKNOWN" else _v1_endpoints(fields)  # whatever comes after UNKNOWN
-    return endpoints, len(line) + len(crlf)
+    is_unknown = text.split(b" ")[1] == b"UNKNOWN"  # whatever comes after it
+    return None if is_unknown else _v1_endpoints(text), len(line) + len(crlf)
 
 
-def _v1_endpoints(fields: list[bytes]) -> Endpoints:
-    try:
-        _, family, source, destination, source_port, destination_port = fields
-        if family != (b"TCP6" if b":" in source else b"TCP4") or (b":" in source) != (b":" in destination):
-            raise ValueError
-        if b"%" in source + destination:  # a zone, for ipaddress
-            raise ValueError
-        addresses = [str(canonical(octets.decode("ascii"))) for octets in (source, destination)]
-        return Endpoints(addresses[0], _port(source_port), addresses[1], _port(destination_port))
-    except ValueError:
-        raise BadHeader(f"bad PROXY line: {b' '.join(fields)!r}") from None
-
-
-def _port(digits: bytes) -> int:
-    if not _V1_PORT.fullmatch(digits) or int(digits) > 65535:
-        raise ValueError
-    return int(digits)
+def _v1_endpoints(text: bytes) -> Endpoints:
+    if match := _V1_TCP.fullmatch(text):
+        source, destination = match[2].decode("ascii"), match[3].decode("ascii")
+        is_ipv6 = [match[1] == b"6", ":" in source, ":" in destination]
+        ports = int(match[4]), int(match[5])
+        with suppress(ValueError):
+            if len(set(is_ipv6)) == 1 and max(ports) <= 65535:
+                return Endpoints(str(canonical(source)), ports[0], str(canonical(destination)), ports[1])
+    raise BadHeader(f"bad PROXY line: {text!r}")
 
 
 def _parse_v2(buffer: bytes) -> tuple[Endpoints | None, int] | None:
+    """TLVs are skipped; a checksum (CRC32C) among them is not verified: TCP has one."""
     if len(buffer) > 12 and buffer[12] not in (_V2_LOCAL, _V2_PROXY):
         raise BadHeader(f"bad PROXY version or command: {buffer[12]:#04x}")
     local = buffer[12:13] == bytes([_V2_LOCAL])  # a health check of the proxy's own: the rest is not looked at
@@ -136,42 +124,13 @@ def _parse_v2(buffer: bytes) -> tuple[Endpoints | None, int] | None:
     end = _V2_START.size + length
     if len(buffer) < end:
         return None
-    return (_v2_endpoints(buffer[:end], form) if form else None), end
+    if form is None:
+        return None, end
+    source, destination, source_port, destination_port = form.unpack_from(buffer, _V2_START.size)
+    return Endpoints(str(canonical(source)), source_port, str(canonical(destination)), destination_port), end
 
 
-def _v2_endpoints(header: bytes, form: struct.Struct) -> Endpoints:
-    source, destination, source_port, destination_port = form.unpack_from(header, _V2_START.size)
-    _check_tlvs(header, _V2_START.size + form.size)
-    return Endpoints(str(canonical(source)), source_port, str(canonical(destination)), destination_port)
-
-
-def _check_tlvs(header: bytes, position: int) -> None:
-    """Type, length, value, to the end of the header (section 2.2.1 and on); only CRC32C says anything to us."""
-    while position < len(header):
-        value = position + _TLV_START.size
-        if value > len(header):
-            raise BadHeader("PROXY TLV cut off")
-        kind, length = _TLV_START.unpack_from(header, position)
-        position = value + length
-        if position > len(header):
-            raise BadHeader("PROXY TLV cut off")
-        if kind == _TLV_CRC32C:
-            without = header[:value] + bytes(length) + header[position:]
-            if header[value:position] != _crc32c(without).to_bytes(4, "big"):
-                raise BadHeader("PROXY checksum does not match")
-
-
-def _crc32c(octets: bytes) -> int:
-    """The checksum of RFC 4960 appendix B, bit by bit: a header is short, and few have one."""
-    crc = 0xFFFFFFFF
-    for octet in octets:
-        crc ^= octet
-        for _ in range(8):
-            crc = (crc >> 1) ^ (0x82F63B78 & -(crc & 1))
-    return crc ^ 0xFFFFFFFF
-
-
-def _of_one_family(endpoints: Endpoints) -> tuple[Address, Address]:
+def _of_one_family(endpoints: Endpoints) -> tuple[IPv4Address | IPv6Address, IPv4Address | IPv6Address]:
     """The two addresses, without zones, in the family of the client: a server without IPv6 takes no other for IPv4."""
     source, destination = (canonical(text.partition("%")[0]) for text in (endpoints.source, endpoints.destination))
     if source.version == destination.version:
