@@ -23,7 +23,8 @@ ROOM_OF = {"text": "log", "hosts": "log"}
 UPWARD = {"status.process": {"processes"}, "status.reporter": {"processes", "proxy"}}  # to be turned round
 PURE = {
     "text", "hosts",
-    "smtp.body", "smtp.syntax", "smtp.reply", "smtp.proxy_header", "routing.route", "status.overview", "status.plain",
+    "smtp.body", "smtp.syntax", "smtp.reply", "smtp.proxy_header", "smtp.xclient", "routing.route",
+    "status.overview", "status.plain",
     "status.finding", "status.charts", "status.page", "status.lines",
 }  # fmt: skip
 WORLD = {

@@ -17,7 +17,7 @@ from tests.support.dns import DnsServer, Fault
 from tests.support.loopback import HOST, free_port
 from willi_lib.net import resolver as module
 from willi_lib.net.resolver import MAX_ENTRIES, Cache, DnsFailed, Resolver
-from willi_lib.smtp.syntax import TEMPUNAVAIL, UNAVAILABLE
+from willi_lib.smtp.xclient import TEMPUNAVAIL, UNAVAILABLE
 
 CLIENT, CLIENT6 = "192.0.2.1", "2001:db8::1"
 TIMEOUT = 1.0  # seconds; long for a server on this host

@@ -13,27 +13,20 @@ from hypothesis import strategies as st
 
 from willi_lib.hosts import is_host_name
 from willi_lib.smtp import reply as replies
+from willi_lib.smtp import xclient
 from willi_lib.smtp.reply import Reject, Reply
 from willi_lib.smtp.syntax import (
     MAX_COMMAND_LINE,
     MAX_HELO,
-    MAX_XCLIENT_LINE,
     Mail,
     Path,
-    from_xtext,
     may_be_bdat,
     parse_bdat,
     parse_features,
     parse_helo,
     parse_mail,
     parse_rcpt,
-    parse_xclient,
     split_command,
-    xclient_address,
-    xclient_lines,
-    xclient_name,
-    xclient_port,
-    xtext,
 )
 
 ALL = frozenset(("SMTPUTF8", "8BITMIME", "CHUNKING"))
@@ -304,7 +297,7 @@ def test_no_hostile_line_takes_long(name):
     octets = HOSTILE[name][: N - len("MAIL FROM:")]
     work = [
         lambda: parse_rcpt(b"TO:" + octets, True), lambda: parse_mail(b"FROM:" + octets, ALL),
-        lambda: parse_helo(octets), lambda: parse_xclient(octets), lambda: parse_xclient(b"HELO=" + b"+" * N),
+        lambda: parse_helo(octets), lambda: xclient.parse(octets), lambda: xclient.parse(b"HELO=" + b"+" * N),
         lambda: parse_bdat(octets),
         lambda: is_host_name(octets.decode("latin-1")), lambda: parse_features(Reply(250, (b"", octets))),
         lambda: split_command(octets),
@@ -353,137 +346,6 @@ def test_features_are_keywords_in_upper_case_with_their_parameters():
         "": "", "X-�\0": "�", "8BITMIME": "",
     }  # fmt: skip
     assert parse_features(Reply(250, (b"PIPELINING",))) == {}
-
-
-# xtext and XCLIENT
-
-
-@given(st.text(st.characters(exclude_categories=["Cs"])))
-def test_xtext_is_read_back_and_is_printable_ascii_without_spaces(text):
-    encoded = xtext(text)
-    assert from_xtext(encoded) == text
-    assert re.fullmatch(rb"(?:[!-*,-<>-~]|\+[0-9A-F]{2})*", encoded)
-
-
-@pytest.mark.parametrize(("text", "encoded"), [
-    ("IPV6:2001:db8::1", b"IPV6:2001:db8::1"), ("[UNAVAILABLE]", b"[UNAVAILABLE]"), ("a+b=c d", b"a+2Bb+3Dc+20d"),
-    ("\r\n", b"+0D+0A"), ("ü", b"+C3+BC"), ("", b""),
-])  # fmt: skip
-def test_xtext_escapes_what_it_must(text, encoded):
-    assert xtext(text) == encoded
-
-
-def test_attributes_of_xclient_are_decoded_by_upper_case_name():
-    argument = b"name=c.example ADDR=192.0.2.1 Helo=a+2Bb+3Dc"
-    assert parse_xclient(argument) == {"NAME": "c.example", "ADDR": "192.0.2.1", "HELO": "a+b=c"}
-    assert parse_xclient(b"HELO=" + b"x" * MAX_HELO) == {"HELO": "x" * MAX_HELO}
-
-
-@pytest.mark.parametrize("argument", [
-    b"", b" ", b"NAME", b"NAME=", b"NAME=a ADDR", b"HELO=" + b"x" * 256, b"HELO=+0A", b"HELO=a+20b+0D", b"HELO=+C3+BC",
-    b"HELO=+FF", b"HELO=\xff", b"HELO=+1B[m", b"HELO=+7F", b"ADDR=192.0.2.1 ADDR=192.0.2.2", b"HELO=a helo=a",
-    b"NAME=a+2", b"NAME=a+", b"NAME=+", b"NAME=a+2x", b"NAME=a+XYb", b"NAME=a+2db", b"NAME=a++2B", b"NAME=a=b",
-    b"ADDR=192.0.2.1 NAME=a+2", b"NAME=a+2 ADDR=192.0.2.1", b"HELO=+2", b"HELO=x+4", b"LOGIN=+Z1", b"PORT=2+5",
-    b"ADDR=IPV6:2001:db8::1+", b"=x", b"NAME==x",
-])  # fmt: skip
-def test_a_bad_attribute_of_xclient_is_refused(argument):
-    assert refusal(parse_xclient, argument) == replies.BAD_XCLIENT
-
-
-@pytest.mark.parametrize(("text", "address"), [
-    ("192.0.2.1", "192.0.2.1"), ("IPV6:2001:DB8:0::1", "2001:db8::1"), ("ipv6:::1", "::1"), ("[UNAVAILABLE]", ""),
-    ("[tempunavail]", ""), ("IPV6:::ffff:192.0.2.1", "192.0.2.1"), ("IPV6:::FFFF:c000:201", "192.0.2.1"),
-    ("IPV6:0:0:0:0:0:ffff:192.0.2.1", "192.0.2.1"),
-])  # fmt: skip
-def test_an_address_of_xclient_is_normalised(text, address):
-    assert xclient_address(text) == address
-
-
-@pytest.mark.parametrize("text", ["", "2001:db8::1", "IPV6:192.0.2.1", "192.0.2.01", "192.0.2", "c.example", "IPV6:",
-                                  "IPV6:fe80::1%eth0", "[192.0.2.1]", "٣.0.0.1"])  # fmt: skip
-def test_a_bad_address_of_xclient_is_refused(text):
-    assert refusal(xclient_address, text) == replies.BAD_XCLIENT
-
-
-@pytest.mark.parametrize("text", ["c.example", "a_b.example", "[UNAVAILABLE]", "[tempunavail]"])
-def test_a_name_of_xclient_is_a_host_name_or_says_that_there_is_none(text):
-    assert xclient_name(text).lower() == text.lower()
-
-
-@pytest.mark.parametrize("text", ["", "a b", "-a.example", "192.0.2.1", "[UNKNOWN]", "a..b", "x" * 255])
-def test_a_bad_name_of_xclient_is_refused(text):
-    assert refusal(xclient_name, text) == replies.BAD_XCLIENT
-
-
-def test_a_port_of_xclient_is_a_number_up_to_65535():
-    assert [xclient_port(text) for text in ("0", "25", "65535", "[unavailable]")] == [0, 25, 65535, 0]
-    for text in ("", "-1", "65536", "000025", "x", "0x1"):
-        assert refusal(xclient_port, text) == replies.BAD_XCLIENT
-
-
-def client(helo: str, name: str) -> list[tuple[str, str]]:
-    return [("PROTO", "ESMTP"), ("HELO", helo), ("NAME", name), ("PORT", "65535"), ("ADDR", "IPV6:2001:db8::1")]
-
-
-def test_all_attributes_go_in_one_command_if_they_fit():
-    assert xclient_lines(client("c.example", "[UNAVAILABLE]")) == [
-        b"XCLIENT PROTO=ESMTP HELO=c.example NAME=[UNAVAILABLE] PORT=65535 ADDR=IPV6:2001:db8::1"
-    ]
-    assert xclient_lines([]) == []
-    assert xclient_lines([("ADDR", "192.0.2.1")]) == [b"XCLIENT ADDR=192.0.2.1"]
-
-
-@pytest.mark.parametrize("length", range(180, 254))
-def test_a_command_that_gets_too_long_is_split_at_the_right_octet(length):
-    lines = xclient_lines(client("h" * MAX_HELO, "n" * length))
-    assert b"".join(line.removeprefix(b"XCLIENT") for line in lines) == (
-        b" PROTO=ESMTP HELO=%b NAME=%b PORT=65535 ADDR=IPV6:2001:db8::1" % (b"h" * MAX_HELO, b"n" * length)
-    )
-    assert lines[-1].endswith(b" PORT=65535 ADDR=IPV6:2001:db8::1")
-    assert len(lines) == (1 if len(b"".join(lines)) + 2 <= MAX_XCLIENT_LINE else 2)
-    assert all(len(line) + 2 <= MAX_XCLIENT_LINE for line in lines)
-
-
-@pytest.mark.parametrize("helo", ["+" * 85, "=" * 85, "+" * 84 + "aaa"])
-def test_a_value_that_is_255_octets_as_xtext_is_sent(helo):
-    assert b" HELO=" + xtext(helo) in xclient_lines(client(helo, "c.example"))[0]
-
-
-@pytest.mark.parametrize("helo", ["+" * 86, "=" * 255, "+" * 85 + "a"])
-def test_a_value_that_is_longer_as_xtext_is_left_out_and_the_address_is_still_sent(helo):
-    assert xclient_lines(client(helo, "c.example")) == [
-        b"XCLIENT PROTO=ESMTP NAME=c.example PORT=65535 ADDR=IPV6:2001:db8::1"
-    ]
-
-
-@given(st.text(st.characters(min_codepoint=33, max_codepoint=126), min_size=1, max_size=MAX_HELO), st.integers(1, 253))
-def test_whatever_a_client_calls_itself_its_address_goes_upstream_last_and_every_line_is_short(helo, length):
-    lines = xclient_lines(client(helo, "n" * length))
-    assert lines[-1].endswith(b" PORT=65535 ADDR=IPV6:2001:db8::1")
-    for line in lines:
-        assert len(line) + 2 <= MAX_XCLIENT_LINE
-        assert line.isascii() and line.decode().isprintable()
-        attributes = parse_xclient(line.removeprefix(b"XCLIENT "))
-        assert attributes.items() <= dict(client(helo, "n" * length)).items()
-
-
-# Host names
-
-
-@pytest.mark.parametrize("name", [
-    "c.example", "a", "a_b.example", "1.2.3.4.example", "x" * 63 + ".example", "xn--bcher-kva.x", "3com.example",
-    ".".join(["x" * 49] * 5) + ".xyz",
-])  # fmt: skip
-def test_a_host_name_is_one(name):
-    assert is_host_name(name)
-
-
-@pytest.mark.parametrize("name", [
-    "", ".", "a.", ".a", "a..b", "-a", "a-", "a.-b", "a-.b", "x" * 64, "1.2.3.4", "12", "a b", "a\n", "a\0", "bücher.x",
-    "a/b", "[UNAVAILABLE]", "a=b", "*.a", ".".join(["x" * 49] * 5) + ".xyzx", "a:b", "٣.example",
-])  # fmt: skip
-def test_what_postfix_would_not_take_for_a_host_name_is_none(name):
-    assert not is_host_name(name)
 
 
 def test_every_verb_of_a_path_is_read_octet_for_octet():

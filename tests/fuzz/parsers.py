@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from ipaddress import ip_address
 from typing import TypeVar
 
 from tests.fuzz.lenient import OVERLONG, as_passed_on, content_of, early_end, strict_end, with_good_line_ends
 from tests.support.daemon import parse_logfmt
 from willi_lib import log
-from willi_lib.smtp import proxy_header, syntax
+from willi_lib.smtp import proxy_header, syntax, xclient
 from willi_lib.smtp.body import MAX_HELD, DataReader, Stuffer
 from willi_lib.smtp.proxy_header import MAX_V1_LINE, MAX_V2_BLOCK, BadHeader, Endpoints
 from willi_lib.smtp.reply import MAX_REPLY_LINES, BadReply, Reject, Reply, first_reply, parse_reply_line
@@ -41,13 +42,12 @@ def check_syntax(line: bytes) -> None:
         _check_xclient([("PROTO", "ESMTP"), ("HELO", helo), ("PORT", "1"), ("ADDR", "192.0.2.1")])
     chunk = _unless_refused(lambda: syntax.parse_bdat(argument))
     assert chunk is None or 0 <= chunk[0] < 10**20
-    attributes = _unless_refused(lambda: syntax.parse_xclient(argument)) or {}
-    for name, value in attributes.items():
-        assert value.isascii() and value.isprintable(), (name, value)
-        _unless_refused(lambda value=value: syntax.xclient_address(value))  # type: ignore[misc]
-        _unless_refused(lambda value=value: syntax.xclient_port(value))  # type: ignore[misc]
-    if attributes and all(name.isascii() and name.isalpha() for name in attributes):
-        _check_xclient(list(attributes.items()))
+    if told := _unless_refused(lambda: xclient.parse(argument)):
+        address, port, name = told
+        assert not address or str(ip_address(address)) == address, address
+        assert 0 <= port <= 65535
+        assert name is None or (name.isascii() and name.isprintable() and name), name
+        _check_xclient([("NAME", name or "[UNAVAILABLE]"), ("PORT", str(port)), ("ADDR", address or "[UNAVAILABLE]")])
     syntax.parse_features(Reply(250, tuple(line.split(b"\n"))))
 
 
@@ -85,14 +85,14 @@ def _shortened(text: str) -> str:
 
 def _check_xclient(attributes: list[tuple[str, str]]) -> None:
     told: list[tuple[str, str]] = []
-    for line in syntax.xclient_lines(attributes):
+    for line in xclient.lines(attributes):
         assert len(line) + 2 <= 512, line
         verb, *words = line.split(b" ")
         assert verb == b"XCLIENT" and words, line
         for word in words:
             name, _, value = word.partition(b"=")
             told.append((name.decode("ascii"), _from_xtext(value)))
-    assert told == [(name, value) for name, value in attributes if len(syntax.xtext(value)) <= 255]
+    assert told == [(name, value) for name, value in attributes if len(xclient.xtext(value)) <= 255]
 
 
 def _from_xtext(octets: bytes) -> str:

@@ -18,12 +18,11 @@ from willi_lib.net.deadline import Clock, WireError
 from willi_lib.net.resolver import NO_ANSWER, Address, Resolver
 from willi_lib.net.tls import CertificateFacts
 from willi_lib.proxy.connector import Connector
-from willi_lib.proxy.context import XCLIENT_ATTRIBUTES
 from willi_lib.proxy.upstream import Client, Refused, Upstream, UpstreamFailed, WantsTls, is_not_from_us
 from willi_lib.routing.route import Route, Server
 from willi_lib.smtp import reply as replies
+from willi_lib.smtp import xclient
 from willi_lib.smtp.reply import BadReply, Reject, Reply
-from willi_lib.smtp.syntax import UNAVAILABLE
 from willi_lib.status.words import several
 
 from .certificates import WARN_DAYS, days_left
@@ -236,7 +235,7 @@ class Prober:
         """Whether the upstream can be told an address of IPv6, if it can be told one at all."""
         try:
             with clock.limit(self._settings.upstream_timeout, "checking"):
-                upstream = self._open(target, address, clock, STRANGER6, UNAVAILABLE)
+                upstream = self._open(target, address, clock, STRANGER6, xclient.UNAVAILABLE)
                 if not upstream.address_told:
                     notes.warn("XCLIENT: it takes no IPv6 address, and does not know such clients", ALLOW_IPV6)
                 upstream.quit()
@@ -312,7 +311,7 @@ def _describe_introduction(upstream: Upstream, notes: Notes) -> None:
 
 
 def _describe_attributes(offered: list[str], notes: Notes) -> None:
-    missing = sorted(XCLIENT_ATTRIBUTES - set(offered))
+    missing = sorted(xclient.ATTRIBUTES - set(offered))
     notes.fact(f"XCLIENT accepted, but not {' '.join(missing)}" if missing else "XCLIENT accepted")
     if "ADDR" in missing:
         notes.warn(f"XCLIENT without ADDR: {SEES_US}", "have it take ADDR, too")

@@ -29,7 +29,7 @@ from gevent.resolver import ares, cares
 
 from .. import log
 from ..hosts import is_host_name
-from ..smtp.syntax import TEMPUNAVAIL, UNAVAILABLE
+from ..smtp.xclient import TEMPUNAVAIL, UNAVAILABLE
 from .file_signature import file_signature
 
 RESOLV_CONF = Path("/etc/resolv.conf")

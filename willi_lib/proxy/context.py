@@ -10,11 +10,10 @@ from ssl import SSLContext
 from ..config import Settings
 from ..net.resolver import Resolver
 from ..routing.route import Mapping
+from ..smtp import xclient
 from ..smtp.reply import Reply
 from ..status.counts import Counts
 from .connector import Connector
-
-XCLIENT_ATTRIBUTES = frozenset(("NAME", "ADDR", "PORT", "PROTO", "HELO"))  # what `xclient_hosts` may tell us
 
 
 @dataclass(frozen=True)
@@ -55,5 +54,5 @@ class Service:
         if settings.mixed_recipients == "defer":
             keywords.append(f"LIMITS RCPTMAX={settings.max_recipients} RCPTDOMAINMAX=1")  # RFC 9422
         if may_xclient:
-            keywords.append("XCLIENT " + " ".join(sorted(XCLIENT_ATTRIBUTES)))
+            keywords.append("XCLIENT " + " ".join(sorted(xclient.ATTRIBUTES)))
         return Reply(250, tuple(keyword.encode() for keyword in keywords))

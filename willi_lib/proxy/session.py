@@ -15,24 +15,12 @@ from ..net.deadline import TimeLimit, WireError
 from ..net.wire import BadFraming, LineTooLong, TlsFailed, Wire
 from ..routing.route import LookupFailed, NoRoute
 from ..smtp import reply as replies
+from ..smtp import xclient
 from ..smtp.proxy_header import is_header
 from ..smtp.reply import Reject, Reply
-from ..smtp.syntax import (
-    UNAVAILABLE,
-    Path,
-    may_be_bdat,
-    parse_bdat,
-    parse_helo,
-    parse_mail,
-    parse_rcpt,
-    parse_xclient,
-    split_command,
-    xclient_address,
-    xclient_name,
-    xclient_port,
-)
+from ..smtp.syntax import Path, may_be_bdat, parse_bdat, parse_helo, parse_mail, parse_rcpt, split_command
 from ..status.counts import REFUSED
-from .context import XCLIENT_ATTRIBUTES, Service
+from .context import Service
 from .message_log import SessionLog
 from .relay import Content, Relay
 from .transaction import Dispatch, Refusal, Transaction
@@ -315,16 +303,11 @@ class Session:
         if not self.may_xclient:
             return replies.XCLIENT_DENIED
         self.client.proxy = self.client.proxy or ""  # what it says after this is its client's
-        attributes = parse_xclient(argument)
-        if not attributes.keys() <= XCLIENT_ATTRIBUTES:
-            return replies.BAD_XCLIENT
+        address, port, name = xclient.parse(argument)
         client = self.client
-        address = xclient_address(attributes["ADDR"]) if "ADDR" in attributes else None
-        port = xclient_port(attributes.get("PORT", UNAVAILABLE))
-        name = xclient_name(attributes["NAME"]) if "NAME" in attributes else None
         if address is not None:  # "": not known, and then the proxy's own must not stand for it
             client.address, client.port = address, port
-            client.name = self.service.resolver.start_name_of(address) if address else lambda: UNAVAILABLE
+            client.name = self.service.resolver.start_name_of(address) if address else lambda: xclient.UNAVAILABLE
         if name is not None:
             client.name = lambda: name
         self.start_over()

@@ -15,7 +15,7 @@ from ..routing.route import Route, Server
 from ..smtp import reply as replies
 from ..smtp.body import END_OF_DATA
 from ..smtp.reply import BadReply, Reject, Reply
-from ..smtp.syntax import TEMPUNAVAIL
+from ..smtp.xclient import TEMPUNAVAIL
 
 LAST_WORDS_TIMEOUT = 0.1  # seconds for the rest of a reply of which the beginning has come already
 ONE_WRITE = 64 << 10  # octets up to which copying the end of a message costs less than a second write

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 
 from .. import log
 from ..smtp.reply import Reply
-from ..smtp.syntax import UNAVAILABLE, xclient_lines
+from ..smtp.xclient import UNAVAILABLE, lines
 from .upstream import Client, Refused, Upstream, UpstreamFailed, XclientDeferred, XclientNeeded, is_not_from_us
 
 TOLD = (220, 250)  # answers to XCLIENT that say that the upstream knows the client now
@@ -34,7 +34,7 @@ def send_xclient(upstream: Upstream, client: Client, sid: str, was_offered: bool
     required = upstream.route.policy.xclient == "require"
     half_told = False
     for attributes in _attempts(listed, client, name, may_hide_address=not required):
-        answer, half = _ask_all(upstream, xclient_lines(attributes))
+        answer, half = _ask_all(upstream, lines(attributes))
         half_told |= half
         if answer is None or answer.code not in BAD_VALUE:
             break

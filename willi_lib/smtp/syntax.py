@@ -8,18 +8,15 @@ inside an address, and whatever else could make the upstream see another command
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import lru_cache
 from typing import Literal, NamedTuple
-
-from willi_lib.hosts import canonical, is_host_name
 
 from . import reply as replies
 from .reply import Reject, Reply
 
 MAX_COMMAND_LINE = 2048  # octets with CRLF: RFC 5321 §4.5.3.1.4 asks for 512 and more; Postfix's line_length_limit
-MAX_HELO = 255  # octets, RFC 5321 §4.5.3.1.2; Postfix refuses longer XCLIENT values
-MAX_XCLIENT_LINE = 512  # octets with CRLF, XCLIENT_README
+MAX_HELO = 255  # octets, RFC 5321 §4.5.3.1.2
 POSTMASTER = "postmaster"  # the one recipient without a domain, RFC 5321 §4.5.1
 
 _CONTROL = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f]")  # but for the tab, which is a blank
@@ -38,12 +35,6 @@ _PATH = re.compile(
 )
 _PARAMETER = re.compile(rb"([0-9A-Za-z][0-9A-Za-z-]*)(?:=([\x21-\x3c\x3e-\x7e]+))?")
 _HELO = re.compile(rb"[\x21-\x7e]{1,%d}" % MAX_HELO)
-_XTEXT_PLAIN = frozenset(range(0x21, 0x7F)) - frozenset(b"+=")  # RFC 3461 §4
-_XTEXT_AS_IS = re.compile(b"[%s]*" % re.escape(bytes(sorted(_XTEXT_PLAIN))))
-_XTEXT = re.compile(rb"(?:[%s]|\+[0-9A-F]{2})*" % re.escape(bytes(sorted(_XTEXT_PLAIN))))
-_XTEXT_CODE = re.compile(rb"\+([0-9A-F]{2})")
-
-UNAVAILABLE, TEMPUNAVAIL = "[UNAVAILABLE]", "[TEMPUNAVAIL]"  # in XCLIENT: there is none; nobody could tell in time
 
 MAX_REMEMBERED = 4096  # octets of an EHLO reply; real ones have a few hundred
 Body = Literal["7BIT", "8BITMIME"]
@@ -211,94 +202,3 @@ def _features(ehlo: Reply) -> Mapping[str, str]:
         keyword, *parameters = re.split("[ =]", line.decode("ascii", "replace"), maxsplit=1)
         features[keyword.upper()] = parameters[0].strip() if parameters else ""
     return features
-
-
-def xtext(text: str) -> bytes:
-    """Encode as xtext (RFC 3461 §4): upper-case hex for what is not printable ASCII, and for + and =."""
-    octets = text.encode()
-    if _XTEXT_AS_IS.fullmatch(octets):  # nearly always
-        return octets
-    return b"".join(bytes((c,)) if c in _XTEXT_PLAIN else b"+%02X" % c for c in octets)
-
-
-def from_xtext(octets: bytes) -> str:
-    """Decode xtext. Raises Reject for what is none."""
-    if not _XTEXT.fullmatch(octets):
-        raise Reject(replies.BAD_XCLIENT)
-    plain = _XTEXT_CODE.sub(lambda match: bytes((int(match[1], 16),)), octets)
-    try:
-        return plain.decode("utf-8")
-    except UnicodeDecodeError:
-        raise Reject(replies.BAD_XCLIENT) from None
-
-
-def parse_xclient(argument: bytes) -> dict[str, str]:
-    """Attributes of an XCLIENT command by upper-case name, decoded (XCLIENT_README).
-
-    Raises Reject, also for an attribute that is there twice: which of them is the client's?
-    """
-    attributes: dict[str, str] = {}
-    for word in argument.split():
-        key, _, value = word.partition(b"=")
-        name, text = key.decode("ascii", "replace").upper(), from_xtext(value)
-        fits = 0 < len(text) <= MAX_HELO and text.isprintable() and text.isascii()
-        if not (name and fits) or name in attributes:
-            raise Reject(replies.BAD_XCLIENT)
-        attributes[name] = text
-    if not attributes:
-        raise Reject(replies.BAD_XCLIENT)
-    return attributes
-
-
-def xclient_address(text: str) -> str:
-    """The address in XCLIENT's ADDR, normalised, a mapped one as IPv4; "": [UNAVAILABLE]. Raises Reject."""
-    if text.upper() in (UNAVAILABLE, TEMPUNAVAIL):
-        return ""
-    is_ipv6 = text[:5].upper() == "IPV6:"
-    bare = text[5:] if is_ipv6 else text
-    try:
-        if is_ipv6 != (":" in bare) or "%" in bare:  # IPv6 without its word, the word without IPv6, a zone
-            raise ValueError(text)
-        return str(canonical(bare))
-    except ValueError:
-        raise Reject(replies.BAD_XCLIENT) from None
-
-
-def xclient_name(text: str) -> str:
-    """The host name in XCLIENT's NAME, [UNAVAILABLE] or [TEMPUNAVAIL]. Raises Reject."""
-    if text.upper() in (UNAVAILABLE, TEMPUNAVAIL):
-        return text.upper()
-    if not is_host_name(text):  # an upstream would refuse it, and with it the address
-        raise Reject(replies.BAD_XCLIENT)
-    return text
-
-
-def xclient_port(text: str) -> int:
-    """The port in XCLIENT's PORT; 0: [UNAVAILABLE]. Raises Reject."""
-    if text.upper() == UNAVAILABLE:
-        return 0
-    if not (text.isdigit() and len(text) <= 5 and int(text) <= 65535):
-        raise Reject(replies.BAD_XCLIENT)
-    return int(text)
-
-
-def xclient_lines(attributes: Sequence[tuple[str, str]]) -> list[bytes]:
-    """XCLIENT commands for these attributes, in this order, PORT and ADDR last and together.
-
-    Each command has at most 512 octets with CRLF (XCLIENT_README). A value of more than
-    255 octets as xtext is left out: Postfix would refuse the whole command, and a client
-    with a hundred + in its EHLO would then speak in our name.
-    """
-    values = [(name, xtext(value)) for name, value in attributes]
-    words = [b" %s=%s" % (name.encode("ascii"), value) for name, value in values if len(value) <= MAX_HELO]
-    if len(words) > 1 and words[-2].startswith(b" PORT=") and words[-1].startswith(b" ADDR="):
-        words[-2:] = [words[-2] + words[-1]]
-    lines: list[bytes] = []
-    room = 0
-    for word in words:
-        if len(word) > room:
-            lines.append(b"XCLIENT")
-            room = MAX_XCLIENT_LINE - len(b"XCLIENT") - 2
-        lines[-1] += word
-        room -= len(word)
-    return lines
