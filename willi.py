@@ -177,7 +177,7 @@ def cannot_start(faults: str, status: int) -> int:
     """Say why in the log, and on stderr unless that is the same; the exit status."""
     for fault in faults.split("\n"):
         log.error("Cannot start", error=fault)
-        if log.lost() or not log.is_stdout(2):
+        if not log.shows_on(2):
             print(f"willi.py: cannot start: {visible(fault)}", file=sys.stderr)
     return status
 

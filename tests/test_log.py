@@ -45,10 +45,11 @@ FORGERIES = [
 ]
 
 
-class Lines:
+class Lines(log._Stdout):
     """A target that keeps the lines as they are."""
 
     def __init__(self, written: list[str]) -> None:
+        super().__init__()
         self.written = written
 
     def octets(self, _level: str, line: str) -> bytes:
@@ -281,7 +282,7 @@ def test_a_reader_that_hangs_costs_lines_and_no_time(stdout, make):
     stdout(writer)
     for number in range(10_000):
         log.info("m", number=number)
-    lost = log.lost()
+    lost = log._sink.lost
     assert os.get_blocking(writer)  # it is not ours alone
     assert log._sink.flush() is False
     octets = b""
@@ -407,7 +408,7 @@ def test_a_syslog_daemon_that_does_not_keep_up_stops_nobody(syslog):
     for number in range(10_000):
         log.info("m", number=number)
     received = datagrams(syslog)
-    lost = log.lost()
+    lost = log._sink.lost
     assert lost == 10_000 - len(received) - log.MAX_WAITING > 0
     while not log._sink.flush():
         received += datagrams(syslog)
@@ -421,7 +422,7 @@ def test_without_a_syslog_daemon_lines_are_counted(syslog):
     log.set_up("info", "syslog")
     Path(log.SYSLOG_SOCKET).rename(log.SYSLOG_SOCKET + ".later")
     log.info("lost")
-    assert log.lost() == 1
+    assert log._sink.lost == 1
     Path(log.SYSLOG_SOCKET + ".later").rename(log.SYSLOG_SOCKET)
     log.flush()
     assert datagrams(syslog) == ['lvl=error msg="Log lines lost" lines=1']

@@ -21,7 +21,6 @@ from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from functools import lru_cache
-from typing import Protocol
 
 from .text import visible
 
@@ -35,7 +34,7 @@ ROOM = MAX_LINE - MAX_PREFIX
 MAX_OCTETS = 4  # of a character in UTF-8
 MAX_VALUE = 1000  # characters; a reply of 200 lines must not flood the log
 SHORTER = (MAX_VALUE, 300, 100, 30, 10)  # characters of a value, where the line would be too long
-KEPT = frozenset(("sid", "to"))  # are cut last; `to` has no more than fits, see session_log.py
+KEPT = frozenset(("sid", "to"))  # are cut last; `to` has no more than fits, see message_log.py
 MAX_WAITING = 200  # lines that a slow reader may take later: a fifth of a second on a busy host
 LAST_PATIENCE = 1.0  # seconds for it to take them when a process ends
 
@@ -44,28 +43,18 @@ _PLAIN = re.compile(r"[!#-<>-\[\]-~]+")  # printable ASCII but space, double quo
 Value = str | int | float | bool | None
 
 
-class _Target(Protocol):
-    """Where lines go."""
-
-    def octets(self, level: str, line: str) -> bytes:
-        """The line as it is sent, with its time if nobody else adds it."""
-
-    def send(self, octets: bytes) -> None:
-        """All of it or nothing, without waiting. Raises BlockingIOError if it may go later, another OSError if not."""
-
-
 class _Sink:
     """What is written, and what waits for a slow reader."""
 
     def __init__(self) -> None:
         self.threshold = LEVELS["info"]
         self.stdout = _Stdout()
-        self.target: _Target = self.stdout
+        self.target: _Stdout | _Syslog = self.stdout
         self.lost = 0  # lines, since the last one that was written
         self._waiting: deque[bytes] = deque()
 
     def put(self, level: str, line: str) -> None:
-        """Write a line behind those that wait. It is lost if too many do, or if the loss of others is still untold."""
+        """Write a line behind those that wait. It is lost if too many do, or after others that no line tells of yet."""
         if self.lost or self._waiting:
             self.flush()
         if self.lost or len(self._waiting) >= MAX_WAITING:
@@ -97,12 +86,13 @@ def set_up(level: str, target: str) -> None:
     _sink.target = _Syslog() if target == "syslog" else _sink.stdout
 
 
-def is_stdout(descriptor: int) -> bool:
-    """Whether lines go to stdout, and this descriptor to the same place."""
+def shows_on(descriptor: int) -> bool:
+    """Whether the last line was written, and to where this descriptor leads."""
     try:
-        return _sink.target is _sink.stdout and os.path.samestat(os.fstat(1), os.fstat(descriptor))
+        is_same = _sink.target is _sink.stdout and os.path.samestat(os.fstat(1), os.fstat(descriptor))
     except OSError:  # one of them is closed
         return False
+    return is_same and not _sink.lost
 
 
 def syslog_fault() -> str:
@@ -112,11 +102,6 @@ def syslog_fault() -> str:
     except OSError as error:
         return f"{SYSLOG_SOCKET}: {error.strerror}"
     return ""
-
-
-def lost() -> int:
-    """How many lines could not be written since the last one that was."""
-    return _sink.lost
 
 
 def flush() -> None:
@@ -142,27 +127,23 @@ def enabled(level: str) -> bool:
 
 
 def debug(message: str, **fields: Value) -> None:
-    """For whoever looks for a fault."""
     _log("debug", message, fields)
 
 
 def info(message: str, **fields: Value) -> None:
-    """What happens every day."""
     _log("info", message, fields)
 
 
 def warn(message: str, **fields: Value) -> None:
-    """What an administrator should look at some time."""
     _log("warn", message, fields)
 
 
 def error(message: str, **fields: Value) -> None:
-    """What an administrator must mend."""
     _log("error", message, fields)
 
 
 def bug(message: str, **fields: Value) -> None:
-    """An exception that nobody expected, with its traceback on the same line. Call it in an except block."""
+    """An unexpected exception, with its traceback on the same line. Call it in an except block."""
     _log("error", message, fields, traceback.format_exc())
 
 
@@ -180,14 +161,9 @@ def tracer(sid: str, peer: str) -> Callable[[str, bytes], None] | None:
 
 def quote(value: Value, most: int = MAX_VALUE) -> str:
     """One logfmt value, of at most so many characters."""
-    if isinstance(value, str):
-        text = value
-    elif isinstance(value, bool):
-        return "true" if value else "false"
-    elif isinstance(value, float):
+    if isinstance(value, float):
         return f"{value:.3f}"
-    else:
-        text = str(value)
+    text = value if isinstance(value, str) else str(value).lower()  # true, false
     if len(text) > most:
         text = text[:most] + "..."
     return text if _PLAIN.fullmatch(text) else _in_quotes(text)
@@ -199,9 +175,8 @@ def length(value: Value) -> int:
 
 
 def _in_quotes(text: str) -> str:
-    if '"' in text or "\\" in text:
-        text = text.replace("\\", "\\\\").replace('"', '\\"')
-    return f'"{visible(text)}"'
+    escaped = text.replace("\\", "\\\\").replace('"', '\\"')
+    return f'"{visible(escaped)}"'
 
 
 def _log(level: str, message: str, fields: dict[str, Value], trace: str = "") -> None:
@@ -236,7 +211,7 @@ def _stamp(second: int) -> str:
 
 
 class _Stdout:
-    """Whatever stdout is."""
+    """Whatever stdout is. It is opened at the first line, which is the master's: it may still be root."""
 
     def __init__(self) -> None:
         self._write: Callable[[bytes], int] | None = None
@@ -246,11 +221,15 @@ class _Stdout:
     def octets(self, _level: str, line: str) -> bytes:
         """With the time, unless it goes to the journal, which has its own."""
         if self._write is None:
-            self._open()
+            with suppress(OSError):  # stdout is closed
+                status = os.fstat(1)
+                journal = f"{status.st_dev}:{status.st_ino}"  # systemd.exec(5)
+                self._has_journal = os.environ.get("JOURNAL_STREAM") == journal
+                self._write = _writer(status.st_mode)
         return _octets(f"{line}\n" if self._has_journal else f"t={_stamp(int(time.time()))} {line}\n")
 
     def send(self, octets: bytes) -> None:
-        """Raises OSError."""
+        """All of it or nothing, without waiting. Raises BlockingIOError if it may go later, another OSError if not."""
         if self._write is None:
             raise OSError(errno.EBADF, os.strerror(errno.EBADF))
         if self._is_torn:
@@ -260,26 +239,14 @@ class _Stdout:
         if written < len(octets):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    def _open(self) -> None:
-        """At the first line, which is the master's: it may still be root."""
-        with suppress(OSError):  # stdout is closed
-            self._has_journal, self._write = _is_journal(), _writer()
 
-
-def _is_journal() -> bool:
-    """Whether stdout is what $JOURNAL_STREAM says (systemd.exec(5)): it is inherited by what writes elsewhere, too."""
-    status = os.fstat(1)
-    return os.environ.get("JOURNAL_STREAM") == f"{status.st_dev}:{status.st_ino}"
-
-
-def _writer() -> Callable[[bytes], int]:
+def _writer(mode: int) -> Callable[[bytes], int]:
     """What writes to stdout without waiting for a reader. Raises OSError.
 
     O_NONBLOCK belongs to the open file, which we share with the process that started us. So a pipe or a terminal is
     opened once more, for Willi alone, and a socket is told with each call. A pipe that another user has made cannot
     be opened again.
     """
-    mode = os.fstat(1).st_mode
     if stat.S_ISSOCK(mode):
         connection = Socket(fileno=os.dup(1))
         return lambda octets: connection.send(octets, MSG_DONTWAIT)
@@ -316,7 +283,7 @@ class _Syslog:
         return _octets(f"<{SYSLOG_FACILITY + SYSLOG_SEVERITIES[level]}>willi[{os.getpid()}]: {line}")
 
     def send(self, octets: bytes) -> None:
-        """Raises OSError: no daemon, or one that does not keep up."""
+        """Raises BlockingIOError: the daemon does not keep up; another OSError: there is none."""
         try:
             self.connected().send(octets)
         except ConnectionError:  # the daemon was restarted: its socket is a new one

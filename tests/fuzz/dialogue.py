@@ -363,10 +363,11 @@ def _is_the_same(sent: Sent, stored: Stored) -> bool:
     return stored.content == wanted or (sent.chunked and stored.content == wanted + b"\r\n")
 
 
-class _Told:
+class _Told(log._Stdout):
     """A log whose lines the player gets."""
 
     def __init__(self, player: Player) -> None:
+        super().__init__()
         self._player = player
 
     def octets(self, level: str, line: str) -> bytes:
