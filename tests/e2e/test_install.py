@@ -6,6 +6,7 @@ The systems have no network: neither is one needed, nor could a test do harm by 
 from __future__ import annotations
 
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -82,6 +83,7 @@ def releases(layers: Layers) -> Path:
     for version in (OLD, NEW):
         tarball = build_release(layers.directory("source") / version, tag=f"v{version}")
         subprocess.run(["tar", "--extract", "--file", tarball, "--directory", unpacked], check=True)
+    shutil.copytree(tarball.parent, unpacked / "built", ignore=shutil.ignore_patterns("wheels"))  # of NEW
     return unpacked
 
 
@@ -563,11 +565,14 @@ def test_uninstall_leaves_the_configuration_for_the_next_install(machine):
         send_message(machine, upstream)
 
 
-def test_the_commands_of_the_readme_lead_to_a_running_willi(machine):
+def test_the_commands_of_the_readme_lead_from_the_two_files_to_a_running_willi(start_machine, without_systemd):
+    machine = start_machine(*without_systemd)
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    [unpack] = re.findall(r"^(    sha256sum .*\n(?:    .*\n)+)", readme, re.MULTILINE)
     [commands] = re.findall(r"^(    cat .*\n(?:    .*\n)+)", readme, re.MULTILINE)
     commands = textwrap.dedent(commands).replace("systemctl start willi", f"{INIT} start")
-    machine.run("sh", "-euc", f"umask 077\n{commands}")
+    machine.run("cp", "-R", f"{UNPACKED}/built", "/root/willi")
+    machine.run("sh", "-euc", f"umask 077\ncd /root/willi\n{textwrap.dedent(unpack)}{commands}")
     assert banner(machine) == "220 mx.example.org ESMTP Willi"
     [check] = re.findall(r"^    (runuser .*)$", readme, re.MULTILINE)
     done = machine.ask("sh", "-c", check)  # whose mail.example.org this machine cannot find
@@ -643,6 +648,20 @@ def test_with_systemd_another_python_is_told_in_one_line_and_install_sh_again_he
     with upstream_on(systemd) as upstream:
         assert install(systemd, NEW).returncode == 0
         send_message(systemd, upstream)
+
+
+def test_with_systemd_the_journal_says_where_a_mail_went(systemd):
+    manual = (ROOT / "docs" / "operate.md").read_text(encoding="utf-8")
+    first, second = re.findall(r"^    (journalctl .* (?:to|sid)=.*)$", manual, re.MULTILINE)
+    configure(systemd)
+    systemd.run("systemctl", "start", "willi")
+    with upstream_on(systemd) as upstream:
+        send_message(systemd, upstream)
+    systemd.run("journalctl", "--sync")
+    [line] = systemd.run("sh", "-c", first.replace(r"ann@example\.org", r"bob@b\.example")).splitlines()
+    assert 'msg="Message accepted"' in line and "queued as 1234" in line
+    [sid] = re.findall(r" sid=(\w+) ", line)
+    assert systemd.run("sh", "-c", second.replace("1WKQGJHCKL", sid)).splitlines() == [line]
 
 
 # From another program, and back to it
