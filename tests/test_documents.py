@@ -130,6 +130,12 @@ def test_no_paragraph_stands_twice():
     assert len(paragraphs) == len(set(paragraphs))
 
 
+def test_no_line_of_the_changes_stands_twice():
+    """Lines that two branches add are merged by keeping both: a line that moved would come back."""
+    lines = [line for line in CHANGES.splitlines() if line]
+    assert [line for line in set(lines) if lines.count(line) > 1] == []
+
+
 def test_the_manual_names_make_targets_that_exist():
     targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
     assert {"demo", "check", "test"} <= typed("make") <= targets
