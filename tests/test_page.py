@@ -173,10 +173,10 @@ def test_nothing_turns_the_escaping_off():
 def test_a_good_day_is_green_and_asks_nothing_of_anybody():
     root = parsed(overviews.healthy())
     [state] = [node for node in root.iter("section") if node.get("aria-labelledby") == "state"]
-    assert state.get("class") == "state good"
+    assert state.get("class") == "state ok"
     assert text_of(state) == "All is well"
     assert root.findtext("head/title") == "All is well: mx1.example.org"
-    assert "badge bad" not in ET.tostring(root, encoding="unicode")
+    assert "badge wrong" not in ET.tostring(root, encoding="unicode")
 
 
 def test_a_bad_night_names_each_problem_and_what_to_do():
@@ -329,25 +329,25 @@ def test_a_chart_of_nothing_is_a_base_line():
 
 
 @pytest.mark.parametrize(
-    ("used", "most", "width", "mark"),
-    [(0, 50, 0, "good"), (39, 50, 78, "good"), (40, 50, 80, "warn"), (50, 50, 100, "bad"), (90, 50, 100, "bad"),
-     (1, 5000, 1, "good"), (3, 0, 0, "good")],
+    ("used", "most", "width", "level"),
+    [(0, 50, 0, "ok"), (39, 50, 78, "ok"), (40, 50, 80, "warn"), (50, 50, 100, "wrong"), (90, 50, 100, "wrong"),
+     (1, 5000, 1, "ok"), (3, 0, 0, "ok")],
 )  # fmt: skip
-def test_a_bar_shows_how_near_a_limit_is(used: int, most: int, width: float, mark: str):
+def test_a_bar_shows_how_near_a_limit_is(used: int, most: int, width: float, level: str):
     limit = Limit("max_connections", used, most, 0)
-    assert words.limit_mark(limit) == mark
+    assert words.limit_state(limit) == (level, f"{used} of {most:,}")
     root = parsed(replace(overviews.healthy(), limits=(limit,)))
     [_, filled] = [bar for svg in root.iter("svg") if svg.get("class") == "bar" for bar in svg.iter("rect")]
-    assert (float(filled.get("width", "")), filled.get("class")) == (width, mark)
+    assert (float(filled.get("width", "")), filled.get("class")) == (width, level)
 
 
 def test_a_client_at_its_own_limit_is_no_trouble():
-    assert words.limit_mark(Limit("max_connections_per_ip", 50, 50, 900)) == "warn"
+    assert words.limit_state(Limit("max_connections_per_ip", 50, 50, 900)) == ("warn", "50 of 50")
 
 
 @pytest.mark.parametrize(
     ("up", "error", "state"),
-    [(True, "", ("good", "up")), (False, "gone", ("bad", "down")), (None, "", ("good", "in use")),
+    [(True, "", ("ok", "up")), (False, "gone", ("wrong", "down")), (None, "", ("ok", "in use")),
      (None, "map.csv:3: no server", ("warn", "old table"))],
 )  # fmt: skip
 def test_a_mapping_is_in_a_state(up: bool | None, error: str, state: tuple[str, str]):
@@ -373,13 +373,13 @@ def test_a_size_reads(octets: float, text: str):
 
 
 @pytest.mark.parametrize(
-    ("left", "text", "mark"),
-    [(-60, "expired 1 min ago", "bad"), (3_600, "1 h 0 min left", "warn"), (86_400, "1 day left", "warn"),
-     (14 * 86_400 - 1, "13 days left", "warn"), (14 * 86_400, "14 days left", "good")],
+    ("left", "text", "level"),
+    [(-60, "expired 1 min ago", "wrong"), (3_600, "1 h 0 min left", "warn"), (86_400, "1 day left", "warn"),
+     (14 * 86_400 - 1, "13 days left", "warn"), (14 * 86_400, "14 days left", "ok")],
 )  # fmt: skip
-def test_a_certificate_warns_before_it_ends(left: float, text: str, mark: str):
+def test_a_certificate_warns_before_it_ends(left: float, text: str, level: str):
     certificate = CertificateState("f", ("n",), NOW + left)
-    assert (words.certificate_state(certificate, NOW), words.certificate_mark(certificate, NOW)) == (text, mark)
+    assert words.certificate_state(certificate, NOW) == (level, text)
 
 
 @pytest.mark.parametrize("at", [-1e18, 0, 1e18])

@@ -16,10 +16,10 @@ from .charts import last_hour
 from .means import MINUTES
 from .overview import Event, Overview
 
-MARKS = {"sessions": "", "accepted": "good", "rejected": "warn", "refused": "warn", "failed": "bad"}
+LEVELS = {"sessions": "", "accepted": "ok", "rejected": "warn", "refused": "warn", "failed": "wrong"}
 BARS, ASCII_BARS = " ▁▂▃▄▅▆▇█", " .:-=+*#@"
 
-Piece = tuple[str, str]  # text, and its mark: good, warn, bad, quiet, title, well, ill or nothing
+Piece = tuple[str, str]  # text, and its mark: ok, warn, wrong, quiet, title, well, ill or nothing
 Line = Sequence[Piece]
 Row = Sequence[Piece | str]  # of a table
 
@@ -68,7 +68,7 @@ def _head(overview: Overview, fault: str) -> list[Line]:
 
 
 def _problems(overview: Overview) -> list[Line]:
-    problems: list[Line] = [[(f"  {problem}", "bad")] for problem in overview.problems]
+    problems: list[Line] = [[(f"  {problem}", problem.level)] for problem in overview.problems]
     problems += ([(f"  {hint}", "warn")] for hint in words.advice(overview))
     return [*problems, []] if problems else []
 
@@ -81,7 +81,7 @@ def _hour(overview: Overview, bars: str) -> list[Line]:
         "rejected": f"{words.number(hour['rejected'].sums['upstream'])} by upstreams",
     }
     lines: list[Line] = [
-        [(f"{chart.name.lower():12}{words.number(chart.sum):>7} ", "title"), (_spark(chart.counts, bars), MARKS[name]),
+        [(f"{chart.name.lower():12}{words.number(chart.sum):>7} ", "title"), (_spark(chart.counts, bars), LEVELS[name]),
          (f" {notes.get(name, '')}", "quiet")]
         for name, chart in hour.items()
     ]  # fmt: skip
@@ -125,11 +125,12 @@ def _hosts(overview: Overview) -> list[Line]:
     now = overview.now
     rows: list[Row] = []
     for host in overview.hosts:
+        level, state = words.host_state(host, now)
         at = f"{words.clock(host.last_error_at, now)} " if host.last_error_at is not None else ""
         rows.append([
-            (host.name, "" if host.up else "bad"), (words.host_state(host, now), "good" if host.up else "bad"),
+            (host.name, "" if host.up else level), (state, level),
             words.duration(host.connect_seconds), words.number(host.accepted), words.number(host.rejected),
-            words.size(host.octets), (at + host.last_error, "quiet" if host.up else "bad"),
+            words.size(host.octets), (at + host.last_error, "quiet" if host.up else level),
         ])  # fmt: skip
     return _table(titles, (28, 13, -8, -11, -11, -9, 0), rows)
 
@@ -138,9 +139,9 @@ def _tables(overview: Overview) -> list[Line]:
     titles = ("MAPPING", "STATE", "PATTERNS", "LOOK-UPS", "HITS", "ERRORS", "TIME", "LAST ERROR")
     rows: list[Row] = []
     for table in overview.tables:
-        mark, state = words.table_state(table)
+        level, state = words.table_state(table)
         rows.append([
-            table.name, (state, mark), words.number(table.patterns), words.number(table.lookups),
+            table.name, (state, level), words.number(table.patterns), words.number(table.lookups),
             words.share(table.hits, table.lookups), words.number(table.errors), words.duration(table.lookup_seconds),
             (table.last_error, "quiet"),
         ])  # fmt: skip
@@ -148,20 +149,18 @@ def _tables(overview: Overview) -> list[Line]:
 
 
 def _limits(overview: Overview) -> list[Line]:
-    rows: list[Row] = [
-        [limit.name, (f"{limit.used:,} of {limit.most:,}", words.limit_mark(limit)), words.number(limit.refused)]
-        for limit in overview.limits
-    ]
+    rows: list[Row] = []
+    for limit in overview.limits:
+        level, used = words.limit_state(limit)
+        rows.append([limit.name, (used, level), words.number(limit.refused)])
     return _table(("LIMIT", "IN USE", "TURNED AWAY"), (28, -22, -13), rows)
 
 
 def _certificates(overview: Overview) -> list[Line]:
-    now = overview.now
-    rows: list[Row] = [
-        [one.file, (words.certificate_state(one, now), words.certificate_mark(one, now)),
-         one.fault or ", ".join(one.names)]
-        for one in overview.certificates
-    ]  # fmt: skip
+    rows: list[Row] = []
+    for certificate in overview.certificates:
+        level, state = words.certificate_state(certificate, overview.now)
+        rows.append([certificate.file, (state, level), certificate.fault or ", ".join(certificate.names)])
     return _table(("CERTIFICATE", "ENDS", "NAMES"), (34, 20, 0), rows)
 
 
@@ -173,10 +172,10 @@ def _events(overview: Overview) -> list[Line]:
 def _event(event: Event, now: float) -> Row:
     reply, reason = words.answer(event)
     way = "" if event.kind == "refused" else f"{event.sender or '<>'} → {event.recipients}"
-    mark = words.event_mark(event)
+    level = words.event_level(event)
     return [
         (words.clock(event.at, now)[-8:], "quiet"), (event.sid, "quiet"),
-        (f"{event.kind} {words.refuser(event)}", mark), words.shorten(way, 50), (words.shorten(reply, 80), mark),
+        (f"{event.kind} {words.refuser(event)}", level), words.shorten(way, 50), (words.shorten(reply, 80), level),
         ("  ".join(filter(None, (event.client, event.upstream, words.shorten(reason, 100)))), "quiet"),
     ]  # fmt: skip
 

@@ -13,8 +13,6 @@ from .finding import Finding
 
 @dataclass(frozen=True)
 class Minute:
-    """What happened in one minute."""
-
     began: float
     sessions: int = 0  # that began
     refused: int = 0  # connections and sessions that Willi turned away
@@ -26,8 +24,6 @@ class Minute:
 
 @dataclass(frozen=True)
 class Host:
-    """One upstream host, as all workers together know it."""
-
     name: str  # host:port
     up: bool
     down_since: float | None  # none: it is up
@@ -61,8 +57,6 @@ class Table:
 
 @dataclass(frozen=True)
 class CertificateState:
-    """One certificate that clients are shown."""
-
     file: str
     names: tuple[str, ...]
     expires: float
@@ -71,8 +65,6 @@ class CertificateState:
 
 @dataclass(frozen=True)
 class Limit:
-    """A limit of the file, and how near it is."""
-
     name: str  # the key, such as max_connections
     used: int
     most: int
@@ -99,8 +91,6 @@ class Event:
 
 @dataclass(frozen=True)
 class Overview:
-    """All of it, at one moment."""
-
     now: float
     version: str
     domain: str

@@ -33,7 +33,7 @@ HERE = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}  # who listens eve
 
 ENTER, LEAVE = "\x1b[?1049h\x1b[?25l", "\x1b[?25h\x1b[?1049l"  # the alternate screen, without a cursor
 COLOURS = {
-    "": "", "good": "\x1b[32m", "warn": "\x1b[33m", "bad": "\x1b[1;31m", "quiet": "\x1b[2m", "title": "\x1b[1m",
+    "": "", "ok": "\x1b[32m", "warn": "\x1b[33m", "wrong": "\x1b[1;31m", "quiet": "\x1b[2m", "title": "\x1b[1m",
     "well": "\x1b[1;30;42m", "ill": "\x1b[1;37;41m",
 }  # fmt: skip
 PLAIN = "\x1b[0m"

@@ -8,11 +8,11 @@ from typing import Any
 from willi_lib import VERSION
 from willi_lib.status import counts
 
-from .finding import RENEW, Finding, Level, certificate_level, limit_level
+from .finding import RENEW, Finding
 from .hosts import HostTotals
 from .overview import Host, Limit, Overview, Table
 from .totals import FRESH, Totals
-from .words import certificate_state, several
+from .words import FOR_ALL, certificate_state, limit_state, several
 
 FORGET_FAILURE = 3600.0  # seconds after which a host that nobody has tried again is not called down any more
 MAX_NAMED = 5  # hosts in one problem
@@ -147,13 +147,13 @@ def problems(totals: Totals, now: float) -> Iterator[Finding]:
     if len(hosts) > MAX_NAMED:
         yield Finding("wrong", "upstreams", several(len(hosts) - MAX_NAMED, "more is down", "more are down"))
     for certificate in totals.certificates():
-        level: Level = "wrong" if certificate.fault else certificate_level(certificate.expires - now)
+        level, state = certificate_state(certificate, now)
         if level != "ok":
-            yield Finding(level, certificate.file, f"certificate: {certificate_state(certificate, now)}", RENEW)
+            yield Finding(level, certificate.file, f"certificate: {state}", RENEW)
     for limit in limits(totals, now):
-        level = limit_level(limit.used, limit.most)
-        if limit.name == "max_connections" and level != "ok":
-            yield Finding(level, limit.name, f"{limit.used} of {limit.most} are in use", RAISE_LIMIT)
+        level, used = limit_state(limit)
+        if limit.name == FOR_ALL and level != "ok":
+            yield Finding(level, limit.name, f"{used} are in use", RAISE_LIMIT)
 
 
 def problems_of_processes(totals: Totals, now: float) -> Iterator[Finding]:

@@ -6,11 +6,10 @@ from datetime import datetime, timezone
 
 from willi_lib.text import visible
 
-from .finding import certificate_level, limit_level
+from .finding import Level, certificate_level, limit_level
 from .overview import CertificateState, Event, Host, Limit, Overview, Table
 
 DAY = 86400  # seconds
-MARKS = {"ok": "good", "warn": "warn", "wrong": "bad"}
 FOR_ALL = "max_connections"  # the other limits are for a client each, and one that runs into its own is no trouble
 LAST_SECOND = 253402300799.0  # of the year 9999: datetime knows no later one
 
@@ -77,20 +76,6 @@ def share(part: int, whole: int) -> str:
     return f"{100 * part // whole} %" if whole else ""
 
 
-def host_state(host: Host, now: float) -> str:
-    """As up, or down 12 min."""
-    if host.up:
-        return "up"
-    return f"down {duration(now - host.down_since)}" if host.down_since is not None else "down"
-
-
-def certificate_state(certificate: CertificateState, now: float) -> str:
-    """As 61 days left."""
-    if certificate.fault:
-        return "cannot be read"
-    return time_left(certificate.expires - now)
-
-
 def time_left(seconds: float) -> str:
     """As 61 days left, or expired 3 d 2 h ago."""
     if seconds <= 0:
@@ -98,16 +83,32 @@ def time_left(seconds: float) -> str:
     return f"{several(int(seconds // DAY), 'day')} left" if seconds >= DAY else f"{duration(seconds)} left"
 
 
-# A mark is good, warn or bad: a class in page.css, a colour in the terminal.
+# How good something is (a class in page.css, a colour in the terminal), and what that is called.
 
 
-def certificate_mark(certificate: CertificateState, now: float) -> str:
-    return "bad" if certificate.fault else MARKS[certificate_level(certificate.expires - now)]
+def host_state(host: Host, now: float) -> tuple[Level, str]:
+    return ("ok", "up") if host.down_since is None else ("wrong", f"down {duration(now - host.down_since)}")
 
 
-def limit_mark(limit: Limit) -> str:
-    mark = MARKS[limit_level(limit.used, limit.most)]
-    return "warn" if mark == "bad" and limit.name != FOR_ALL else mark
+def certificate_state(certificate: CertificateState, now: float) -> tuple[Level, str]:
+    if certificate.fault:
+        return "wrong", "cannot be read"
+    left = certificate.expires - now
+    return certificate_level(left), time_left(left)
+
+
+def table_state(table: Table) -> tuple[Level, str]:
+    if table.database_up is False:
+        return "wrong", "down"
+    if table.database_up:
+        return "ok", "up"
+    return ("warn", "old table") if table.last_error else ("ok", "in use")
+
+
+def limit_state(limit: Limit) -> tuple[Level, str]:
+    level = limit_level(limit.used, limit.most)
+    used = f"{number(limit.used)} of {number(limit.most)}"
+    return "warn" if level == "wrong" and limit.name != FOR_ALL else level, used
 
 
 def filled(limit: Limit) -> float:
@@ -115,20 +116,11 @@ def filled(limit: Limit) -> float:
     return min(100.0, max(1.0, 100 * limit.used / limit.most)) if limit.most and limit.used else 0.0
 
 
-def table_state(table: Table) -> tuple[str, str]:
-    """The mark, and the state in words."""
-    if table.database_up is False:
-        return "bad", "down"
-    if table.database_up:
-        return "good", "up"
-    return ("warn", "old table") if table.last_error else ("good", "in use")
-
-
-def event_mark(event: Event) -> str:
-    """Bad is only what an administrator may have to correct."""
+def event_level(event: Event) -> Level:
+    """Wrong is only what an administrator may have to correct."""
     if event.kind == "accepted":
-        return "good"
-    return "bad" if event.error_src == "internal" and event.reply.startswith("451") else "warn"
+        return "ok"
+    return "wrong" if event.error_src == "internal" and event.reply.startswith("451") else "warn"
 
 
 def refuser(event: Event) -> str:
