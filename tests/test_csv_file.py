@@ -17,16 +17,9 @@ from hypothesis import strategies as st
 from tests.test_routing import ADDRESSES, DOMAINS, Table
 from willi_lib.mappings import csv_file as module
 from willi_lib.mappings.csv_file import CALM, CUT_OFF, MAX_FAULTS, PAUSE_LINES, RETRY, CsvError, CsvFile
-from willi_lib.routing.route import (
-    UNSURE,
-    LookupFailed,
-    NoRoute,
-    Policy,
-    Route,
-    find_route,
-    fold_pattern,
-    parse_servers,
-)
+from willi_lib.routing.keys import fold_pattern
+from willi_lib.routing.route import LookupFailed, NoRoute, Policy, Route, parse_servers
+from willi_lib.routing.search import UNSURE, find_route
 
 HEADER = "pattern;server;tls_verify\n"
 
@@ -658,7 +651,7 @@ def test_an_empty_table_never_says_a_definite_no(file):
     empty = read(file, HEADER)
     with pytest.raises(LookupFailed) as failure:
         find_route([empty, full], "ann@b.example")
-    assert (str(failure.value), failure.value.told) == (f"csv:{file}: {UNSURE}", True)
+    assert (str(failure.value), failure.value.logged) == (f"csv:{file}: {UNSURE}", True)
     assert find_route([empty, full], "ann@c.example") == to("mx2")
 
 

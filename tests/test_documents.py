@@ -16,7 +16,7 @@ from willi_lib.config.reader import NO_MAPPING
 from willi_lib.config.settings import ALL_KEYS, MAPPING_KEYS, TOP_KEYS, TYPES, keys_of
 from willi_lib.mappings.csv_file import CsvFile
 from willi_lib.mappings.open import open_mappings
-from willi_lib.routing.route import find_route
+from willi_lib.routing.search import find_route
 from willi_lib.smtp import reply as replies
 
 EXAMPLE = (ROOT / "etc" / "willi.conf.example").read_text(encoding="utf-8")

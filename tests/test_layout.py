@@ -23,7 +23,8 @@ ROOM_OF = {"text": "log", "hosts": "log"}
 UPWARD = {"status.process": {"processes"}, "status.reporter": {"processes", "proxy"}}  # to be turned round
 PURE = {
     "text", "hosts",
-    "smtp.body", "smtp.syntax", "smtp.reply", "smtp.proxy_header", "smtp.xclient", "routing.route",
+    "smtp.body", "smtp.syntax", "smtp.reply", "smtp.proxy_header", "smtp.xclient",
+    "routing.route", "routing.keys", "routing.search",
     "status.overview", "status.plain",
     "status.finding", "status.charts", "status.page", "status.lines",
 }  # fmt: skip

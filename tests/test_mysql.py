@@ -186,7 +186,7 @@ def test_a_session_that_is_ended_leaves_the_query_to_the_others(table: Table):
 def test_a_faulty_query_or_row_is_a_failure_with_its_text_and_no_outage(table: Table):
     watched = Watched(table)
     table.fault = LookupFailed("no such table")
-    assert [(str(failure), failure.told) for failure in (watched.fails("b"), watched.fails("b"))] == [
+    assert [(str(failure), failure.logged) for failure in (watched.fails("b"), watched.fails("b"))] == [
         ("no such table", False)
     ] * 2
     assert watched.told == []
@@ -236,7 +236,7 @@ def test_an_outage_is_told_once_at_its_beginning_and_once_at_its_end(table: Tabl
     table.fault = Down("refused")
     for _ in range(10):
         failure = watched.fails("b")
-        assert (str(failure), failure.told) == ("refused", True)
+        assert (str(failure), failure.logged) == ("refused", True)
         time(6)
     assert watched.notices == [Notice("error", "Database is down", "mysql:t", "refused")]
     table.fault = None
@@ -252,7 +252,7 @@ def test_while_it_is_down_one_session_waits_every_five_seconds(table: Table, tim
     watched.fails("b")
     assert len(table.asked) == 1
     for number in range(50):
-        assert watched.fails(f"{number}@b").told
+        assert watched.fails(f"{number}@b").logged
     assert len(table.asked) == 1
     time(5)
     failures = together(50, lambda: watched.find("b"))
@@ -324,7 +324,7 @@ def test_a_single_slow_key_among_answers_is_no_outage(table: Table):
     gevent.sleep(0)
     watched.find("b")
     failure = slow.get()
-    assert (str(failure), failure.told) == ("it is slow", False)
+    assert (str(failure), failure.logged) == ("it is slow", False)
     assert watched.told == []
 
 
@@ -335,7 +335,7 @@ def test_a_query_that_the_server_gives_up_is_no_outage_and_a_known_route_serves(
     table.fault = TooSlow("max_statement_time exceeded")
     assert watched.find("ann@b", "b") == [Answer(None, "stale"), Answer(to("mx1"), "stale")]
     failure = watched.fails("new@b")
-    assert (str(failure), failure.told) == ("max_statement_time exceeded", False)
+    assert (str(failure), failure.logged) == ("max_statement_time exceeded", False)
     assert watched.told == []
     time(3600)
     assert str(watched.fails("b")) == "max_statement_time exceeded"
@@ -399,7 +399,7 @@ def test_an_old_no_never_becomes_a_definite_one(table: Table, time):
     time(61)
     table.fault = Down("refused")
     assert str(watched.fails("ann@c", "c")) == "the database is down, and no route is remembered"
-    assert watched.fails("ann@c", "c").told
+    assert watched.fails("ann@c", "c").logged
 
 
 def test_a_fresh_no_is_definite_even_while_the_database_is_down(table: Table):
@@ -421,7 +421,7 @@ def test_a_row_that_was_there_and_is_missing_is_no_definite_no_for_a_minute(tabl
     time(61)
     for _ in range(2):
         failure = watched.fails("b")
-        assert (str(failure), failure.told) == ("the row for 'b' was there, and is missing", True)
+        assert (str(failure), failure.logged) == ("the row for 'b' was there, and is missing", True)
         time(20)
     assert [(notice.level, notice.error) for notice in watched.notices] == [("warn", "b")]
     table.routes["b"] = row

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 
 import pytest
 from hypothesis import example, given
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 
 from tests.support.mapping import InMemory
 from willi_lib.mappings.static import Static
+from willi_lib.routing.keys import fold_pattern, keys_of
 from willi_lib.routing.route import (
     Answer,
     LookupFailed,
@@ -17,14 +19,10 @@ from willi_lib.routing.route import (
     NoRoute,
     Route,
     Server,
-    Step,
-    find_route,
-    fold_pattern,
-    keys_of,
     parse_servers,
     parse_tls_verify,
-    search,
 )
+from willi_lib.routing.search import Step, find_route
 
 
 class Table(InMemory):
@@ -48,11 +46,19 @@ class Broken(InMemory):
 
     def find(self, keys: Sequence[str]) -> Iterator[Answer]:
         yield from ()
-        raise LookupFailed("no connection", told=True)
+        raise LookupFailed("no connection", logged=True)
 
 
 def to(server: str) -> Route:
     return Route(parse_servers(server))
+
+
+def steps_of(mappings: Sequence[Mapping], recipient: str, delimiter: str = "") -> list[Step]:
+    """What an observer of the search sees."""
+    steps: list[Step] = []
+    with suppress(NoRoute, LookupFailed):
+        find_route(mappings, recipient, delimiter, steps.append)
+    return steps
 
 
 # The search
@@ -73,19 +79,19 @@ def test_an_earlier_mappings_domain_beats_a_later_ones_address():
 
 def test_all_keys_are_asked_in_order_before_the_next_mapping_is():
     first, second = Table("first", {}), Table("second", {"b.example": to("mx")})
-    assert list(search([first, second], "Ann+X@B.example", "+")) == [
-        Step("first", "ann+x@b.example", None),
-        Step("first", "ann@b.example", None),
-        Step("first", "b.example", None),
-        Step("second", "ann+x@b.example", None),
-        Step("second", "ann@b.example", None),
-        Step("second", "b.example", to("mx")),
+    assert steps_of([first, second], "Ann+X@B.example", "+") == [
+        Step("first", "ann+x@b.example", False, None),
+        Step("first", "ann@b.example", False, None),
+        Step("first", "b.example", True, None),
+        Step("second", "ann+x@b.example", False, None),
+        Step("second", "ann@b.example", False, None),
+        Step("second", "b.example", True, to("mx")),
     ]
 
 
 def test_nothing_is_asked_after_the_first_hit():
     table = Table("t", {"ann@b.example": to("mx")})
-    assert list(search([table, Broken()], "ann@b.example")) == [Step("t", "ann@b.example", to("mx"))]
+    assert steps_of([table, Broken()], "ann@b.example") == [Step("t", "ann@b.example", True, to("mx"))]
 
 
 def test_a_failed_mapping_ends_the_search_before_the_catch_all():
@@ -93,8 +99,8 @@ def test_a_failed_mapping_ends_the_search_before_the_catch_all():
     with pytest.raises(LookupFailed) as failure:
         find_route(mappings, "ann@b.example")
     assert str(failure.value) == "mysql:broken: no connection"
-    assert failure.value.told
-    (last,) = list(search(mappings, "ann@b.example"))[2:]
+    assert failure.value.logged
+    (last,) = steps_of(mappings, "ann@b.example")[2:]
     assert (last.mapping, last.key, last.route, str(last.failure)) == (
         "mysql:broken", "ann@b.example", None, "no connection",
     )  # fmt: skip

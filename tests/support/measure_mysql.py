@@ -24,7 +24,8 @@ from tests.support.mariadb import PASSWORD, QUERY, USER, Mariadb
 from willi_lib.hosts import Address
 from willi_lib.mappings.database import Access, Database
 from willi_lib.mappings.mysql import Mysql
-from willi_lib.routing.route import Policy, find_route
+from willi_lib.routing.route import Policy
+from willi_lib.routing.search import find_route
 
 ROWS = 1_000_000
 COLD, CACHED = 4000, 200_000  # look-ups a measurement

@@ -10,7 +10,8 @@ from willi_lib.mappings.csv_file import CsvError, CsvFile
 from willi_lib.mappings.database import Database, Down
 from willi_lib.mappings.mysql import Mysql
 from willi_lib.mappings.open import MappingError, open_database, open_mappings
-from willi_lib.routing.route import LookupFailed, Mapping, NoRoute, Route, conclude, search
+from willi_lib.routing.route import LookupFailed, Mapping, NoRoute, Route
+from willi_lib.routing.search import find_route
 from willi_lib.status.words import several
 
 from .promises import is_own
@@ -66,7 +67,7 @@ def look_at_postmaster(settings: Settings, report: Report) -> None:
         for mapping in mappings:
             if isinstance(mapping, CsvFile):
                 mapping.load()
-        route = conclude(list(search(mappings, address, settings.recipient_delimiter)), address)
+        route = find_route(mappings, address, settings.recipient_delimiter)
     except NoRoute:
         what = f"mail to {address}, where others report trouble, gets 554 (RFC 5321 asks to take it)"
         report.warn("postmaster", what, "add a line for that address to a table, with the server of a mailbox of yours")

@@ -24,6 +24,7 @@ from pathlib import Path
 from time import monotonic, time
 from typing import NamedTuple, Protocol, TypeVar
 
+from willi_lib.routing.keys import fold_pattern
 from willi_lib.routing.route import (
     Answer,
     HeldTable,
@@ -32,7 +33,6 @@ from willi_lib.routing.route import (
     MappingFacts,
     Policy,
     Route,
-    fold_pattern,
     parse_servers,
     parse_tls_verify,
 )
@@ -136,10 +136,10 @@ class CsvFile:
         """The answers for exactly these keys. They raise LookupFailed before the first `load`."""
         for key in keys:
             if self._table is None:
-                raise LookupFailed(self.fault or "not read yet", told=True)
+                raise LookupFailed(self.fault or "not read yet", logged=True)
             route = self._table.get(key)
             if route is None and self._table and self._unsure and key == keys[-1]:
-                raise LookupFailed("its file is being written", told=True)
+                raise LookupFailed("its file is being written", logged=True)
             yield Answer(route, "unsure" if self._unsure else "")
 
     def load(self) -> bool:

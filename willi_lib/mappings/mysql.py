@@ -210,7 +210,7 @@ class Mysql:
             return self._stale(entry)
         if asking is None:
             assert self._outage
-            raise LookupFailed(self._outage.why, told=True)
+            raise LookupFailed(self._outage.why, logged=True)
         asking.wait(max(0.0, deadline - now) + GRACE)
         if asking.successful():
             return Answer(asking.value, "asked")
@@ -263,7 +263,7 @@ class Mysql:
         if why is None:
             return LookupFailed(f"no answer within {self._timeout:g} s", self._outage is not None)
         if isinstance(why, LookupFailed):
-            return LookupFailed(str(why), why.told)
+            return LookupFailed(str(why), why.logged)
         if isinstance(why, Down):
             return LookupFailed(str(why), self._outage is not None)
         return RuntimeError("".join(format_exception(why)))  # a bug of ours: the log has its traceback
@@ -278,7 +278,7 @@ class Mysql:
                 self._tell(Notice("warn", ROW_IS_MISSING, self.name, key))
             if now - missing < CONFIRMATION:
                 self._put(key, (before or _Entry(None, -inf))._replace(missing=missing))
-                raise LookupFailed(f"the row for {key!r} was there, and is missing", told=True)
+                raise LookupFailed(f"the row for {key!r} was there, and is missing", logged=True)
             if self._last_row:
                 self._last_row.forget(key)
         self._put(key, _Entry(route, now))

@@ -7,7 +7,8 @@ from time import monotonic
 from typing import Any
 
 from ..config import Settings
-from ..routing.route import LookupFailed, Mapping, NoRoute, Route, Step, ask, conclude, keys_of, search
+from ..routing.route import LookupFailed, Mapping, NoRoute, Route
+from ..routing.search import Step, find_route
 from ..smtp import reply as replies
 from ..smtp.reply import Reject
 from ..smtp.syntax import Path, parse_rcpt
@@ -20,19 +21,18 @@ Shown = tuple[list[list[Any]], str]  # for each key: mapping, key, answer, secon
 
 def route_of(mappings: Sequence[Mapping], settings: Settings, recipient: Path, counts: Counts) -> Route:
     """Raises NoRoute, LookupFailed. A bare postmaster is the postmaster of our own domain."""
-    address = _whole(recipient, settings)
-    keys = keys_of(address, settings.recipient_delimiter)
-    steps: list[Step] = []
-    for mapping in mappings:
-        began = monotonic()
-        for step in ask(mapping, keys):
-            steps.append(step)
-            if step.origin == "cache":
-                counts.add(CACHE_HITS, mapping.name)
-        counts.looked_up(monotonic() - began, mapping.name, _outcome(steps[-1]))
-        if steps[-1].is_last:
-            break
-    return conclude(steps, address)
+    began = monotonic()
+
+    def count(step: Step) -> None:
+        nonlocal began
+        if step.origin == "cache":
+            counts.add(CACHE_HITS, step.mapping)
+        if step.is_last:
+            now = monotonic()
+            counts.looked_up(now - began, step.mapping, _outcome(step))
+            began = now
+
+    return find_route(mappings, _whole(recipient, settings), settings.recipient_delimiter, count)
 
 
 def _whole(recipient: Path, settings: Settings) -> str:
@@ -55,30 +55,22 @@ def show(mappings: Sequence[Mapping], settings: Settings, address: str) -> Shown
         recipient = parse_rcpt(b"TO:<" + address.encode("utf-8", "replace") + b">", smtputf8=True)
     except Reject as refusal:
         return [], f"refused: {refusal.reply}"
-    steps: list[Step] = []
     shown: list[list[Any]] = []
     began = monotonic()
-    for step in search(mappings, _whole(recipient, settings), settings.recipient_delimiter):
-        is_slow = step.origin not in ("", "unsure") or step.failure is not None  # not a table in memory
-        steps.append(step)
-        shown.append([step.mapping, step.key, _answer(step), monotonic() - began if is_slow else None])
+
+    def note(step: Step) -> None:
+        nonlocal began
+        answer = f"failed: {step.failure}" if step.failure else f"{step.route or '-'}{REMEMBERED.get(step.origin, '')}"
+        is_slow = step.origin not in ("", "unsure") or step.failure  # not a table in memory
+        shown.append([step.mapping, step.key, answer, monotonic() - began if is_slow else None])
         began = monotonic()
-    return shown, _result(steps)
 
-
-def _answer(step: Step) -> str:
-    if step.failure is not None:
-        return f"failed: {step.failure}"
-    return f"{step.route or '-'}{REMEMBERED.get(step.origin, '')}"
-
-
-def _result(steps: Sequence[Step]) -> str:
     try:
-        route = conclude(steps, "")
+        route = find_route(mappings, _whole(recipient, settings), settings.recipient_delimiter, note)
     except NoRoute:
-        return f"no mapping matches, the client gets {replies.NO_ROUTE}"
+        return shown, f"no mapping matches, the client gets {replies.NO_ROUTE}"
     except LookupFailed as failure:
-        if steps[-1].failure:
-            return f"the search ends here, the client gets {replies.LOOKUP_FAILED}"
-        return f"no mapping matches; {failure}: the client gets {replies.LOOKUP_FAILED}"
-    return f"route: {route}, tls_verify = {'true' if route.tls_verify else 'false'}"
+        is_unsure = not shown or not shown[-1][2].startswith("failed: ")
+        why = f"no mapping matches; {failure}:" if is_unsure else "the search ends here,"
+        return shown, f"{why} the client gets {replies.LOOKUP_FAILED}"
+    return shown, f"route: {route}, tls_verify = {'true' if route.tls_verify else 'false'}"

@@ -173,7 +173,7 @@ class Session:
         except NoRoute:
             return self.refuse(replies.NO_ROUTE)
         except LookupFailed as failure:
-            write = self.log.debug if failure.told else self.log.error
+            write = self.log.debug if failure.logged else self.log.error
             write("Lookup failed", error=str(failure))
             return self.refuse(replies.LOOKUP_FAILED, str(failure))
         except UpstreamFailed as failure:

@@ -1,8 +1,4 @@
-"""From a recipient to the upstream that is responsible for it.
-
-`find_route` is the one door: it knows the keys of an address, their case and the
-order of the search. A mapping only answers for keys. Pure: no socket, no log.
-"""
+"""What a route is, and what a mapping, a source of routes, can do."""
 
 from __future__ import annotations
 
@@ -10,13 +6,13 @@ import re
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, Protocol
-from unicodedata import name, normalize
 
-from willi_lib.hosts import DOMAIN, is_host_name, parse_ip, parse_port, split_host_port, with_port
+from willi_lib.hosts import is_host_name, parse_ip, parse_port, split_host_port, with_port
 from willi_lib.text import refuse_invisible
 
+from .keys import fold_domain, refuse_typeset
+
 DEFAULT_PORT = 25
-UNSURE = "the table is empty, or is being written"
 
 UpstreamTls = Literal["auto", "always", "require", "never"]
 Xclient = Literal["try", "require", "no"]
@@ -70,12 +66,12 @@ class NoRoute(Exception):
 class LookupFailed(Exception):
     """A mapping could not answer: try again later.
 
-    told: the log has this already, so that nobody needs to repeat it for every client.
+    logged: the log has this already; it is not repeated for every client.
     """
 
-    def __init__(self, why: str = "", told: bool = False) -> None:
+    def __init__(self, why: str = "", logged: bool = False) -> None:
         super().__init__(why)
-        self.told = told
+        self.logged = logged
 
 
 class Answer(NamedTuple):
@@ -161,168 +157,7 @@ class Mapping(Protocol):
         """
 
 
-# The search
-
-
-@dataclass(frozen=True, slots=True)
-class Step:
-    """One key asked in one mapping: a route, a failure, or neither."""
-
-    mapping: str
-    key: str
-    route: Route | None
-    failure: LookupFailed | None = None
-    origin: Origin = ""
-
-    @property
-    def is_last(self) -> bool:
-        """Whether the search ends here: nobody else is asked."""
-        return self.route is not None or self.failure is not None
-
-
-def search(mappings: Sequence[Mapping], recipient: str, delimiter: str = "") -> Iterator[Step]:
-    """Ask each mapping for all keys of the recipient, up to the first match or failure."""
-    keys = keys_of(recipient, delimiter)
-    for mapping in mappings:
-        for step in ask(mapping, keys):
-            yield step
-            if step.is_last:
-                return
-
-
-def ask(mapping: Mapping, keys: Sequence[str]) -> Iterator[Step]:
-    """Ask one mapping for all keys of a recipient, up to the first match or failure."""
-    answers = mapping.find(keys)
-    for key in keys:
-        try:
-            route, origin = next(answers)
-        except LookupFailed as failure:
-            yield Step(mapping.name, key, None, failure)
-            return
-        yield Step(mapping.name, key, route, None, origin)
-        if route is not None:
-            return
-
-
-def find_route(mappings: Sequence[Mapping], recipient: str, delimiter: str = "") -> Route:
-    """The first match, so that an earlier mapping's domain beats a later one's address.
-
-    Raises NoRoute, or LookupFailed from the first mapping that fails: the search
-    ends there, since a later, more general mapping might send the mail elsewhere.
-    """
-    return conclude(list(search(mappings, recipient, delimiter)), recipient)
-
-
-def conclude(steps: Sequence[Step], recipient: str) -> Route:
-    """The route that a search has come to. Raises NoRoute, LookupFailed."""
-    if steps and (failure := steps[-1].failure):
-        raise LookupFailed(f"{steps[-1].mapping}: {failure}", failure.told)
-    if steps and (route := steps[-1].route):
-        return route
-    for step in steps:
-        if step.origin == "unsure":
-            raise LookupFailed(f"{step.mapping}: {UNSURE}", told=True)
-    raise NoRoute(recipient)
-
-
-# Keys
-
-_DOMAIN = re.compile(DOMAIN)
-_LITERAL = re.compile(r"\[[!-Z^-~]+\]")  # RFC 5321 §4.1.3, whatever the address in it
-_FOLDED = re.compile(rf"(?:[a-z0-9._+-]+@)?{DOMAIN}")  # what folding leaves alone: nearly every pattern
-_UNQUOTED = re.compile(r'[^\x00-\x20\x7f"(),:;<>@\[\]\\]+')  # lenient about dots: "a..b" does occur
-_QUOTED = re.compile(r'"((?:[^"\\]|\\.)*)"')
-_ATOM = r"[^\x00-\x20\x7f\"(),.:;<>@\[\]\\]+"
-_DOT_STRING = re.compile(rf"{_ATOM}(?:\.{_ATOM})*")
-# What word processors and spreadsheets make of quotation marks and hyphens; no domain has them (RFC 5892).
-_TYPESET = re.compile("[\u00ab\u00bb\u2010-\u2015\u2018-\u201f\u2039\u203a\u2212]")
-
-
-def keys_of(recipient: str, delimiter: str = "") -> tuple[str, ...]:
-    """The keys to ask for, folded: user+ext@domain, user@domain, domain.
-
-    recipient: without angle brackets and source route. One without a domain
-        (postmaster) has a single key.
-    delimiter: a set of characters; the local part is cut at the first of them,
-        unless nothing would remain, or quotes are needed around it.
-    """
-    local, at, domain = recipient.rpartition("@")
-    domain = _fold_domain(domain)
-    if not at or not domain or domain.endswith('"'):  # the @ of "a@b" belongs to the local part
-        return (_fold_local_part(recipient),)
-    local = _fold_local_part(local)
-    if delimiter and not local.startswith('"'):
-        cut = min((found for found in map(local.find, delimiter) if found >= 0), default=0)
-        if cut:
-            return f"{local}@{domain}", f"{local[:cut]}@{domain}", domain
-    return f"{local}@{domain}", domain
-
-
-def fold_pattern(pattern: str) -> str:
-    """The key that an administrator's pattern, an address or a domain, stands for.
-
-    Raises ValueError with a short reason if no recipient can have that key.
-    """
-    if _FOLDED.fullmatch(pattern):
-        return pattern
-    refuse_invisible(pattern)
-    local, at, domain = pattern.rpartition("@")
-    _refuse_typeset(domain)
-    domain = _fold_domain(domain)
-    if at and local in ("", "*"):
-        raise ValueError(f"{pattern[:80]!r}: a whole domain is written without {local}@")
-    if domain.startswith((".", "*")):
-        raise ValueError(
-            f"{pattern[:80]!r}: neither an address nor a domain; there are no wildcards: one line for each domain"
-        )
-    if not (_DOMAIN.fullmatch(domain) or _LITERAL.fullmatch(domain)):
-        raise ValueError(f"{pattern[:80]!r}: neither an address nor a domain")
-    if not at:
-        return domain
-    if not (_UNQUOTED.fullmatch(local) or _QUOTED.fullmatch(local)):
-        raise ValueError(f"{pattern[:80]!r}: neither an address nor a domain")
-    return f"{_fold_local_part(local)}@{domain}"
-
-
-def _refuse_typeset(domain: str) -> None:
-    """Raises ValueError: punycode would make an A-label of such a character that no client ever asks for."""
-    if found := _TYPESET.search(domain):
-        code = f"U+{ord(found[0]):04X} {name(found[0])}"
-        raise ValueError(f"{domain[:80]!r}: has {code}, which no domain has: write it in ASCII, or leave it out")
-
-
-def _fold_local_part(local: str) -> str:
-    """Lower case, without needless quotes and backslashes, which mean nothing (RFC 5321 §4.1.2)."""
-    quoted = _QUOTED.fullmatch(local) if local.startswith('"') else None
-    if quoted is not None:
-        local = re.sub(r"\\(.)", r"\1", quoted[1])
-        if not _DOT_STRING.fullmatch(local):
-            local = '"' + re.sub(r'(["\\])', r"\\\1", local) + '"'
-    return local.lower() if local.isascii() else normalize("NFC", local.lower())
-
-
-def _fold_domain(domain: str) -> str:
-    """Lower case, A-labels, no dot at the end. What has no A-label stays, in lower case.
-
-    The mapping is that of RFC 5895, letter by letter as in UTS #46: Python's lower() makes another letter of a capital
-    sigma at the end of a word. Python's `idna` codec is IDNA 2003 for ever: there
-    `straße.example` means `strasse.example`, which may be somebody else's.
-    """
-    if domain.isascii():
-        return domain.lower().removesuffix(".")
-    lower = normalize("NFKC", domain).replace("Σ", "σ").lower()
-    name = ".".join(map(_a_label, normalize("NFC", lower).replace("\u3002", ".").removesuffix(".").split(".")))
-    return name if _DOMAIN.fullmatch(name) else domain.replace("Σ", "σ").lower().removesuffix(".")
-
-
-def _a_label(label: str) -> str:
-    """As it is if that is ASCII, or longer than a label can be (encoding takes quadratic time)."""
-    if label.isascii() or len(label) > 63:
-        return label
-    return "xn--" + label.encode("punycode").decode("ascii")
-
-
-# What stands behind a key
+# What an administrator writes
 
 _TRUTH = {"true": True, "t": True, "yes": True, "1": True, "false": False, "f": False, "no": False, "0": False}
 
@@ -363,8 +198,8 @@ def _parse_server(entry: str) -> Server:
 
 
 def _parse_name(text: str) -> str:
-    _refuse_typeset(text)
-    name = _fold_domain(text)
+    refuse_typeset(text)
+    name = fold_domain(text)
     if not is_host_name(name):
         is_digits = name.replace(".", "").isdigit()
         raise ValueError("not a host name, nor a whole IPv4 address" if is_digits else "not a host name")
