@@ -17,7 +17,8 @@ from bench.soak import Look, growth_of
 from tests.runner.limits import allow
 from tests.support.loopback import ROOT, need, wait_until
 
-IDLE, SLOW = (int(os.environ.get(name, default)) for name, default in (("IDLE", "5000"), ("SLOW", "500")))
+# `make load` has more of them.
+IDLE, SLOW = (int(os.environ.get(name, default)) for name, default in (("IDLE", "2000"), ("SLOW", "200")))
 MORE_LATENCY = 1.2  # that a crowd may cost
 STEADY = Look(0.0, [10.0, 25.0, 25.0], [5.0, 15.0, 15.0], [6, 50, 50], 1000.0, 20.0, 0)
 
@@ -29,12 +30,12 @@ def run(module: str, *arguments: str, seconds: float = 240) -> subprocess.Comple
 
 
 def test_a_crowd_of_idle_and_slow_clients_is_not_felt_by_the_others():
-    """On a machine that does other things as well one bad look is no proof: then three times as many pairs decide."""
+    """On a machine that does other things as well one bad look is no proof: then four times as many pairs decide."""
     need("openssl")
     if os.geteuid() and resource.getrlimit(resource.RLIMIT_NOFILE)[1] < 2 * (IDLE + SLOW) + 1000:
         pytest.skip("needs more file descriptors, or root")
-    for pairs in (40, 120):
-        done = run("bench.crowd", "--idle", str(IDLE), "--slow", str(SLOW), "--pairs", str(pairs), seconds=300)
+    for pairs in (20, 80):
+        done = run("bench.crowd", "--idle", str(IDLE), "--slow", str(SLOW), "--pairs", str(pairs), seconds=600)
         assert done.returncode == 0, done.stderr
         found = json.loads(done.stdout)
         if found["p50"]["median"] <= MORE_LATENCY:
