@@ -18,6 +18,7 @@ from willi_lib.mappings.csv_file import CsvFile
 from willi_lib.mappings.open import open_mappings
 from willi_lib.routing.search import find_route
 from willi_lib.smtp import reply as replies
+from willi_lib.status.counts import FOR_PAGE, TABLE
 
 EXAMPLE = (ROOT / "etc" / "willi.conf.example").read_text(encoding="utf-8")
 MAPPING = "[mappings]\n[[all]]\ntype = static\nserver = mail.example.org\n"
@@ -115,6 +116,13 @@ def rows(text: str) -> list[list[str]]:
 
 def section(page: str, title: str) -> str:
     return MANUAL[page].partition(f"\n## {title}\n")[2].partition("\n## ")[0]
+
+
+def test_the_metrics_of_the_page_are_the_rows_of_the_table():
+    rows = re.findall(r"^\| `(willi_\w+)` \|([^|]*)\| ([^|]*) \|$", DOCS["monitoring.md"], re.MULTILINE)
+    assert [(name, tuple(re.findall(r"`(\w+)`", labels)), text) for name, labels, text in rows] == [
+        (metric.full_name, metric.labels, metric.text) for metric in TABLE.values() if metric.kind != FOR_PAGE
+    ]
 
 
 def test_the_readme_is_short_and_opens_every_other_page():

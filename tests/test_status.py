@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import os
+import json
 from contextlib import suppress
+from time import monotonic
 from typing import Any
 
 import gevent
@@ -16,17 +17,17 @@ from prometheus_client.openmetrics.exposition import generate_latest as as_openm
 from prometheus_client.parser import text_string_to_metric_families
 
 from willi_lib.config import Address, Settings
-from willi_lib.status import counts, http, metrics, serving, view
-from willi_lib.status.counts import ACCEPTED, CONNECTS, Counts, HostState
-from willi_lib.status.hosts import HOUR, MAX_HOSTS, PERIOD, Hosts
+from willi_lib.status import counts, http, metrics, reports, view
+from willi_lib.status.counts import ACCEPTED, MAX_HOSTS, TABLE, Counts, HostState
 from willi_lib.status.means import MINUTE, HourMean
-from willi_lib.status.overview import Asked
+from willi_lib.status.overview import Asked, CertificateState, Host
 from willi_lib.status.reports import Links
 from willi_lib.status.serving import Serving
 from willi_lib.status.totals import FRESH, Totals
 
 NOW = 1_800_000_000.0  # the beginning of a minute
 DAY = 86400.0
+HOUR = 3600.0
 
 
 def master(**facts: Any) -> dict[str, Any]:
@@ -39,30 +40,34 @@ def master(**facts: Any) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def worker(**facts: Any) -> dict[str, Any]:
-    """A report of a worker that is well."""
-    return {"worker": {"pid": 2, **facts}}
+def worker(own: Counts | None = None, **facts: Any) -> dict[str, Any]:
+    """A report of a worker that is well. own: what it has counted."""
+    counted = {"began": own.began, "rows": own.rows()} if own else {}
+    report = dataclasses.replace(reports.WorkerReport(2), **{**counted, **facts})
+    told: dict[str, Any] = json.loads(json.dumps({"worker": report}, default=vars))
+    return told
+
+
+def certificate(expires: float, fault: str = "") -> CertificateState:
+    return CertificateState("/c.pem", ("a",), expires, fault)
 
 
 @pytest.fixture
 def totals() -> Totals:
     """Of a Willi that is well."""
-    totals = Totals(NOW)
+    totals = Totals()
     totals.take_in(master(), NOW)
     totals.take_in(worker(), NOW)
     return totals
 
 
 def problems(totals: Totals, now: float = NOW) -> list[str]:
-    return [str(problem) for problem in view.problems(totals, now)]
+    return [str(finding) for finding in view.problems(totals, now)]
 
 
-def counted(count: Any, times: int = 1) -> dict[str, Any]:
-    """The report after a worker has counted something."""
-    own = Counts()
-    for _ in range(times):
-        count(own)
-    return {"rows": own.take()}
+def host_of(totals: Totals, now: float) -> Host:
+    [host] = view.overview(totals, now).hosts
+    return host
 
 
 # Sums
@@ -70,17 +75,56 @@ def counted(count: Any, times: int = 1) -> dict[str, Any]:
 
 def test_reports_of_all_workers_add_up(totals: Totals):
     for _ in range(3):
-        totals.take_in(counted(lambda own: own.add(counts.MESSAGES, ACCEPTED, "csv:a"), 2), NOW)
-        totals.take_in(counted(lambda own: own.took(0.3, counts.SESSION_SECONDS)), NOW)
+        own = Counts()
+        for _ in range(2):
+            own.add(counts.MESSAGES, ACCEPTED, "csv:a")
+            own.took(0.3, counts.SESSION_SECONDS)
+            totals.take_in(worker(own), NOW)
+            totals.take_in(worker(own), NOW)  # nothing new
     assert totals.number(counts.MESSAGES) == totals.number(counts.MESSAGES, ACCEPTED) == 6
     assert totals.number(counts.MESSAGES, "failed") == 0
-    assert totals.durations[counts.SESSION_SECONDS,][-1] == pytest.approx(0.9)
+    [row] = totals.durations[counts.SESSION_SECONDS].values()
+    assert sum(row[:-1]) == 6
+    assert row[-1] == pytest.approx(1.8)
+
+
+def test_what_a_worker_counted_stays_when_it_is_gone(totals: Totals):
+    own = Counts()
+    own.add(counts.SESSIONS, number=5)
+    totals.take_in(worker(own), NOW)
+    for second in range(100):
+        totals.take_in(master(workers={"3": "serving"}), NOW + second)
+    assert totals.workers == {}
+    next_one = Counts()
+    next_one.add(counts.SESSIONS)
+    totals.take_in(worker(next_one), NOW + 100)  # its number may be the same
+    assert totals.number(counts.SESSIONS) == 6
+
+
+def test_another_status_process_begins_at_zero_and_misses_nothing_after_that():
+    old = Counts()
+    totals = Totals(since=monotonic())
+    new = Counts()
+    for own, pid in ((old, 2), (new, 3)):
+        for turn in range(3):
+            own.add(counts.SESSIONS, number=10)
+            own.took(0.3, counts.VERDICT_SECONDS)
+            own.add(counts.REFUSED, f"in turn {turn}")
+            first, second = own.rows()[:2], own.rows()[2:]
+            totals.take_in(worker(own, pid=pid, turn=turn, rows=first), NOW)
+            totals.take_in(worker(own, pid=pid, turn=turn, rows=second), NOW)
+    assert totals.number(counts.SESSIONS) == 20 + 30
+    assert sum(totals.durations[counts.VERDICT_SECONDS][()][:-1]) == 2 + 3
+    assert [totals.number(counts.REFUSED, f"in turn {turn}") for turn in range(3)] == [1, 2, 2]
+    assert totals.minutes(NOW)[-1].sessions == 50
 
 
 def test_minutes_are_the_last_sixty_with_those_in_which_nothing_happened(totals: Totals):
+    own = Counts()
     for minute in (0, 1, 59, 60):
-        totals.take_in(counted(lambda own: own.add(counts.SESSIONS)), NOW + minute * MINUTE)
-        totals.take_in(counted(lambda own: own.add(counts.VERDICTS, "failed"), 2), NOW + minute * MINUTE)
+        own.add(counts.SESSIONS)
+        own.add(counts.VERDICTS, "failed", number=2)
+        totals.take_in(worker(own), NOW + minute * MINUTE)
     minutes = totals.minutes(NOW + 60 * MINUTE + 59)
     assert [minute.began for minute in minutes] == [NOW + minute * MINUTE for minute in range(1, 61)]
     assert [number for number, minute in enumerate(minutes, 1) if minute.sessions] == [1, 59, 60]
@@ -99,12 +143,15 @@ def test_a_mean_forgets_what_is_older_than_an_hour():
 def test_a_clock_that_is_set_back_leaves_no_gap_and_nothing_that_is_to_come(totals: Totals):
     mean = HourMean()
     mean.add(1, 9.0, NOW + DAY)
+    own = Counts()
     for minute in range(70):
-        totals.take_in(counted(lambda own: own.add(counts.SESSIONS)), NOW + DAY + minute * MINUTE)
+        own.add(counts.SESSIONS)
+        totals.take_in(worker(own), NOW + DAY + minute * MINUTE)
     totals.take_in(worker(peaks={"max_connections_per_ip": 7}), NOW + DAY)
     for minute in range(3):
         mean.add(1, 2.0, NOW + minute * MINUTE)
-        totals.take_in(counted(lambda own: own.add(counts.SESSIONS)), NOW + minute * MINUTE)
+        own.add(counts.SESSIONS)
+        totals.take_in(worker(own), NOW + minute * MINUTE)
     assert [minute.sessions for minute in totals.minutes(NOW + 2 * MINUTE)][-4:] == [0, 1, 1, 1]
     assert totals.peak("max_connections_per_ip", NOW + 2 * MINUTE) == 0
     assert mean.mean(NOW + 2 * MINUTE) == 2.0
@@ -120,117 +167,61 @@ def test_a_clock_that_is_set_back_leaves_no_gap_and_nothing_that_is_to_come(tota
 def test_a_clock_that_is_set_back_does_not_hide_how_a_host_is_now(
     totals: Totals, before: HostState, after: HostState, up: bool
 ):
-    totals.hosts.note("a:25", before, NOW + DAY)
-    totals.hosts.note("a:25", HostState(), NOW)
-    totals.hosts.note("a:25", after, NOW + 1)
-    [host] = view.overview(totals, NOW + 1).hosts
-    assert host.up == up
-
-
-def test_names_are_given_after_the_clock_was_set_back():
-    hosts = Hosts()
-    for number in range(MAX_HOSTS):
-        connect(hosts, f"mx{number}", NOW + DAY)
-    connect(hosts, "busy", NOW, number=50)
-    connect(hosts, "busy", NOW + PERIOD + 1)
-    assert "busy" in hosts.named
+    note(totals, "a:25", before, NOW + DAY)
+    totals.take_in(master(), NOW)
+    note(totals, "b:25", after, NOW + 1)
+    for second in (1, 2):  # the first worker still says what it has seen
+        note(totals, "a:25", before, NOW + second)
+        note(totals, "a:25", after, NOW + second, pid=3)
+    assert {host.name: host.up for host in view.overview(totals, NOW + 2).hosts} == {"a:25": up, "b:25": up}
 
 
 def test_sessions_are_those_of_workers_that_are_there_the_draining_ones_too(totals: Totals):
     totals.take_in(master(workers={"2": "serving", "3": "draining"}), NOW)
     totals.take_in(worker(sessions=4), NOW)
-    totals.take_in({"worker": {"pid": 3, "sessions": 5}}, NOW)
+    totals.take_in(worker(pid=3, sessions=5), NOW)
     assert view.overview(totals, NOW).sessions == 9
     totals.take_in(master(workers={"2": "serving"}), NOW)
     assert view.overview(totals, NOW).sessions == 4
 
 
-def test_all_but_means_outlives_a_hand_over(totals: Totals):
-    totals.take_in(counted(lambda own: own.add(counts.VERDICTS, ACCEPTED), 3), NOW - MINUTE)
-    totals.take_in(counted(lambda own: own.took(0.3, counts.SESSION_SECONDS)), NOW)
-    totals.take_in(counted(lambda own: own.not_opened("a:25", "refused")), NOW)
-    totals.take_in(counted(lambda own: own.event("accepted", {"sid": "x", "bytes": 1, "duration": 0.1})), NOW)
-    heir = Totals(NOW)
-    heir.take_in(counted(lambda own: own.add(counts.VERDICTS, ACCEPTED)), NOW)  # which came in between
-    for report in (*totals.last_words(), {"handover": totals.rows()}):
-        heir.take_in(report, NOW)
-    totals.take_in(counted(lambda own: own.add(counts.VERDICTS, ACCEPTED)), NOW)
-    assert view.overview(heir, NOW) == view.overview(totals, NOW)
-    assert metrics.exposition(heir, NOW) == metrics.exposition(totals, NOW)
-
-
-def test_what_is_newer_is_not_changed_by_a_hand_over(totals: Totals):
-    heir = Totals(NOW)
-    heir.take_in(master(reloads=7), NOW + 1)
-    heir.take_in(worker(sessions=8), NOW + 1)
-    for report in totals.last_words():
-        heir.take_in(report, NOW + 2)
-    assert (heir.master.reloads, view.sessions(heir)) == (7, 8)
-
-
 # Hosts
 
 
-def connect(hosts: Hosts, name: str, now: float, number: int = 1) -> None:
-    hosts.add((CONNECTS, name, "opened"), number, now)
+def note(totals: Totals, name: str, state: HostState, now: float, pid: int = 2) -> None:
+    """A worker tells that."""
+    totals.take_in(worker(pid=pid, rows=[[counts.HOST, [name], vars(state)]]), now)
 
 
-def connections(hosts: Hosts) -> dict[str, float]:
-    return {name: sum(host.numbers.values()) for name, host in hosts.named.items()}
-
-
-def test_hosts_beyond_the_limit_are_one_and_nothing_is_lost():
-    hosts = Hosts()
-    for number in range(MAX_HOSTS + 20):
-        connect(hosts, f"mx{number}", NOW)
-    assert len(hosts.named) == MAX_HOSTS
-    assert sum(hosts.others.numbers.values()) == 20
-    assert hosts.without_name == 20
-
-
-def test_a_host_with_a_name_has_it_as_long_as_it_is_used():
-    hosts = Hosts()
+def test_hosts_beyond_the_limit_are_one_and_keep_their_name(totals: Totals):
+    own, other = Counts(), Counts()
     for number in range(MAX_HOSTS):
-        connect(hosts, f"mx{number}", NOW)
-    connect(hosts, "late", NOW + HOUR - 1)
-    assert "late" not in hosts.named
-    for number in range(1, MAX_HOSTS):
-        connect(hosts, f"mx{number}", NOW + HOUR)
-    connect(hosts, "late", NOW + HOUR + 1)
-    assert "late" in hosts.named and "mx0" not in hosts.named
+        own.opened(f"mx{number}", 0.1, "none", "off")
+        other.opened(f"mx{number + MAX_HOSTS - 20}", 0.1, "none", "off")
+    for _ in range(3):
+        own.opened(f"mx{MAX_HOSTS}", 0.1, "none", "off")
+        other.opened(f"mx{MAX_HOSTS}", 0.1, "none", "off")
+        other.lost("mx0", "no")  # which has a name, but not in this worker
+        totals.take_in(worker(own), NOW)
+        totals.take_in(worker(other, pid=3), NOW)
+    names = totals.busiest_hosts()
+    assert set(names) == {*(f"mx{number}" for number in range(MAX_HOSTS)), counts.OTHER}
+    assert names[-1] == counts.OTHER
+    assert totals.number(counts.CONNECTS) == 2 * MAX_HOSTS + 6
+    found = samples(totals)
+    assert found["willi_upstream_connects_total{host=other,outcome=opened}"] == MAX_HOSTS - 20 + 6
+    assert found["willi_upstream_lost_total{host=other}"] == 3
+    assert "willi_upstream_up{host=other}" not in found
 
 
-def test_a_busy_host_gets_a_name_and_no_number_goes_back():
-    hosts = Hosts()
-    for number in range(MAX_HOSTS):
-        connect(hosts, f"mx{number}", NOW, number=2)
-    connect(hosts, "busy", NOW + 1, number=50)
-    before, others = connections(hosts), sum(hosts.others.numbers.values())
-    connect(hosts, "busy", NOW + PERIOD + 1, number=3)
-    after = connections(hosts)
-    assert after["busy"] == 3  # a new series; what was counted with the others stays there
-    assert sum(hosts.others.numbers.values()) == others == 50
-    assert len(after) == MAX_HOSTS
-    assert all(before[name] == number for name, number in after.items() if name != "busy")
-
-
-def test_what_a_worker_had_no_room_for_is_among_the_others_and_gets_no_name(totals: Totals):
-    for number in range(MAX_HOSTS):
-        connect(totals.hosts, f"mx{number}", NOW)
-    connect(totals.hosts, counts.OTHER, NOW, number=1000)
-    connect(totals.hosts, counts.OTHER, NOW + PERIOD + 1, number=1000)
-    assert counts.OTHER not in totals.hosts.named
-    assert samples(totals)["willi_upstream_connects_total{host=other,outcome=opened}"] == 2000
-
-
-def test_a_host_is_down_until_somebody_reaches_it_or_nobody_has_tried_for_long(totals: Totals):
-    totals.add_rows([[counts.HOST, "a:25", 0, NOW - 60, NOW, "Connection refused"]], NOW)
-    [host] = view.overview(totals, NOW).hosts
+def test_a_host_is_down_until_a_worker_reaches_it_or_none_has_tried_for_long(totals: Totals):
+    note(totals, "a:25", HostState(0, NOW - 60, NOW, "Connection refused"), NOW)
+    host = host_of(totals, NOW)
     assert (host.up, host.down_since, host.last_error) == (False, NOW - 60, "Connection refused")
     assert problems(totals) == ["a:25: the upstream is down: Connection refused"]
-    assert view.down_since(totals.hosts.named["a:25"], NOW + HOUR) is None
-    totals.hosts.note("a:25", HostState(reached=NOW + 1), NOW)
-    [host] = view.overview(totals, NOW + 1).hosts
+    assert view.down_since(totals, "a:25", NOW + HOUR) is None
+    note(totals, "a:25", HostState(reached=NOW + 1), NOW + 1, pid=3)
+    host = host_of(totals, NOW + 1)
     assert (host.up, host.down_since, host.last_error_at) == (True, None, NOW)
 
 
@@ -250,9 +241,9 @@ def test_a_willi_that_is_well_has_none(totals: Totals):
         (master(stopping=True), "Willi: is being stopped"),
         (master(last_reload_error="willi.conf:2: no"), "reload: the last one failed: willi.conf:2: no"),
         (master(connections=80), "max_connections: 80 of 100 are in use"),
-        (worker(certificates=[["/c.pem", ["a"], NOW + 13.2 * DAY, ""]]), "/c.pem: certificate: 13 days left"),
-        (worker(certificates=[["/c.pem", ["a"], NOW - 1, ""]]), "/c.pem: certificate: expired 1.0 s ago"),
-        (worker(certificates=[["/c.pem", [], 0.0, "gone"]]), "/c.pem: certificate: cannot be read"),
+        (worker(certificates=[certificate(NOW + 13.2 * DAY)]), "/c.pem: certificate: 13 days left"),
+        (worker(certificates=[certificate(NOW - 1)]), "/c.pem: certificate: expired 1.0 s ago"),
+        (worker(certificates=[certificate(0.0, "gone")]), "/c.pem: certificate: cannot be read"),
         (
             worker(tables=[{"name": "csv:/x", "kind": "csv", "patterns": 1, "last_error": "/x:2: no"}]),
             "csv:/x: not read again: /x:2: no",
@@ -269,7 +260,7 @@ def test_what_is_wrong_is_told(totals: Totals, report: dict[str, Any], problem: 
 
 
 @pytest.mark.parametrize(
-    "report", [master(connections=79), worker(certificates=[["/c.pem", ["a"], NOW + 14 * DAY + 1, ""]])]
+    "report", [master(connections=79), worker(certificates=[certificate(NOW + 14 * DAY + 1)])]
 )
 def test_what_is_just_well_is_no_problem(totals: Totals, report: dict[str, Any]):
     totals.take_in(report, NOW)
@@ -282,7 +273,7 @@ def test_silence_is_a_problem(totals: Totals):
 
 def test_many_hosts_that_are_down_are_a_few_lines(totals: Totals):
     for number in range(8):
-        totals.hosts.note(f"mx{number}", HostState(0, NOW, NOW, "no"), NOW)
+        note(totals, f"mx{number}", HostState(0, NOW, NOW, "no"), NOW)
         if number == 5:
             assert problems(totals)[-1] == "upstreams: 1 more is down"
     assert len(problems(totals)) == 6
@@ -291,7 +282,7 @@ def test_many_hosts_that_are_down_are_a_few_lines(totals: Totals):
 
 def test_of_a_database_what_was_seen_last_is_shown(totals: Totals):
     def table(pid: int, **facts: Any) -> dict[str, Any]:
-        return {"worker": {"pid": pid, "tables": [{"name": "mysql:x", "kind": "mysql", "last_error": "", **facts}]}}
+        return worker(pid=pid, tables=[{"name": "mysql:x", "kind": "mysql", **facts}])
 
     totals.take_in(master(workers={"2": "serving", "3": "serving"}, wanted=2), NOW)
     totals.take_in(table(2, database_up=False, seen=5.0), NOW)
@@ -326,8 +317,10 @@ def test_no_two_metrics_clash_in_openmetrics(totals: Totals):
 
 
 def test_buckets_are_cumulative_as_prometheus_wants_them(totals: Totals):
+    own = Counts()
     for seconds in (0.0005, 0.0005, 0.02, 1000.0):
-        totals.take_in(counted(lambda own: own.took(seconds, counts.LOOKUP_SECONDS, "csv:a")), NOW)  # noqa: B023
+        own.took(seconds, counts.LOOKUP_SECONDS, "csv:a")
+        totals.take_in(worker(own), NOW)
     found = samples(totals)
     name = "willi_lookup_duration_seconds"
     buckets = {"0.0001": 0, "0.0005": 2, "0.001": 2, "0.01": 2, "0.05": 3, "5.0": 3, "+Inf": 4}
@@ -336,28 +329,42 @@ def test_buckets_are_cumulative_as_prometheus_wants_them(totals: Totals):
     assert found[f"{name}_sum{{mapping=csv:a}}"] == pytest.approx(1000.021)
 
 
-def test_every_counter_of_the_workers_is_a_metric_or_of_the_overview_only():
-    shown = metrics.COUNTERS.keys() | metrics.HOST_COUNTERS.keys() | metrics.HISTOGRAMS.keys()
-    names = {
-        value for name, value in vars(counts).items()
-        if name.isupper() and isinstance(value, str) and len(value) > 1
-    }  # fmt: skip
-    values = {counts.ACCEPTED, counts.REJECTED_BY_UPSTREAM, counts.REJECTED_BY_WILLI, counts.FAILED, counts.OPENED,
-              counts.REFUSED_CLIENT, counts.NOT_OPENED, counts.OTHER}  # fmt: skip
-    assert names - values - shown == {counts.VERDICTS, counts.GREETINGS, counts.GREETING_SECONDS}
+def test_every_row_of_the_table_is_shown_once_it_has_a_value_and_no_other(totals: Totals):
+    own = Counts()
+    for metric in TABLE.values():
+        if metric.kind == counts.HISTOGRAM:
+            own.took(0.1, metric, *metric.labels)
+        elif metric not in metrics.READ:
+            own.add(metric, *metric.labels)
+    table = {"name": "csv:a", "kind": "csv", "patterns": 1, "loaded_at": NOW, "database_up": True}
+    totals.take_in(worker(own, tables=[table], certificates=[certificate(NOW)]), NOW)
+    totals.take_in(master(last_reload=NOW), NOW)
+    note(totals, "a:25", HostState(0, NOW - 5, NOW, "no"), NOW)
+    shown = {metric.full_name for metric in TABLE.values() if metric.kind != counts.FOR_PAGE}
+    names = {name.partition("{")[0] for name in samples(totals)}
+    suffixes = {f"{name}{suffix}": name for name in shown for suffix in ("_bucket", "_sum", "_count")}
+    assert {suffixes.get(name, name) for name in names} == shown
+    assert {metric for metric in TABLE.values() if metric.kind == counts.GAUGE} <= metrics.READ.keys()
+
+
+def test_a_counter_is_there_before_it_counts_if_its_labels_are_known(totals: Totals):
+    found = samples(totals)
+    assert found["willi_sessions_total{}"] == found["willi_sessions_refused_total{reason=max_errors}"] == 0
+    assert found["willi_xclient_total{outcome=off}"] == 0
 
 
 def test_a_report_of_another_version_does_no_harm_to_the_metrics(totals: Totals):
-    totals.add_rows([["n", 1, "unknown", "x"], ["n", 1, counts.SESSIONS, "too many"], ["z"]], NOW)
-    totals.add_rows([["d", [1, 2], counts.SESSION_SECONDS]], NOW)
+    rows = [[counts.NUMBER, ["unknown", "x"], 1], [counts.NUMBER, ["sessions", "too many"], 1],
+            [counts.DURATION, ["session_duration_seconds"], [1, 2]], ["unknown", ["sessions"], [1]]]  # fmt: skip
+    totals.take_in(worker(rows=rows), NOW)
     found = samples(totals)
     assert found["willi_sessions_total{}"] == 0
     assert not any("unknown" in name or "too many" in name for name in found)
 
 
 def test_a_host_that_is_down_has_a_time_and_others_have_none(totals: Totals):
-    totals.hosts.note("a:25", HostState(0, NOW - 5, NOW, "no"), NOW)
-    totals.hosts.note("b:25", HostState(NOW), NOW)
+    note(totals, "a:25", HostState(0, NOW - 5, NOW, "no"), NOW)
+    note(totals, "b:25", HostState(NOW), NOW)
     found = samples(totals)
     assert (found["willi_upstream_up{host=a:25}"], found["willi_upstream_up{host=b:25}"]) == (0, 1)
     assert [name for name in found if "down_since" in name] == ["willi_upstream_down_since_seconds{host=a:25}"]
@@ -374,7 +381,7 @@ def served(totals: Totals, monkeypatch):
     listener.bind(("127.0.0.1", 0))
     listener.listen()
     port = listener.getsockname()[1]
-    application = http.Application(totals, ["mx.example"], lambda address: Asked(address, (), "asked"))
+    application = http.Application(totals, lambda address: Asked(address, (), "asked"))
     [server] = http.make_servers([listener], application)
     server.start()
     yield port
@@ -426,17 +433,6 @@ def test_a_body_that_is_nonsense_is_no_matter_for_the_log(served: int, capfd, bo
     assert capfd.readouterr() == ("", "")
 
 
-def test_who_hands_over_before_it_serves_does_not_serve_any_more(monkeypatch):
-    monkeypatch.setattr(serving, "NEWS_TIMEOUT", 0.01)
-    with socket.create_server(("127.0.0.1", 0)) as masters, socket.socket(fileno=os.dup(masters.fileno())) as own:
-        settings = Settings(path="willi.conf", mappings=(), status_listen=Address(*masters.getsockname()))
-        status = Serving(settings, [own], Links())
-        starting = gevent.spawn(status.start)
-        gevent.sleep(0)
-        status.hand_over()
-        starting.get(timeout=60)
-
-
 def test_who_asks_for_an_address_has_no_more_time_than_the_connection():
     settings = Settings(path="willi.conf", mappings=(), status_listen=Address("127.0.0.1", 8025))
     with pytest.raises(gevent.Timeout), gevent.Timeout(0.05):
@@ -446,7 +442,7 @@ def test_who_asks_for_an_address_has_no_more_time_than_the_connection():
 def ask(totals: Totals, path: str, query: str = "", **extra: str) -> tuple[str, str]:
     """Status and body of the bare application."""
     answered: list[str] = []
-    application = http.Application(totals, ["mx.example"], lambda address: Asked(address, (), f"asked {address}"))
+    application = http.Application(totals, lambda address: Asked(address, (), f"asked {address}"))
     environ = {"REQUEST_METHOD": "GET", "PATH_INFO": path, "QUERY_STRING": query, **extra}
     body = application(environ, lambda status, headers: answered.append(status))
     return answered[0], b"".join(body).decode()

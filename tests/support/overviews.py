@@ -47,7 +47,7 @@ def healthy() -> Overview:
         reloads=3, reloads_failed=0, last_reload=NOW - 3 * DAY, last_reload_error="", sessions=37,
         sessions_total=1_904_311, accepted_total=1_211_872, rejected_total=402_118, failed_total=212,
         octets_total=71_204_551_020, minutes=tuple(_minute(number) for number in range(60)), hosts=_hosts(),
-        hosts_left_out=0, tables=_tables(), certificates=_certificates(), limits=_limits(),
+        tables=_tables(), certificates=_certificates(), limits=_limits(),
         events=tuple(_event(number) for number in range(50)),
     )  # fmt: skip
 
@@ -84,7 +84,7 @@ def troubled() -> Overview:
             Finding("warn", first.file, "certificate: 5 days left", RENEW),
             Finding("warn", "max_connections", "4,960 of 5,000 are in use", view.RAISE_LIMIT),
         ),
-        hosts=(calm.hosts[0], lost, *calm.hosts[2:]), hosts_left_out=7, tables=(csv, database),
+        hosts=(calm.hosts[0], lost, *calm.hosts[2:]), tables=(csv, database),
         certificates=(
             replace(first, expires=NOW + 5.4 * DAY),
             replace(calm.certificates[1], expires=NOW - 3 * DAY),

@@ -1,4 +1,4 @@
-"""The status process as the master sees it: its listening sockets, its life, and who comes after it."""
+"""The status process as the master sees it: its listening sockets, and its life."""
 
 from __future__ import annotations
 
@@ -13,49 +13,37 @@ from typing import NoReturn
 from willi_lib import log
 from willi_lib.config import Address, Settings
 from willi_lib.processes.listeners import PATIENCE, CannotBind, bind, needed_for
-from willi_lib.status.reports import Links, Report, send
+from willi_lib.status.reports import Links, MasterReport, send
 
-HAND_OVER = b"hand over"
-SIGN_OF_LIFE = b"."
-PULSE = 1.0  # seconds between two of them
-HANG_TIMEOUT = 60.0  # seconds without one, after which it is killed
-END_TIMEOUT = 15.0  # seconds to hand over, or to end at all
+HANG_TIMEOUT = 60.0  # seconds without a sign of life, after which it is killed
+END_TIMEOUT = 15.0  # seconds
 FIRST_DELAY, LONGEST_DELAY = 1.0, 60.0  # seconds before one is replaced that soon died; doubled each time
 LONG_LIFE = 60.0  # seconds
 BIND_INTERVAL = 10.0  # seconds between tries to listen
 INTERVAL = 1.0  # seconds between the facts of the master, if they have not changed
 
-Become = Callable[[socket.socket, bool], NoReturn]  # with its end of the channel, and whether it has a predecessor
-
 
 class _Process:
     """One of them."""
 
-    def __init__(self, settings: Settings, become: Become, has_predecessor: bool) -> None:
-        """Forks. Raises OSError."""
+    def __init__(self, settings: Settings, become: Callable[[socket.socket], NoReturn]) -> None:
+        """Forks. become: what the new process does, with its end of the channel. Raises OSError."""
         self.settings = settings
         self.started = self.heard = monotonic()
-        self.reads = False  # the reports: it has shown that it is alive
         self.end_by: float | None = None  # it was told to end
         self.channel, theirs = socket.socketpair()
         with theirs:
             self.pid = os.fork()
             if self.pid == 0:
                 self.channel.close()
-                become(theirs, has_predecessor)
+                become(theirs)
         self.channel.setblocking(False)
 
     def listen(self) -> None:
         """Take note of its signs of life."""
         with suppress(BlockingIOError, ConnectionError):
             while self.channel.recv(4096):
-                self.heard, self.reads = monotonic(), True
-
-    def tell_to_hand_over(self) -> None:
-        """And to end then."""
-        self.end_by = monotonic() + END_TIMEOUT
-        with suppress(OSError):  # it has died just now
-            self.channel.send(HAND_OVER)
+                self.heard = monotonic()
 
     def end(self, number: signal.Signals) -> None:
         """By this signal."""
@@ -66,8 +54,11 @@ class _Process:
 class Keeper:
     """There is one status process if `status_listen` is set, and for a moment two after a reload."""
 
-    def __init__(self, become: Callable[[Settings, socket.socket, bool], NoReturn]) -> None:
-        """become: what the new process does. Raises OSError: no descriptor is left."""
+    def __init__(self, become: Callable[[Settings, socket.socket, float], NoReturn]) -> None:
+        """become: what the new process does, with its end of the channel, and since when workers count for it.
+
+        Raises OSError: no descriptor is left.
+        """
         self.links = Links()
         self._become = become
         self._bound: dict[Address, socket.socket] = {}
@@ -77,7 +68,8 @@ class Keeper:
         self._settings: Settings | None = None  # that the process should have
         self._delay = 0.0
         self._replace_at = 0.0
-        self._told: Report = {}
+        self._since = monotonic()
+        self._told = MasterReport()
         self._told_at = 0.0
 
     # -- sockets
@@ -88,7 +80,11 @@ class Keeper:
         return list(self._bound.values())
 
     def open(self, settings: Settings, patience: float = PATIENCE) -> None:
-        """Listen where the file wants it, too. No mail waits for an address that cannot be had: it is tried again."""
+        """Listen where the file wants it, too. No mail waits for an address that cannot be had: it is tried again.
+
+        Workers that start from now on are counted from their beginning if there will be another status process.
+        """
+        self._since = monotonic()
         try:
             self._bound |= bind(status_addresses(settings), self._bound, patience)
         except CannotBind as error:
@@ -126,7 +122,7 @@ class Keeper:
         return bool(self._all)
 
     def follow(self, settings: Settings) -> None:
-        """From now on this file counts. What was counted outlives the change."""
+        """From now on this file is in force. If it wants another process, that one begins to count at zero."""
         self.close_others(settings)
         before, self._settings = self._process, settings if settings.status_listen else None
         if before and self._settings and _same(before.settings, settings):
@@ -155,9 +151,6 @@ class Keeper:
                 process.end(signal.SIGKILL)
         if self._settings and not self._process and now >= self._replace_at:
             self._start()
-        for process in self._leaving if self._process and self._process.reads else ():
-            if process.end_by is None:
-                process.tell_to_hand_over()
 
     def bury(self, pid: int, status: int) -> None:
         """A child of the master has ended."""
@@ -169,6 +162,7 @@ class Keeper:
                 self._leaving.remove(process)
                 return
             self._process = None
+            self._since = monotonic()
             if process.end_by is None:
                 log.error("Status process ended by itself", pid=pid, status=os.waitstatus_to_exitcode(status))
             long = monotonic() - process.started > LONG_LIFE
@@ -183,21 +177,21 @@ class Keeper:
         if not self.sockets_for(settings):
             self._replace_at = monotonic() + BIND_INTERVAL
             return
-        has_predecessor = any(process.end_by is None for process in self._leaving)
         try:
-            self._process = _Process(
-                settings, lambda channel, past: self._become(settings, channel, past), has_predecessor
-            )
+            self._process = _Process(settings, lambda channel: self._become(settings, channel, self._since))
         except OSError as error:
             log.error("Cannot start the status process", error=str(error))
             self._delay = min(max(FIRST_DELAY, self._delay * 2), LONGEST_DELAY)
             self._replace_at = monotonic() + self._delay
+        for process in self._leaving if self._process else ():
+            if process.end_by is None:
+                process.end(signal.SIGTERM)
 
-    def tell(self, facts: Report) -> None:
+    def tell(self, facts: MasterReport) -> None:
         """What the master knows, when it has changed and each second."""
         now = monotonic()
         due = facts != self._told or now - self._told_at >= INTERVAL
-        if self._all and due and send(self.links.to_reports, {"master": facts}):
+        if self._all and due and send(self.links.to_reports, master=facts):
             self._told, self._told_at = facts, now
 
     def end(self, at_once: bool = False) -> None:
@@ -217,8 +211,6 @@ def _same(old: Settings, new: Settings) -> bool:
     """Whether a status process of the old file may go on under the new one."""
 
     def wanted(settings: Settings) -> tuple[object, ...]:
-        return (
-            settings.status_listen, settings.domain, settings.user, settings.group, settings.log, settings.loglevel,
-        )  # fmt: skip
+        return settings.status_listen, settings.user, settings.group
 
     return wanted(old) == wanted(new)

@@ -12,6 +12,7 @@ import resource
 import signal
 import socket
 from collections.abc import Callable, Mapping
+from functools import partial
 from time import monotonic, time
 from typing import NoReturn
 
@@ -19,7 +20,8 @@ from .. import log
 from ..config import ConfigError, MysqlSettings, Settings
 from ..mappings.last_row import LastRow
 from ..net.tls import CertificateError, server_tls
-from ..status.reports import Report
+from ..status.counts import LIMITS
+from ..status.reports import MasterReport
 from ..status.words import several
 from . import systemd
 from .certificate_files import CertificateFiles
@@ -27,6 +29,7 @@ from .child import DATABASE_DOWN, TRY_AGAIN, Child, Generation, State
 from .keeper import Keeper
 from .listeners import CannotBind, Listeners
 from .news import News, Reload
+from .privileges import drop_privileges
 from .process_name import name_process
 from .reload import write_answer
 from .scoreboard import Row, Scoreboard
@@ -103,7 +106,7 @@ def _last_rows(
 
 
 class Facts:
-    """What the status shows of the master itself; the names are those of `Master` in status/totals.py."""
+    """What the status shows of the master itself."""
 
     def __init__(self) -> None:
         self._started = time()
@@ -123,24 +126,25 @@ class Facts:
 
     def report(
         self, settings: Settings, listen: str, states: dict[str, str], connections: int, stopping: bool
-    ) -> Report:
+    ) -> MasterReport:
         """states: of the workers, by pid."""
-        limits = ("max_connections", "max_connections_per_ip", "max_connection_rate")
-        return {
-            "pid": os.getpid(),
-            "started": self._started,
-            "domain": settings.domain,
-            "listen": listen.split(",") if listen else [],
-            "wanted": settings.workers,
-            "workers": states,
-            "reloads": self._reloads,
-            "reloads_failed": self._failed,
-            "last_reload": self._last_reload,
-            "last_reload_error": self._error,
-            "stopping": stopping,
-            "connections": connections,
-            "limits": {name: getattr(settings, name) for name in limits},
-        }
+        return MasterReport(
+            pid=os.getpid(),
+            started=self._started,
+            domain=settings.domain,
+            log=settings.log,
+            loglevel=settings.loglevel,
+            listen=listen.split(",") if listen else [],
+            wanted=settings.workers,
+            workers=states,
+            reloads=self._reloads,
+            reloads_failed=self._failed,
+            last_reload=self._last_reload,
+            last_reload_error=self._error,
+            stopping=stopping,
+            connections=connections,
+            limits={name: getattr(settings, name) for name in LIMITS},
+        )
 
 
 class Master:
@@ -392,7 +396,7 @@ class Master:
         finally:
             os._exit(status)
 
-    def _become_status(self, settings: Settings, channel: socket.socket, has_predecessor: bool) -> NoReturn:
+    def _become_status(self, settings: Settings, channel: socket.socket, since: float) -> NoReturn:
         """The same for the status process."""
         try:
             self._leave(settings, "willi-status")
@@ -401,7 +405,7 @@ class Master:
             self._status.close_in_child(sockets=set(self._status.sockets) - set(mine))
             from ..status import process  # not before: it brings gevent
 
-            process.run(settings, mine, self._status.links, channel, has_predecessor)
+            process.run(settings, mine, self._status.links, channel, since, partial(drop_privileges, settings))
         except BaseException:  # noqa: BLE001 -- the stack below is the master's
             log.bug("Internal error")
             os._exit(1)

@@ -12,6 +12,7 @@ import socket as stdlib_socket
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import partial
 
 import gevent
 import gevent.socket
@@ -28,6 +29,7 @@ from ..net.tls import CertificateError, ServerTls
 from ..net.wire import Wire, give_way
 from ..proxy.connector import Connector
 from ..proxy.context import Service
+from ..proxy.lookup import show
 from ..status.counts import Counts
 from ..status.reporter import Reporter
 from ..status.reports import Links
@@ -110,7 +112,9 @@ class Worker:
         service = Service(settings, self._mappings, connector, resolver, tls.context, counts)
         self._admission = Admission(service, limits, sockets)
         self._row = row
-        self._reporter = Reporter(settings, self._mappings, limits, counts, links)
+        self._reporter = Reporter(
+            settings, self._mappings, counts, links, limits.take_peaks, partial(show, self._mappings, settings)
+        )
         self._asked_to_end = Event()
         sys.unraisablehook = _log_unraisable
         drop_privileges(settings)

@@ -1,60 +1,108 @@
-"""What one process counts, in plain numbers: no lock, and nothing that waits.
+"""The table of all that /metrics shows, and what one process counts of it.
 
-A number has a key: a name, and the values of its labels. All of them are bounded: words of ours, mappings and upstream
-hosts; never what a client may choose. Every second all that was counted is taken, as rows that can be JSON, and added
-up by whoever gets them.
+A metric is one row of the table. docs/monitoring.md lists the same rows, and a test compares them: a new counter needs
+its row, there and here, and the call that counts it. Labels have few values: words of ours, mappings and upstream
+hosts; never what a client may choose.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_right
 from collections import defaultdict, deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
-from time import time
+from time import monotonic, time
 from typing import Any
 
-Key = tuple[str, ...]  # the name, then the values of its labels
-Row = list[Any]  # its kind, and what belongs to it
+from .overview import Event
 
-MAX_EVENTS = 50
-MAX_HOSTS = 200  # upstream hosts in what is taken at a time: there may be a million of them
-MAX_TEXT = 300  # characters of what a client or an upstream said
-OTHER = "other"  # the hosts for which there is no room
+COUNTER, HISTOGRAM, GAUGE, FOR_PAGE = "counter", "histogram", "gauge", "only shown on the page"
 
-# Counters, and their labels
-SESSIONS = "sessions"
-REFUSED = "sessions_refused"  # reason
-MESSAGES = "messages"  # verdict, mapping
-RECIPIENTS = "recipients"  # verdict, mapping
-VERDICTS = "verdicts"  # verdict: lines of the log, about a message or a refused recipient
-OCTETS = "octets"  # mapping
-TLS = "tls"  # side, version
-XCLIENT = "xclient"  # outcome
-LOOKUPS = "lookups"  # mapping, outcome
-CACHE_HITS = "lookup_cache_hits"  # mapping
 
-# Counters of an upstream host, which is the first label
-CONNECTS = "upstream_connects"  # outcome
-LOST = "upstream_lost"
-HOST_MESSAGES = "upstream_messages"  # verdict: lines of the log as above
-HOST_OCTETS = "upstream_octets"
-GREETINGS = "upstream_greetings"
-GREETING_SECONDS = "upstream_greeting_seconds"
-OF_HOSTS = frozenset((CONNECTS, LOST, HOST_MESSAGES, HOST_OCTETS, GREETINGS, GREETING_SECONDS))
+@dataclass(frozen=True, eq=False)
+class Metric:
+    """A row of the table."""
 
-# Durations, their labels, and the upper bounds of the buckets in seconds
-SESSION_SECONDS = "session_duration_seconds"
-CONNECT_SECONDS = "upstream_connect_duration_seconds"
-VERDICT_SECONDS = "verdict_duration_seconds"
-LOOKUP_SECONDS = "lookup_duration_seconds"  # mapping
-BOUNDS: dict[str, tuple[float, ...]] = {
-    SESSION_SECONDS: (0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300, 1800),
-    CONNECT_SECONDS: (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20),
-    VERDICT_SECONDS: (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300, 600),
-    LOOKUP_SECONDS: (0.0001, 0.0005, 0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1, 5),
-}
+    name: str  # without willi_, and without _total of a counter
+    kind: str
+    text: str
+    labels: tuple[str, ...] = ()
+    values: tuple[str, ...] = ()  # of its one label: they are shown before anything has happened
+    bounds: tuple[float, ...] = ()  # of the buckets of a histogram, in seconds: the most that belongs into each
+
+    @property
+    def full_name(self) -> str:
+        """As /metrics has it."""
+        return f"willi_{self.name}" + ("_total" if self.kind == COUNTER else "")
+
+
+LIMITS = ("max_connections", "max_connections_per_ip", "max_connection_rate")
+
+SESSIONS_OPEN = Metric("sessions_open", GAUGE, "SMTP sessions that are open")
+SESSIONS = Metric("sessions", COUNTER, "SMTP sessions that began")
+REFUSED = Metric(
+    "sessions_refused", COUNTER,
+    "connections and sessions that were turned away: the name of the limit, draining, proxy_header",
+    ("reason",), (*LIMITS, "max_errors", "draining", "proxy_header"),
+)  # fmt: skip
+SESSION_SECONDS = Metric(
+    "session_duration_seconds", HISTOGRAM, "histogram: duration of SMTP sessions",
+    bounds=(0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300, 1800),
+)  # fmt: skip
+CONNECTIONS = Metric("connections", GAUGE, "connections that are open, as max_connections counts them")
+LIMIT_CONNECTIONS = Metric("limit_connections", GAUGE, "the setting max_connections")
+LIMIT_PER_IP = Metric("limit_connections_per_ip", GAUGE, "the setting max_connections_per_ip")
+LIMIT_RATE = Metric("limit_connection_rate", GAUGE, "the setting max_connection_rate; 0 is no limit")
+MESSAGES = Metric(
+    "messages", COUNTER,
+    "messages: accepted, rejected_by_upstream, rejected_by_willi; failed: client, upstream or mapping was lost",
+    ("verdict", "mapping"),
+)  # fmt: skip
+RECIPIENTS = Metric("recipients", COUNTER, "recipients by the same verdicts, refused ones too", ("verdict", "mapping"))
+VERDICTS = Metric("verdicts", FOR_PAGE, "lines of the log about a message or a refused recipient", ("verdict",))
+OCTETS = Metric("octets", COUNTER, "octets of messages, accepted or not", ("mapping",))
+VERDICT_SECONDS = Metric(
+    "verdict_duration_seconds", HISTOGRAM, "histogram: from the end of a message to the upstream's verdict",
+    bounds=(0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300, 600),
+)  # fmt: skip
+TLS = Metric("tls", COUNTER, "sessions (client) and connections (upstream); none is clear text", ("side", "version"))
+XCLIENT = Metric(
+    "xclient", COUNTER, "upstream connections: accepted, refused (to us), client_refused, not_offered, off",
+    ("outcome",), ("accepted", "refused", "client_refused", "not_offered", "off"),
+)  # fmt: skip
+UPSTREAM_UP = Metric("upstream_up", GAUGE, "1: the last try to reach this host succeeded", ("host",))
+DOWN_SINCE = Metric("upstream_down_since_seconds", GAUGE, "since when this host is down; none if it is up", ("host",))
+CONNECTS = Metric("upstream_connects", COUNTER, "connections upstream: opened, refused, failed", ("host", "outcome"))
+LOST = Metric("upstream_lost", COUNTER, "connections upstream that failed inside a transaction", ("host",))
+HOST_MESSAGES = Metric("upstream_messages", COUNTER, "lines of the log about this host", ("host", "verdict"))
+HOST_OCTETS = Metric("upstream_octets", COUNTER, "octets of messages to this host", ("host",))
+GREETING_SECONDS = Metric("upstream_greeting_seconds", FOR_PAGE, "the sum of what CONNECT_SECONDS counts", ("host",))
+CONNECT_SECONDS = Metric(
+    "upstream_connect_duration_seconds", HISTOGRAM, "histogram: from connecting to an upstream to its greeting",
+    bounds=(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20),
+)  # fmt: skip
+LOOKUPS = Metric(
+    "lookups", COUNTER, "look-ups of recipients: hit, miss, error; stale: from memory, while the database is down",
+    ("mapping", "outcome"),
+)  # fmt: skip
+LOOKUP_SECONDS = Metric(
+    "lookup_duration_seconds", HISTOGRAM, "histogram: look-up of a recipient in one mapping", ("mapping",),
+    bounds=(0.0001, 0.0005, 0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1, 5),
+)  # fmt: skip
+CACHE_HITS = Metric("lookup_cache_hits", COUNTER, "keys that a database mapping knew already", ("mapping",))
+PATTERNS = Metric("mapping_patterns", GAUGE, "patterns of a CSV file", ("mapping",))
+LOADED_AT = Metric("mapping_loaded_timestamp_seconds", GAUGE, "when a CSV file was read", ("mapping",))
+DATABASE_UP = Metric("database_up", GAUGE, "1: the database answers", ("mapping",))
+EXPIRES = Metric("certificate_expiry_timestamp_seconds", GAUGE, "when a certificate of tls_cert ends", ("file",))
+WORKERS = Metric("workers", GAUGE, "workers: starting, serving, draining", ("state",))
+WORKERS_WANTED = Metric("workers_wanted", GAUGE, "workers that should serve")
+RELOADS = Metric("reloads", COUNTER, "reloads of the configuration: ok, failed", ("outcome",))
+LAST_RELOAD = Metric("last_reload_timestamp_seconds", GAUGE, "when the configuration was last read again")
+STARTED = Metric("start_time_seconds", GAUGE, "when the master was started")
+BUILD = Metric("build_info", GAUGE, "always 1", ("version", "python"))
+
+TABLE = {row.name: row for row in list(vars().values()) if isinstance(row, Metric)}  # in this order
 
 # Verdicts
 ACCEPTED = "accepted"
@@ -67,10 +115,14 @@ OPENED = "opened"
 REFUSED_CLIENT = "refused"  # it answers, and does not want this client, or us
 NOT_OPENED = "failed"
 
-EVENT_FIELDS = ("sid", "client", "from", "to", "upstream", "reply", "error", "error_src")  # of the log
+MAX_EVENTS = 50
+MAX_HOSTS = 200  # upstream hosts with a name of their own: there may be a million of them
+MAX_TEXT = 300  # characters of what a client or an upstream said
+OTHER = "other"  # the name of all other hosts
 
-# Kinds of rows
-NUMBER, DURATION, HOST, EVENT = "n", "d", "h", "e"
+Key = tuple[Any, ...]  # a metric, and the values of its labels
+Row = list[Any]  # its kind, its key, and its value, as JSON has them
+NUMBER, DURATION, HOST, EVENT = "number", "duration", "host", "event"
 
 
 @dataclass
@@ -89,7 +141,7 @@ class HostState:
     def note_failed(self, now: float, error: str) -> None:
         """It was not to be reached, or was lost."""
         self.failing_since = self.failing_since or now
-        self.failed, self.error = now, error
+        self.failed, self.error = now, clipped(error)
 
     def merge(self, other: HostState) -> None:
         """Take in what another worker has met."""
@@ -106,32 +158,30 @@ class HostState:
         )
 
 
-NOTHING = HostState()
-
-
 class Counts:
-    """What was counted since it was last taken, which should be every second.
+    """What a process has counted since it began.
 
     Each session pays for this, so that it does little: what happens together is one entry, durations stay as they are,
-    and only `take` makes of them all the numbers that they stand for.
+    and only `rows` makes of them all the numbers that they stand for. It must be called every second.
     """
 
     def __init__(self) -> None:
+        self.began = monotonic()
         self.sessions = 0  # that began
         self._numbers: defaultdict[Key, float] = defaultdict(int)
+        self._durations: dict[Key, list[float]] = {}  # how many are in each bucket, how many are longer, and the sum
+        self._hosts: dict[str, HostState] = {}
+        # What is not in these yet
         self._samples: defaultdict[Key, list[float]] = defaultdict(list)
-        self._durations: dict[Key, list[float]] = {}  # for each bucket, then for what is longer, and the sum
         self._messages: defaultdict[tuple[str, str, str, bool], list[int]] = defaultdict(lambda: [0, 0, 0])
         self._opened: defaultdict[tuple[object, str, str], list[float]] = defaultdict(list)
-        self._hosts: dict[str, HostState] = {}
         self._events: deque[tuple[float, str, Mapping[str, object]]] = deque(maxlen=MAX_EVENTS)
-        self._old_events: list[Row] = []  # that were put back
 
-    def add(self, *key: str, number: float = 1) -> None:
-        """Count something."""
+    def add(self, *key: Any, number: float = 1) -> None:
+        """Count something. key: the metric, and the values of its labels."""
         self._numbers[key] += number
 
-    def took(self, seconds: float, *key: str) -> None:
+    def took(self, seconds: float, *key: Any) -> None:
         """Count a duration."""
         self._samples[key].append(seconds)
 
@@ -162,64 +212,51 @@ class Counts:
 
     def not_opened(self, server: object, error: str) -> None:
         """None of its addresses was of use."""
-        self._note_failed(server, error, CONNECTS, NOT_OPENED)
+        self.add(CONNECTS, self._note_failed(server, error), NOT_OPENED)
 
     def lost(self, server: object, error: str) -> None:
         """It was there, and failed inside a transaction."""
-        self._note_failed(server, error, LOST)
+        self.add(LOST, self._note_failed(server, error))
 
     def refused(self, server: object) -> None:
         """It answers, and does not want this client, or us."""
-        name = self._host(str(server))
+        name = self._host(server)
         self.add(CONNECTS, name, REFUSED_CLIENT)
         self._hosts[name].note_reached(time())
 
-    def _note_failed(self, server: object, error: str, kind: str, *outcome: str) -> None:
+    def _note_failed(self, server: object, error: str) -> str:
         self._settle_opened()  # they came before
-        name = self._host(str(server))
-        self.add(kind, name, *outcome)
+        name = self._host(server)
         self._hosts[name].note_failed(time(), error)
+        return name
 
-    def _host(self, name: str) -> str:
+    def _host(self, server: object) -> str:
         """The name under which a host is counted."""
+        name = str(server)
         if name not in self._hosts:
             if len(self._hosts) >= MAX_HOSTS:
                 name = OTHER
             self._hosts.setdefault(name, HostState())
         return name
 
-    # -- taking
+    # -- reporting
 
-    def take(self) -> list[Row]:
-        """All of it, and begin anew."""
+    def rows(self) -> list[Row]:
+        """How much so far, and the events since the last time."""
         self._settle()
-        states = ((name, state) for name, state in self._hosts.items() if name != OTHER and state != NOTHING)
-        hosts = [[HOST, name, *vars(state).values()] for name, state in states]
-        events = [*self._old_events, *(_event_row(*event) for event in self._events)]
-        rows = [*number_rows(self._numbers), *duration_rows(self._durations), *hosts, *events[-MAX_EVENTS:]]
-        self._durations, self._hosts, self._old_events = {}, {}, []
-        self._numbers.clear()
+        events = [[EVENT, [], vars(_event(*event))] for event in self._events]
         self._events.clear()
-        return [clipped(row) for row in rows]
+        return [
+            *([NUMBER, [metric.name, *labels], number] for (metric, *labels), number in self._numbers.items()),
+            *([DURATION, [metric.name, *labels], row] for (metric, *labels), row in self._durations.items()),
+            *([HOST, [name], vars(state)] for name, state in self._hosts.items() if name != OTHER),
+            *events,
+        ]
 
     def _settle(self) -> None:
         """Make the numbers of what was counted together."""
-        if self.sessions:
-            self.add(SESSIONS, number=self.sessions)
-            self.sessions = 0
-        self._settle_messages()
-        self._settle_opened()
-        for (name, *labels), samples in self._samples.items():
-            if name == LOOKUP_SECONDS and len(labels) == 2:
-                self.add(LOOKUPS, *labels, number=len(samples))
-                labels.pop()
-            elif name == SESSION_SECONDS and labels:
-                self.add(TLS, "client", *labels, number=len(samples))
-                labels.pop()
-            add_duration(self._durations, (name, *labels), in_buckets(name, samples))
-        self._samples.clear()
-
-    def _settle_messages(self) -> None:
+        self.add(SESSIONS, number=self.sessions)
+        self.sessions = 0
         for (verdict, mapping, host, whole), (lines, recipients, octets) in self._messages.items():
             self.add(VERDICTS, verdict, number=lines)
             self.add(RECIPIENTS, verdict, mapping, number=recipients)
@@ -231,64 +268,48 @@ class Counts:
                 self.add(HOST_MESSAGES, name, verdict, number=lines)
                 self.add(HOST_OCTETS, name, number=octets)
         self._messages.clear()
+        self._settle_opened()
+        for (metric, *labels), samples in self._samples.items():
+            if metric is LOOKUP_SECONDS and len(labels) == 2:
+                self.add(LOOKUPS, *labels, number=len(samples))
+                labels.pop()
+            elif metric is SESSION_SECONDS and labels:
+                self.add(TLS, "client", *labels, number=len(samples))
+                labels.pop()
+            self._add_durations(samples, metric, *labels)
+        self._samples.clear()
 
     def _settle_opened(self) -> None:
         for (server, tls, xclient), samples in self._opened.items():
-            name, number = self._host(str(server)), len(samples)
+            name, number = self._host(server), len(samples)
             self._hosts[name].note_reached(time())
             self.add(CONNECTS, name, OPENED, number=number)
-            self.add(GREETINGS, name, number=number)
             self.add(GREETING_SECONDS, name, number=sum(samples))
             self.add(TLS, "upstream", tls, number=number)
             self.add(XCLIENT, xclient, number=number)
-            add_duration(self._durations, (CONNECT_SECONDS,), in_buckets(CONNECT_SECONDS, samples))
+            self._add_durations(samples, CONNECT_SECONDS)
         self._opened.clear()
 
-    def put_back(self, rows: Iterable[Row]) -> None:
-        """What was taken, and reached nobody."""
-        for kind, *row in rows:
-            if kind == NUMBER:
-                number, name, *labels = row
-                if name in OF_HOSTS:
-                    labels[0] = self._host(labels[0])
-                self.add(name, *labels, number=number)
-            elif kind == DURATION:
-                add_duration(self._durations, tuple(row[1:]), row[0])
-            elif kind == HOST:
-                self._hosts.setdefault(row[0], HostState()).merge(HostState(*row[1:]))
-            else:
-                self._old_events.append([kind, *row])
+    def _add_durations(self, samples: list[float], metric: Metric, *labels: str) -> None:
+        row = self._durations.setdefault((metric, *labels), [0] * (len(metric.bounds) + 2))
+        samples.sort()
+        upto = [0, *(bisect_right(samples, bound) for bound in metric.bounds), len(samples)]
+        for bucket, (before, after) in enumerate(pairwise(upto)):
+            row[bucket] += after - before
+        row[-1] += sum(samples)
 
 
-def _event_row(at: float, kind: str, fields: Mapping[str, object]) -> Row:
-    """In the order of `Event` in overview.py."""
-    words = [str(fields.get(name) or "") for name in EVENT_FIELDS]
-    return [EVENT, at, kind, *words, fields.get("bytes", 0), fields.get("duration", 0.0)]
+def _event(at: float, kind: str, fields: Mapping[str, Any]) -> Event:
+    def text(name: str) -> str:
+        return clipped(str(fields.get(name) or ""))
+
+    return Event(
+        at, kind, sid=text("sid"), client=text("client"), sender=text("from"), recipients=text("to"),
+        upstream=text("upstream"), reply=text("reply"), error=text("error"), error_src=text("error_src"),
+        octets=fields.get("bytes", 0), seconds=fields.get("duration", 0.0),
+    )  # fmt: skip
 
 
-def number_rows(numbers: dict[Key, float]) -> Iterable[Row]:
-    """Counters as rows."""
-    return ([NUMBER, number, *key] for key, number in numbers.items())
-
-
-def duration_rows(durations: dict[Key, list[float]]) -> Iterable[Row]:
-    """Durations as rows."""
-    return ([DURATION, row, *key] for key, row in durations.items())
-
-
-def in_buckets(name: str, samples: list[float]) -> list[float]:
-    """How many of them are in each bucket, how many are longer, and their sum."""
-    samples.sort()
-    upto = [bisect_right(samples, bound) for bound in BOUNDS[name]] + [len(samples)]
-    return [upto[0], *(after - before for before, after in pairwise(upto)), sum(samples)]
-
-
-def add_duration(durations: dict[Key, list[float]], key: Key, row: Sequence[float]) -> None:
-    """Add up what was counted of durations."""
-    known = durations.get(key)
-    durations[key] = list(row) if known is None else [a + b for a, b in zip(known, row, strict=True)]
-
-
-def clipped(row: Row) -> Row:
-    """No field longer than MAX_TEXT."""
-    return [field[:MAX_TEXT] + "..." if isinstance(field, str) and len(field) > MAX_TEXT else field for field in row]
+def clipped(text: str) -> str:
+    """Not longer than MAX_TEXT."""
+    return text if len(text) <= MAX_TEXT else text[:MAX_TEXT] + "..."

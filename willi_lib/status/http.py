@@ -62,10 +62,9 @@ class Answer(NamedTuple):
 class Application:
     """By the rules of WSGI."""
 
-    def __init__(self, totals: Totals, names: Iterable[str], ask: Ask) -> None:
-        """names: by which we may be called, besides addresses. ask: waits for a worker."""
+    def __init__(self, totals: Totals, ask: Ask) -> None:
+        """ask: waits for a worker."""
         self._totals = totals
-        self._names = {"localhost", *(name.lower() for name in names)}
         self._ask = ask
         self._routes: dict[str, Callable[[Environ], Answer]] = {
             "/": self._page,
@@ -110,7 +109,7 @@ class Application:
         parts = HOST_AND_PORT.fullmatch(host.lower())
         if parts is None:
             return False
-        if parts["name"].removesuffix(".") in self._names:
+        if parts["name"].removesuffix(".") in ("localhost", self._totals.master.domain.lower()):
             return True
         try:
             return ip_address(parts["name"].strip("[]")).version == (6 if parts["name"].startswith("[") else 4)
@@ -144,7 +143,7 @@ class Application:
             reasons.append("Willi is being stopped")
         if not master.number("serving"):
             reasons.append("no worker serves")
-        elif not self._totals.fresh_workers(now) or master.at < now - FRESH:
+        elif not self._totals.fresh_workers(now) or self._totals.master_at < now - FRESH:
             reasons.append("the last reports of the workers are too old")
         return _verdict(reasons)
 

@@ -112,8 +112,7 @@ class Overview:
     failed_total: int
     octets_total: int
     minutes: tuple[Minute, ...]  # the last 60, the oldest first
-    hosts: tuple[Host, ...]  # the busiest first, at most MAX_HOSTS
-    hosts_left_out: int
+    hosts: tuple[Host, ...]  # the busiest first; beyond MAX_HOSTS all together as `other`
     tables: tuple[Table, ...]  # in the order of the file
     certificates: tuple[CertificateState, ...]
     limits: tuple[Limit, ...]

@@ -7,60 +7,51 @@ from ..net import patch  # isort: skip  # noqa: F401 -- first of all
 import gc
 import signal
 import socket as stdlib_socket
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 
 import gevent
 import gevent.socket
-from gevent.event import AsyncResult
+from gevent.event import Event
 
 from willi_lib import log
 from willi_lib.config import Settings
 from willi_lib.net.jobs import keep_going
-from willi_lib.processes.privileges import drop_privileges
-from willi_lib.status.reports import Links
 
-from ..processes.keeper import HAND_OVER, PULSE, SIGN_OF_LIFE
+from .reports import PULSE, SIGN_OF_LIFE, Links
 from .serving import Serving
 
 
 def run(
-    settings: Settings,
-    sockets: Sequence[stdlib_socket.socket],
-    links: Links,
-    channel: stdlib_socket.socket,
-    has_predecessor: bool,
-) -> None:
-    """Serve until the master is dead, says so by SIGTERM, or has another one go on.
+    settings: Settings, sockets: Sequence[stdlib_socket.socket], links: Links, channel: stdlib_socket.socket,
+    since: float, drop_privileges: Callable[[], None],
+) -> None:  # fmt: skip
+    """Serve until SIGTERM, or until the master is dead.
 
-    channel: to the master. has_predecessor: another one that is about to hand over its numbers.
+    channel: to the master. since: what older workers have counted before is not counted here (monotonic).
+    drop_privileges: is called when gevent has imported all it needs, which `user` may not be able to read.
     """
     master = gevent.socket.socket(fileno=channel.detach())
-    drop_privileges(settings)
-    serving = Serving(settings, sockets, links)
+    drop_privileges()
+    serving = Serving(settings, sockets, links, since)
     gc.freeze()
-    ends: AsyncResult[bytes] = AsyncResult()
-    gevent.signal_handler(signal.SIGTERM, ends.set, b"")
-    gevent.spawn(lambda: ends.set(_hear(master)))
+    ends = Event()
+    gevent.signal_handler(signal.SIGTERM, ends.set)
     signal.setitimer(signal.ITIMER_REAL, 0)
-    gevent.spawn(serving.start, has_predecessor)
+    gevent.spawn(serving.start)
     gevent.spawn(keep_going, lambda: _show_life(master))
-    if ends.get() == HAND_OVER:
-        serving.hand_over()
+    gevent.spawn(_wait_for_end, master).link(lambda _: ends.set())
+    ends.wait()
 
 
-def _hear(master: gevent.socket.socket) -> bytes:
-    """What the master says; nothing if it is dead."""
-    try:
-        return bytes(master.recv(len(HAND_OVER)))
-    except OSError as error:
-        log.debug("The master is dead", error=str(error))
-        return b""
+def _wait_for_end(master: gevent.socket.socket) -> None:
+    with suppress(OSError):
+        master.recv(1)  # it says nothing: this returns when it is dead
 
 
 def _show_life(master: gevent.socket.socket) -> None:
     """So that the master can tell if we hang."""
-    with suppress(OSError):  # it is dead, and `_hear` has noticed
+    with suppress(OSError):  # it is dead, and `_wait_for_end` has noticed
         while True:
             master.send(SIGN_OF_LIFE)
             log.flush()

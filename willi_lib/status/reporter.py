@@ -6,6 +6,8 @@ import os
 import random
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import replace
+from itertools import count
 from time import monotonic
 from typing import Any
 
@@ -17,18 +19,15 @@ from ..config import Settings
 from ..mappings.csv_file import CsvFile
 from ..mappings.mysql import Mysql
 from ..net.tls import CertificateError, certificate_facts
-from ..processes.limits import Limits
-from ..proxy import lookup
 from ..routing.route import Mapping
 from .counts import Counts
-from .reports import MAX_ANY, Links, packed, parse, send, send_counts
+from .overview import CertificateState
+from .reports import MAX_ANY, Links, TableReport, WorkerReport, packed, parse, send
 
 MAX_NAMES = 100  # of a certificate
-LAST_REPORT_TIMEOUT = 2.0  # seconds for the last counts, at the end of a worker
-# Seconds between reports, and after one that could not be sent: at random, since the way has room for ten of them, and
-# all workers start at the same moment.
-INTERVAL, RETRY = (0.8, 1.2), (0.1, 0.4)
-LAST_RETRY = 0.05  # seconds
+INTERVAL = (0.8, 1.2)  # seconds between reports: at random, since all workers start at the same moment
+PATIENCE = 2.0  # seconds for the parts of a report, since the way has room for ten of them
+RETRY = 0.05  # seconds
 ANSWER_TIMEOUT = 3.0  # seconds after which nobody waits any more for the answer to a question
 
 
@@ -36,55 +35,56 @@ class Reporter:
     """Sends nothing if there is no `status_listen`."""
 
     def __init__(
-        self, settings: Settings, mappings: Sequence[Mapping], limits: Limits, counts: Counts, links: Links
-    ) -> None:
-        """Reads the certificates once more: not everybody may who wants to know about them."""
-        self._settings = settings
+        self, settings: Settings, mappings: Sequence[Mapping], counts: Counts, links: Links,
+        take_peaks: Callable[[], dict[str, int]], look_up: Callable[[str], tuple[list[list[Any]], str]],
+    ) -> None:  # fmt: skip
+        """Reads the certificates once more: the worker may, as long as it is root.
+
+        take_peaks: the most that one client had since the last time, by limit. look_up: answers for an address.
+        """
         self._mappings = mappings
-        self._limits = limits
         self._counts = counts
         self._links = links
+        self._take_peaks = take_peaks
+        self._look_up = look_up
         self._wanted = settings.status_listen is not None
         self._certificates = _certificates(settings) if self._wanted else []
+        self._turns = count()
 
     def report(self, sessions: Callable[[], int]) -> None:
-        """Send how things are and what was counted, every second or so. Never waits for who reads it.
-
-        sessions: that are open.
-        """
+        """Send how things are and what was counted, every second or so. sessions: that are open."""
         while True:
-            sent = True
             try:
-                sent = self._report(sessions())
+                if self._wanted:
+                    self._send(sessions())
+                else:
+                    self._counts.rows()  # so that nothing piles up
             except Exception:  # noqa: BLE001 -- mail does not depend on it
                 log.bug("Internal error")
-            gevent.sleep(random.uniform(*(INTERVAL if sent else RETRY)))
-
-    def _report(self, sessions: int) -> bool:
-        """Whether it could be sent."""
-        if not self._wanted:
-            self._counts.take()  # and nobody needs it
-            return True
-        sent = send(self._links.to_reports, {"worker": self._state(sessions)})
-        return send_counts(self._links.to_reports, self._counts) and sent
+            gevent.sleep(random.uniform(*INTERVAL))
 
     def finish(self) -> None:
-        """Send the last counts; wait a moment for who reads them."""
-        deadline = monotonic() + LAST_REPORT_TIMEOUT
-        while self._wanted and not send_counts(self._links.to_reports, self._counts) and monotonic() < deadline:
-            gevent.sleep(LAST_RETRY)
+        """Send the last counts."""
+        if self._wanted:
+            self._send(sessions=0)
 
-    def _state(self, sessions: int) -> dict[str, Any]:
-        return {
-            "pid": os.getpid(),
-            "sessions": sessions,
-            "peaks": self._limits.take_peaks(),
-            "tables": _first([_table(mapping) for mapping in self._mappings]),
-            "certificates": self._certificates,
-        }
+    def _send(self, sessions: int) -> None:
+        """Wait a moment, not longer, for a reader that does not keep up."""
+        deadline = monotonic() + PATIENCE
+        for part in self._parts(sessions):
+            while not send(self._links.to_reports, worker=part) and monotonic() < deadline:
+                gevent.sleep(RETRY)
+
+    def _parts(self, sessions: int) -> list[WorkerReport]:
+        tables = _first([_table(mapping) for mapping in self._mappings])
+        report = WorkerReport(
+            os.getpid(), self._counts.began, next(self._turns), sessions, self._take_peaks(), tables,
+            self._certificates,
+        )  # fmt: skip
+        return [replace(report, rows=rows) for rows in packed(self._counts.rows())]
 
     def answer_questions(self) -> None:
-        """Of the status process. Whoever serves takes the next one; several workers wait here."""
+        """Of the status process. Any worker that serves takes the next one."""
         if not self._wanted:
             return
         questions = gevent.socket.socket(fileno=os.dup(self._links.questions.fileno()))
@@ -97,35 +97,34 @@ class Reporter:
 
     def _answer(self, question: dict[str, Any]) -> None:
         try:
-            steps, result = lookup.show(self._mappings, self._settings, str(question["address"]))
-        except Exception as error:  # noqa: BLE001 -- whoever asks sees it, and the next question is answered
+            steps, result = self._look_up(str(question["address"]))
+        except Exception as error:  # noqa: BLE001 -- the page shows it, and the next question is answered
             log.bug("Internal error")
             steps, result = [], f"internal error: {error!r}"
-        send(self._links.to_reports, {"answer": [question["number"], steps, result]})
+        send(self._links.to_reports, answer=[question["number"], steps, result])
 
 
 def _first(facts: list[Any]) -> list[Any]:
     """As many as fit: a report that is too large would never be sent."""
-    return next(packed(facts), [])
+    return next(packed(facts))
 
 
-def _table(mapping: Mapping) -> dict[str, Any]:
-    """A mapping as it is now; the names are those of `Table` in overview.py, and `seen`."""
-    kind = mapping.name.partition(":")[0]
-    facts: dict[str, Any] = {"name": mapping.name, "kind": kind}
+def _table(mapping: Mapping) -> TableReport:
+    """A mapping as it is now."""
+    report = TableReport(mapping.name, mapping.name.partition(":")[0])
     if isinstance(mapping, CsvFile):
-        facts |= {"patterns": len(mapping), "loaded_at": mapping.loaded_at, "last_error": mapping.fault}
+        report.patterns, report.loaded_at, report.last_error = len(mapping), mapping.loaded_at, mapping.fault
     elif isinstance(mapping, Mysql):
         now = mapping.condition
-        facts |= {"database_up": now.up, "seen": now.seen, "last_error": now.error, "cache_entries": now.remembered}
-    return facts
+        report.database_up, report.seen, report.last_error = now.up, now.seen, now.error
+        report.cache_entries = now.remembered
+    return report
 
 
-def _certificates(settings: Settings) -> list[list[Any]]:
-    """Of each: file, names, when it expires, and what is wrong."""
-    found: list[list[Any]] = []
+def _certificates(settings: Settings) -> list[CertificateState]:
+    found = []
     for pair in settings.certificates:
         with suppress(CertificateError):  # the worker has read it already, or would not be here
             facts = certificate_facts(pair)
-            found.append([pair.cert, facts.names[:MAX_NAMES], facts.expires.timestamp(), ""])
+            found.append(CertificateState(pair.cert, tuple(facts.names[:MAX_NAMES]), facts.expires.timestamp()))
     return _first(found)

@@ -1,22 +1,84 @@
-"""The way of what was counted: datagrams between the processes, sent without waiting.
+"""What the processes report, and the way there: datagrams, sent without waiting.
 
 The master makes the two pairs of sockets once, and every process inherits their ends: `reports` leads from the workers
-and the master to the status process, `questions` from that to whichever worker serves. Nobody ever waits for the
-status process: what it does not take stays with the worker, and is sent again a second later.
+and the master to the status process, `questions` from that to whichever worker serves. A report says how much so far,
+not how much since the last one: if one is lost, the next one makes up for it.
 """
 
 from __future__ import annotations
 
 import json
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
-from .counts import Counts
+from .counts import Row
+from .overview import CertificateState
 
-Report = dict[str, Any]
 MAX_DATAGRAM = 32 << 10  # octets of what we put together; a system's default for a socket is six times that
 MAX_ANY = 256 << 10  # octets of whatever may come
+SIGN_OF_LIFE = b"."  # that the status process gives the master
+PULSE = 1.0  # seconds between two of them
+
+
+@dataclass
+class TableReport:
+    """A mapping as a worker has it; None: that kind of mapping does not know."""
+
+    name: str  # as in the log
+    kind: str
+    patterns: int | None = None
+    loaded_at: float | None = None
+    last_error: str = ""
+    database_up: bool | None = None
+    seen: float = 0.0  # when the database last answered or failed
+    cache_entries: int | None = None
+
+
+@dataclass
+class WorkerReport:
+    """What a worker says of itself each second. A long one comes in parts, which differ in their rows."""
+
+    pid: int
+    began: float = 0.0  # monotonic; with the pid it tells one worker from another
+    turn: int = 0  # the same for all parts
+    sessions: int = 0  # that are open
+    peaks: dict[str, int] = field(default_factory=dict)  # the most that one client had, by the name of the limit
+    tables: list[TableReport] = field(default_factory=list)
+    certificates: list[CertificateState] = field(default_factory=list)
+    rows: list[Row] = field(default_factory=list)
+
+
+def worker_report(tables: list[Any], certificates: list[Any], **facts: Any) -> WorkerReport:
+    """As JSON has it."""
+    known = [CertificateState(**{**one, "names": tuple(one["names"])}) for one in certificates]
+    return WorkerReport(**facts, tables=[TableReport(**one) for one in tables], certificates=known)
+
+
+@dataclass
+class MasterReport:
+    """What the master says of itself and its workers, when it has changed and each second."""
+
+    pid: int = 0
+    started: float = 0.0
+    domain: str = ""
+    log: str = ""  # these two as in the file
+    loglevel: str = ""
+    listen: Sequence[str] = ()
+    wanted: int = 0  # workers
+    workers: dict[str, str] = field(default_factory=dict)  # the name of the state by pid
+    reloads: int = 0
+    reloads_failed: int = 0
+    last_reload: float | None = None
+    last_reload_error: str = ""
+    stopping: bool = False
+    connections: int = 0
+    limits: dict[str, int] = field(default_factory=dict)
+
+    def number(self, *states: str) -> int:
+        """How many workers are in one of these states."""
+        return sum(state in states for state in self.workers.values())
 
 
 class Links:
@@ -41,40 +103,30 @@ def _pair() -> tuple[socket.socket, socket.socket]:
     return pair
 
 
-def send(sender: socket.socket, report: Report) -> bool:
+def send(sender: socket.socket, **report: object) -> bool:
     """Whether it could be sent at once."""
     try:
-        sender.send(json.dumps(report, separators=(",", ":")).encode("ascii"))
-    except OSError:  # nobody takes it out, or it is too large
+        sender.send(json.dumps(report, default=vars, separators=(",", ":")).encode("ascii"))
+    except OSError:  # the reader does not keep up, or it is too large
         return False
     return True
 
 
-def send_counts(sender: socket.socket, counts: Counts) -> bool:
-    """Send what was counted. Whether all of it has gone; what has not, `counts` keeps."""
-    left = [*packed(counts.take())]
-    while left and send(sender, {"rows": left[0]}):
-        left.pop(0)
-    counts.put_back(row for rows in left for row in rows)
-    return not left
-
-
-def packed(rows: list[Any]) -> Iterator[list[Any]]:
+def packed(rows: Iterable[Any]) -> Iterator[list[Any]]:
     """As many rows together as a datagram may hold."""
     part: list[Any] = []
     size = 0
     for row in rows:
-        length = len(json.dumps(row, separators=(",", ":"))) + 1
+        length = len(json.dumps(row, default=vars, separators=(",", ":"))) + 1
         if part and size + length > MAX_DATAGRAM:
             yield part
             part, size = [], 0
         part.append(row)
         size += length
-    if part:
-        yield part
+    yield part
 
 
-def parse(octets: bytes) -> Report:
+def parse(octets: bytes) -> dict[str, Any]:
     """A report; an empty one if it is none, as of a process of another version."""
     try:
         report = json.loads(octets)

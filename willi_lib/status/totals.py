@@ -2,72 +2,63 @@
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from collections import Counter, defaultdict, deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
-from willi_lib.status import counts
-from willi_lib.status.counts import Key, Row
-from willi_lib.status.reports import Report
-
-from .hosts import Hosts
+from .counts import (
+    CONNECTS,
+    EVENT,
+    GREETING_SECONDS,
+    HOST,
+    MAX_EVENTS,
+    MAX_HOSTS,
+    NUMBER,
+    OPENED,
+    OTHER,
+    REFUSED,
+    SESSIONS,
+    TABLE,
+    VERDICTS,
+    HostState,
+    Metric,
+)
 from .means import MINUTE, MINUTES, HourMean
 from .overview import CertificateState, Event, Minute
+from .reports import MasterReport, TableReport, WorkerReport, worker_report
 
 FRESH = 5.0  # seconds after which a report is stale
-MINUTE_ROW = "m"  # the kind of a row of a hand-over
+FORGET = 60.0  # seconds after which a worker that has ended is forgotten: none of its reports is still on the way
 
-
-@dataclass
-class Master:
-    """What the master says of itself and its workers."""
-
-    at: float = 0.0  # when it said so
-    pid: int = 0
-    started: float = 0.0
-    domain: str = ""
-    listen: Sequence[str] = ()
-    wanted: int = 0  # workers
-    workers: dict[str, str] = field(default_factory=dict)  # the name of the state by pid
-    reloads: int = 0
-    reloads_failed: int = 0
-    last_reload: float | None = None
-    last_reload_error: str = ""
-    stopping: bool = False
-    connections: int = 0
-    limits: dict[str, int] = field(default_factory=dict)
-
-    def number(self, *states: str) -> int:
-        """How many workers are in one of these states."""
-        return sum(state in states for state in self.workers.values())
+Labels = tuple[str, ...]  # the values
 
 
 @dataclass
 class Worker:
-    """What a worker has said last."""
+    """What one worker has said."""
 
-    at: float
-    pid: int
-    sessions: int = 0
-    tables: list[dict[str, Any]] = field(default_factory=list)
-    certificates: list[list[Any]] = field(default_factory=list)
-    peaks: dict[str, int] = field(default_factory=dict)
+    report: WorkerReport
+    first_turn: int  # of its reports
+    at: float = 0.0  # when it said so
+    said: dict[tuple[str, ...], Any] = field(default_factory=dict)  # the value of each row
 
 
 class Totals:
     """What all reports together say."""
 
-    def __init__(self, now: float) -> None:
-        self.began = now
-        self.numbers: dict[Key, float] = {}
-        self.durations: dict[Key, list[float]] = {}
-        self.means: dict[Key, HourMean] = {}
-        self.hosts = Hosts()
-        self.events: deque[Event] = deque(maxlen=counts.MAX_EVENTS)  # the newest last
-        self.master = Master()
-        self.workers: dict[int, Worker] = {}
-        self._minutes: dict[float, Minute] = {}  # by their beginning
+    def __init__(self, since: float = 0.0) -> None:
+        """since: monotonic. What older workers have counted before their first report is not counted here."""
+        self.numbers: defaultdict[Metric, dict[Labels, float]] = defaultdict(dict)
+        self.durations: defaultdict[Metric, dict[Labels, list[float]]] = defaultdict(dict)
+        self.means: defaultdict[tuple[Metric, Labels], HourMean] = defaultdict(HourMean)
+        self.hosts: dict[str, HostState] = {}
+        self.events: deque[Event] = deque(maxlen=MAX_EVENTS)  # the newest last
+        self.master = MasterReport()
+        self.master_at = 0.0
+        self.workers: dict[tuple[int, float], Worker] = {}  # in the order in which they last reported
+        self._since = since
+        self._minutes: dict[float, Counter[str]] = {}  # by their beginning
         self._peaks: deque[tuple[float, dict[str, int]]] = deque(maxlen=10_000)  # and when they were reported
 
     # -- reading
@@ -76,118 +67,135 @@ class Totals:
         """The last 60, those in which nothing happened too; the oldest first."""
         this = now // MINUTE * MINUTE
         starts = [this - MINUTE * ago for ago in reversed(range(MINUTES))]
-        return tuple(self._minutes.get(start) or Minute(start) for start in starts)
+        return tuple(Minute(start, **dict(self._minutes.get(start, {}))) for start in starts)
 
-    def number(self, name: str, *labels: str) -> float:
+    def number(self, metric: Metric, *labels: str) -> int:
         """The sum of a counter over all labels that follow these."""
-        prefix = (name, *labels)
-        return sum(number for key, number in self.numbers.items() if key[: len(prefix)] == prefix)
+        series = self.numbers[metric]
+        if len(labels) == len(metric.labels):
+            return int(series.get(labels, 0))
+        return int(sum(number for key, number in series.items() if key[: len(labels)] == labels))
+
+    def mean(self, metric: Metric, label: str, now: float) -> float | None:
+        """Of the durations of the last hour; None: there were none."""
+        mean = self.means.get((metric, (label,)))
+        return mean.mean(now) if mean else None
 
     def peak(self, limit: str, now: float) -> int:
         """The most that one client had of it in the last minute."""
         return max((peaks.get(limit, 0) for at, peaks in self._peaks if now - MINUTE < at <= now), default=0)
 
-    def fresh_workers(self, now: float) -> list[Worker]:
-        """Those that serve, by the word of the master, and have reported lately."""
-        serving = {int(pid) for pid, state in self.master.workers.items() if state == "serving"}
-        return [worker for pid, worker in self.workers.items() if pid in serving and worker.at > now - FRESH]
+    def busiest_hosts(self) -> list[str]:
+        """The upstream hosts, the busiest first; last of all OTHER, if there are any others."""
+        return sorted(self.hosts, key=lambda name: (name == OTHER, -self.number(CONNECTS, name), name))
 
-    def tables(self) -> list[dict[str, Any]]:
+    def present(self, *states: str) -> list[Worker]:
+        """The workers that have reported and are in one of these states, by the word of the master; or in any."""
+        known = {pid for pid, state in self.master.workers.items() if not states or state in states}
+        return [worker for worker in self.workers.values() if str(worker.report.pid) in known]
+
+    def fresh_workers(self, now: float) -> list[Worker]:
+        """Those that serve and have reported lately."""
+        return [worker for worker in self.present("serving") if worker.at > now - FRESH]
+
+    def tables(self) -> list[TableReport]:
         """The mappings, as the workers that serve have told them; of a database what was seen last."""
-        merged: dict[str, dict[str, Any]] = {}
-        for worker in self._told(lambda worker: worker.tables):
-            for table in worker.tables:
-                known = merged.setdefault(table["name"], table)
-                newer = table.get("seen", 0.0) > known.get("seen", 0.0)
-                if newer or (table.get("loaded_at") or 0.0) > (known.get("loaded_at") or 0.0):
-                    merged[table["name"]] = table
+        merged: dict[str, TableReport] = {}
+        for report in self._told(lambda report: report.tables):
+            for table in report.tables:
+                known = merged.setdefault(table.name, table)
+                if table.seen > known.seen or (table.loaded_at or 0.0) > (known.loaded_at or 0.0):
+                    merged[table.name] = table
         return list(merged.values())
 
     def certificates(self) -> tuple[CertificateState, ...]:
         """As the workers have read them."""
-        for worker in self._told(lambda worker: worker.certificates):
-            return tuple(CertificateState(file, tuple(names), *rest) for file, names, *rest in worker.certificates)
-        return ()
+        told = self._told(lambda report: report.certificates)
+        return tuple(told[0].certificates) if told else ()
 
-    def _told(self, what: Callable[[Worker], object]) -> list[Worker]:
-        """Who serves and has said something of this; if nobody serves, who did so last."""
-        serving = [worker for pid, worker in self.workers.items() if self.master.workers.get(str(pid)) == "serving"]
-        return [worker for worker in serving or list(self.workers.values())[-1:] if what(worker)]
+    def _told(self, what: Callable[[WorkerReport], object]) -> list[WorkerReport]:
+        """Of those that serve and have said something of this; if none serves, of the last one that did."""
+        workers = self.present("serving") or list(self.workers.values())[-1:]
+        return [worker.report for worker in workers if what(worker.report)]
 
     # -- adding up
 
-    def take_in(self, report: Report, now: float) -> None:
+    def take_in(self, report: dict[str, Any], now: float) -> None:
         """Add a report. What is of another version's making may raise anything."""
-        self.add_rows(report.get("rows", ()), now)
-        self.add_rows(report.get("handover", ()), now, past=True)
         if "worker" in report:
-            self._hear_worker(Worker(**{"at": now, **report["worker"]}), is_old="at" in report["worker"])
-        if "master" in report and not ("at" in report["master"] and self.master.at):
-            self.master = Master(**{"at": now, **report["master"]})
-            self.workers = {pid: worker for pid, worker in self.workers.items() if str(pid) in self.master.workers}
+            self._hear_worker(worker_report(**report["worker"]), now)
+        if "master" in report:
+            self.master, self.master_at = MasterReport(**report["master"]), now
+            self.workers = {
+                name: worker for name, worker in self.workers.items()
+                if str(worker.report.pid) in self.master.workers or worker.at > now - FORGET
+            }  # fmt: skip
+            for state in self.hosts.values():
+                state.not_after(now)
 
-    def _hear_worker(self, worker: Worker, is_old: bool) -> None:
-        """is_old: another status process has heard that."""
-        known = self.workers.pop(worker.pid, None)
-        self.workers[worker.pid] = known if known and is_old else worker
-        self._peaks.append((worker.at, worker.peaks))
+    def _hear_worker(self, report: WorkerReport, now: float) -> None:
+        name = report.pid, report.began
+        worker = self.workers.pop(name, None) or Worker(report, first_turn=report.turn)
+        worker.report, worker.at = report, now
+        self.workers[name] = worker
+        self._peaks.append((now, report.peaks))
+        is_past = report.began < self._since and report.turn == worker.first_turn
+        for kind, key, value in report.rows:
+            row = (kind, *key)
+            before, worker.said[row] = worker.said.get(row), value
+            if value != before:
+                self._add(kind, key, value, value if is_past else before, now)
 
-    def add_rows(self, rows: Iterable[Row], now: float, past: bool = False) -> None:
-        """past: they are all that another status process knew, not what has just happened."""
-        for kind, *row in rows:
-            if kind == counts.NUMBER:
-                self._add_number(row[0], tuple(row[1:]), now, past)
-            elif kind == counts.DURATION:
-                self._add_duration(row[0], tuple(row[1:]), now, past)
-            elif kind == counts.HOST:
-                self.hosts.note(row[0], counts.HostState(*row[1:]), now)
-            elif kind == counts.EVENT:
-                self.events.append(Event(*row))
-            elif kind == MINUTE_ROW:
-                self._add_minute(Minute(*row), now)
-
-    def _add_number(self, number: float, key: Key, now: float, past: bool) -> None:
-        if key[0] in counts.OF_HOSTS:
-            self.hosts.add(key, number, now, past)
+    def _add(self, kind: str, key: list[str], value: Any, before: Any, now: float) -> None:
+        """before: what is known of it already; None: nothing."""
+        if kind == EVENT:
+            self.events.append(Event(**value))
             return
-        self.numbers[key] = self.numbers.get(key, 0) + number
-        changed = key[1] if key[0] == counts.VERDICTS else _MINUTE_FIELDS.get(key[0])
-        if changed in _MINUTE_NUMBERS and not past:
-            self._add_minute(replace(Minute(now // MINUTE * MINUTE), **{changed: int(number)}), now)
-
-    def _add_minute(self, minute: Minute, now: float) -> None:
-        known = self._minutes.get(minute.began)
-        if known:
-            sums = {name: getattr(known, name) + getattr(minute, name) for name in _MINUTE_NUMBERS}
-            minute = replace(known, **sums)
-        self._minutes[minute.began] = minute
-        if len(self._minutes) > MINUTES:  # also those to come, of a clock that was fast
-            began = {shown.began for shown in self.minutes(now)}
-            self._minutes = {start: one for start, one in self._minutes.items() if start in began}
-
-    def _add_duration(self, row: list[float], key: Key, now: float, past: bool) -> None:
-        if len(row) != len(counts.BOUNDS.get(key[0], ())) + 2:
+        name, *labels = key
+        if kind == HOST:
+            self._note(name, HostState(**value), now)
+            return
+        metric = TABLE.get(name)
+        if metric is None or len(labels) != len(metric.labels):
             return  # of another version's making
-        counts.add_duration(self.durations, key, row)
-        if not past:
-            self.means.setdefault(key, HourMean()).add(sum(row[:-1]), row[-1], now)
+        if metric.labels[:1] == ("host",):
+            labels[0] = self._host(labels[0])
+        if kind == NUMBER:
+            self._add_number(metric, tuple(labels), value - (before or 0), now)
+        elif len(value) == len(metric.bounds) + 2:
+            more = [after - known for after, known in zip(value, before or [0] * len(value), strict=True)]
+            self._add_duration(metric, tuple(labels), more, now)
 
-    # -- handing over
+    def _host(self, name: str) -> str:
+        """The name under which a host is counted: it never changes, so that no number goes back."""
+        if name not in self.hosts and len(self.hosts) >= MAX_HOSTS:
+            name = OTHER
+        self.hosts.setdefault(name, HostState())
+        return name
 
-    def last_words(self) -> list[Report]:
-        """How things were, and when, for whoever has not heard anything newer."""
-        return [{"master": asdict(self.master)}, *({"worker": asdict(worker)} for worker in self.workers.values())]
+    def _note(self, name: str, state: HostState, now: float) -> None:
+        if self._host(name) != OTHER:
+            state.not_after(now)
+            self.hosts[name].merge(state)
 
-    def rows(self) -> list[Row]:
-        """All of it, for the status process that comes after this one."""
-        return [
-            *counts.number_rows(self.numbers),
-            *counts.duration_rows(self.durations),
-            *self.hosts.rows(),
-            *([MINUTE_ROW, *asdict(minute).values()] for minute in self._minutes.values()),
-            *([counts.EVENT, *asdict(event).values()] for event in self.events),
-        ]
+    def _add_number(self, metric: Metric, labels: Labels, number: float, now: float) -> None:
+        self.numbers[metric][labels] = self.numbers[metric].get(labels, 0) + number
+        if metric is GREETING_SECONDS:
+            self.means[metric, labels].add(0, number, now)
+        elif metric is CONNECTS and labels[1] == OPENED:
+            self.means[GREETING_SECONDS, labels[:1]].add(number, 0, now)
+        elif metric in (SESSIONS, REFUSED):
+            self._add_to_minute("sessions" if metric is SESSIONS else "refused", int(number), now)
+        elif metric is VERDICTS:
+            self._add_to_minute(labels[0], int(number), now)
 
+    def _add_to_minute(self, name: str, number: int, now: float) -> None:
+        self._minutes.setdefault(now // MINUTE * MINUTE, Counter())[name] += number
+        if len(self._minutes) > MINUTES:  # also those to come, of a clock that was fast
+            shown = {minute.began for minute in self.minutes(now)}
+            self._minutes = {began: counts for began, counts in self._minutes.items() if began in shown}
 
-_MINUTE_NUMBERS = [one.name for one in fields(Minute) if one.name != "began"]
-_MINUTE_FIELDS = {counts.SESSIONS: "sessions", counts.REFUSED: "refused"}
+    def _add_duration(self, metric: Metric, labels: Labels, row: list[float], now: float) -> None:
+        before = self.durations[metric].get(labels, [0] * len(row))
+        self.durations[metric][labels] = [a + b for a, b in zip(before, row, strict=True)]
+        self.means[metric, labels].add(sum(row[:-1]), row[-1], now)
