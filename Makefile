@@ -49,7 +49,7 @@ help:
 
 venv: $(VENV)/installed
 
-# Made anew when the requirements change. A half-made one has no `demo` and is thrown away.
+# Made again when the requirements change. A half-made one has no `demo` and is removed.
 $(VENV)/demo: requirements.txt requirements-demo.txt
 	@tests/ensure-venv.sh "$(PYTHON)"
 	@echo "Making $(VENV) ..."

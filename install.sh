@@ -258,7 +258,7 @@ $faults" ;;
 
 new_program() { as_service "$release/venv/bin/python" "$release/willi.py" "$@"; }
 
-# As whom the service runs: root could read more. Drop-ins and /etc/default/willi may name others.
+# As the user of the service: root could read more. Drop-ins and /etc/default/willi may name others.
 as_service() (
     RUN_AS=willi
     groups=

@@ -235,7 +235,7 @@ def test_each_recipe_answers_its_question(log: Log):
     when = r"\S+T\S+"
     ok = "250 2.0.0 ok, queued as 1234"
     expected = {
-        "Where did this mail go?": [f"{when} Message accepted ann@a.example {quick} {ok}"] * 2,
+        "What became of all mail to one recipient?": [f"{when} Message accepted ann@a.example {quick} {ok}"] * 2,
         "What else happened in that connection?": [f"t={when} lvl=info msg=.*"] * 4,
         "Which message has this queue number?": [f't={when} lvl=info msg="Message accepted" .* reply="{ok}" .*'] * 4,
         "Who is refused most?": ["4 127.0.0.2"],
@@ -262,7 +262,7 @@ def test_each_recipe_answers_its_question(log: Log):
 
 def test_the_journal_and_syslog_are_asked_the_same_way(log: Log):
     for read in (log.from_journal, log.from_syslog):
-        for title in ("Where did this mail go?", "Who is refused most?", "Which upstream is slow?"):
+        for title in ("What became of all mail to one recipient?", "Who is refused most?", "Which upstream is slow?"):
             answers = [log.ask(title, one) for one in (read, log.from_file)]
             said, from_file = ([re.sub(r"^\S+T\S+ ", "", line) for line in answer] for answer in answers)
             assert said == from_file != []

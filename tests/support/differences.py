@@ -51,7 +51,7 @@ def _own(*answers: Reply) -> str:
 
 DIFFERENCES = (
     Difference(
-        "Greeting", "Willi greets in its own name: nobody knows yet which server will be asked.",
+        "Greeting", "Willi greets in its own name: the server is not known yet.",
         'README, "What happens to a mail"', ALL, re.escape(CONNECT), "220 .*", OWN_GREETING,
     ),
     Difference(
@@ -63,7 +63,7 @@ DIFFERENCES = (
         "RFC 5321 §4.1.4", (OPENSMTPD,), HELLO, "503 5.5.1 Invalid command: Already identified", OWN_HELLO, parts=True,
     ),
     Difference(
-        "MAIL", "Willi keeps the sender until the first recipient says which server shall hear of it.",
+        "MAIL", "Willi keeps the sender until the first recipient says which server it is for.",
         'README, "What happens to a mail"', (EXIM, OPENSMTPD), "MAIL FROM:.*", "250 .*", _own(replies.SENDER_KEPT),
     ),
     Difference(
@@ -106,7 +106,7 @@ DIFFERENCES = (
         "RFC 5321 §4.1.1.11", ALL, "(MAIL|RCPT) .*", "50.*|55.*", _own(replies.UNKNOWN_PARAMETER),
     ),
     Difference(
-        "Recipient without a domain", "Willi cannot know whose it is; postmaster alone is allowed.",
+        "Recipient without a domain", "Without a domain there is no route; postmaster alone is allowed.",
         "RFC 5321 §2.3.5", ALL, "RCPT .*", "[45].*", _own(replies.NO_DOMAIN),
     ),
     Difference(
@@ -142,7 +142,7 @@ DIFFERENCES = (
     ),
     Difference(
         "Line ends that are not CRLF",
-        "Willi repairs them, so that nobody can take them for the end of the message. Some servers do.",
+        "Willi repairs them, since some servers take them for the end of the message.",
         "RFC 5321 §2.3.8", ALL, re.escape(REPAIRED), ".*", "250 .*", parts=True,
     ),
 )  # fmt: skip
