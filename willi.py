@@ -80,9 +80,9 @@ def main() -> int:
         return serve(settings, arguments["--debug"])
     except ConfigError as error:
         if arguments["--json"]:
-            from willi_lib.check.report import say_faults
+            from willi_lib.check.finding import faults, report
 
-            return say_faults(error.faults)
+            return report(faults(str(error)), as_json=True)
         print(error, file=sys.stderr)
         return BAD_CONFIGURATION
 

@@ -1,4 +1,4 @@
-"""willi_lib/check/report.py: the lines of `willi.py check`."""
+"""willi_lib/check/finding.py: the lines of `willi.py check`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ from tests.support.loopback import ROOT
 NOBODY = 65534
 
 # In a process of its own: willi_lib.check patches the world for gevent.
-FAULTS = "import sys; from willi_lib.check.report import Report; Report().faults(sys.argv[1], 'correct that line')"
+FAULTS = (
+    "import sys; from willi_lib.check.finding import faults, report; report(faults(sys.argv[1], 'correct that line'))"
+)
 
 
 @pytest.mark.parametrize(
@@ -21,7 +23,7 @@ FAULTS = "import sys; from willi_lib.check.report import Report; Report().faults
     [
         ("/a b/map.csv: Permission denied", "chgrp willi /a b/map.csv; chmod 640 /a b/map.csv"),
         ("/a/willi.conf: cannot read it: Permission denied", "chgrp willi /a/willi.conf; chmod 640 /a/willi.conf"),
-        ("db: password_file: cannot read /a/db: Permission denied", "chgrp willi /a/db; chmod 640 /a/db"),
+        ("mysql:db: password_file: cannot read /a/db: Permission denied", "chgrp willi /a/db; chmod 640 /a/db"),
         ("/a/map.csv:3: no server", "correct that line"),
         ("/a/map.csv: No such file or directory", "correct that line"),
     ],
@@ -54,7 +56,7 @@ def test_in_a_directory_that_is_closed_the_mode_of_the_file_is_no_help(tmp_path:
         key.symlink_to(live / "privkey.pem")
     live.chmod(0)
     become = f"import os; os.getuid() or os.setuid({NOBODY})"
-    code = FAULTS.replace("; Report()", f"; {become}; Report()")
+    code = FAULTS.replace("; report(", f"; {become}; report(")
     command = [sys.executable, "-c", code, f"{key}: Permission denied"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=60)
     live.chmod(0o700)

@@ -1,63 +1,93 @@
-"""`willi.py check` and `willi.py lookup`: the questions of somebody at a terminal."""
+"""`willi.py check` and `willi.py lookup`: the questions of an administrator at a terminal."""
 
 from __future__ import annotations
 
 from willi_lib.net import patch  # isort: skip  # noqa: F401 -- first of all
 
+from collections.abc import Iterator, Sequence
+
 from willi_lib import log
 from willi_lib.config import Settings
-from willi_lib.mappings.csv_file import CsvError, CsvFile
-from willi_lib.mappings.open import MappingError, open_mappings
 from willi_lib.net.resolver import Resolver
 from willi_lib.net.tls import CertificateError, server_context, upstream_contexts
+from willi_lib.proxy.lookup import show
+from willi_lib.routing.route import MappingError
+from willi_lib.status.finding import Finding
+from willi_lib.text import visible
 
-from .certificates import look_at_certificates
-from .files import look_at_files
-from .lookup import lookup
-from .ports import look_at_ports, look_whether_ports_stop_a_start
-from .promises import look_at_promises
-from .report import GOOD, Report
-from .resolver import look_at_dns
-from .routes import look_at_mappings, look_at_postmaster
-from .upstreams import look_at_upstreams
-
-__all__ = ["check", "check_quickly", "lookup"]
+from .finding import GOOD, WRONG, faults, report
+from .machine import check_certificates, check_files, check_ports, check_rights
+from .mappings import Destinations, check_mappings, check_postmaster, load_each, load_mappings
+from .resolver import check_dns
+from .rules import check_settings
+from .upstreams import check_upstreams
 
 
 def check(settings: Settings, as_json: bool = False) -> int:
     """Try all that the file names; the exit status. (The file itself has been read without fault.)"""
     log.silence()
-    report = Report(as_json)
-    report.ok(settings.path, f"mappings: {len(settings.mappings)}, domain {settings.domain}")
-    look_at_promises(settings, report)
-    look_at_certificates(settings, report)
-    look_at_files(settings, report)
-    look_at_ports(settings, report)
-    resolver = Resolver(settings.dns_timeout)
-    resolver.serve_all_sockets()
-    destinations = look_at_mappings(settings, report)
-    look_at_postmaster(settings, report)
-    dns_answers = look_at_dns(settings, destinations, resolver, report)
-    try:
-        look_at_upstreams(settings, destinations, resolver, report, dns_answers)
-    except CertificateError as error:
-        report.faults(str(error), "name a file of certificates in PEM that the user of the service can read")
-    return report.end()
+    return report(_try_all(settings), as_json)
 
 
 def check_quickly(settings: Settings, as_json: bool = False) -> int:
     """Whether Willi would start: read what its workers read, and bind what the master binds; the exit status."""
     log.silence()
-    report = Report(as_json)
+    return report(_try_start(settings), as_json)
+
+
+def _try_all(settings: Settings) -> Iterator[Finding]:
+    yield Finding("ok", settings.path, f"mappings: {len(settings.mappings)}, domain {settings.domain}")
+    for part in (check_settings, check_certificates, check_files, check_ports):
+        yield from part(settings)
+    resolver = Resolver(settings.dns_timeout)
+    resolver.serve_all_sockets()
+    mappings, unusable = load_each(settings)
+    facts = [(mapping.name, mapping.facts(thorough=True)) for mapping in mappings]
+    yield from unusable
+    yield from check_mappings(facts)
+    yield from check_rights(settings, [file for mapping in mappings for file in mapping.files()])
+    if not unusable:
+        yield from check_postmaster(settings, mappings)
+    for mapping in mappings:
+        mapping.close()
+    destinations = Destinations.of(one for _, one in facts)
+    dns = list(check_dns(settings, destinations, resolver))
+    yield from dns
+    yield from check_upstreams(settings, destinations, resolver, dns_answers=dns[0].level == "ok")
+
+
+def _try_start(settings: Settings) -> Iterator[Finding]:
+    found: list[Finding] = []
     try:
-        for mapping in open_mappings(settings):
-            if isinstance(mapping, CsvFile):
-                mapping.load()
+        load_mappings(settings)
         server_context(settings.certificates, settings.tls_min_version)
         upstream_contexts(settings)
-    except (MappingError, CsvError, CertificateError) as faults:
-        report.faults(str(faults))
-    look_whether_ports_stop_a_start(settings, report)
-    if report.status == GOOD:
-        report.ok(settings.path, "Willi would start")
-    return report.end()
+    except (MappingError, CertificateError) as error:
+        found += faults(str(error))
+    found += (finding for finding in check_ports(settings, quick=True) if finding.level != "ok")
+    yield from found
+    if not any(finding.level == "wrong" for finding in found):
+        yield Finding("ok", settings.path, "Willi would start")
+
+
+def lookup(settings: Settings, addresses: Sequence[str]) -> int:
+    """Show what a session would find for each address; 0 if each has a route."""
+    log.silence()
+    Resolver(settings.dns_timeout).serve_all_sockets()
+    try:
+        mappings = load_mappings(settings)
+    except MappingError as error:
+        print("\n".join(map(visible, str(error).split("\n"))))
+        return WRONG
+    status = GOOD
+    for address in addresses:
+        steps, result = show(mappings, settings, address)
+        print(visible(address))
+        for name, key, answer, seconds in steps:
+            time = f"  ({seconds * 1000:.1f} ms)" if seconds is not None else ""
+            print(visible(f"  {name}  {key}  {answer}{time}"))
+        print(visible(f"  {result}"))
+        status = status if result.startswith("route: ") else WRONG
+    for mapping in mappings:
+        mapping.close()
+    return status

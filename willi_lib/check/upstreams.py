@@ -9,33 +9,38 @@ it for a host of its own network. Where Willi may have clients of IPv6, one of t
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, replace
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from math import inf
 
 from gevent.pool import Pool
 
 from willi_lib.config import Settings
 from willi_lib.net.deadline import Clock, WireError
 from willi_lib.net.resolver import NO_ANSWER, Address, Resolver
-from willi_lib.net.tls import CertificateFacts
+from willi_lib.net.tls import CertificateError, CertificateFacts
 from willi_lib.proxy.connector import Connector
 from willi_lib.proxy.upstream import Client, Refused, Upstream, UpstreamFailed, WantsTls, is_not_from_us
-from willi_lib.routing.route import Route, Server
+from willi_lib.routing.route import Route
 from willi_lib.smtp import reply as replies
 from willi_lib.smtp import xclient
 from willi_lib.smtp.reply import BadReply, Reject, Reply
-from willi_lib.status.words import several
+from willi_lib.status.finding import Finding, Level, certificate_level
+from willi_lib.status.words import DAY, several
 
-from .certificates import WARN_DAYS, days_left
-from .promises import is_own
-from .report import Finding, Notes, Report
+from .finding import faults, show_progress
+from .machine import seconds_left
+from .mappings import Destinations
 from .resolver import SEE_RESOLV_CONF
-from .routes import Destinations
+from .rules import is_own
 
 PROBES_AT_A_TIME = 20
 MAX_NAMED = 5  # hosts without an address, if it is the name servers that are silent
 SILENT_DNS = rf"{NO_ANSWER}|\(dns_timeout\)"
 STRANGER, STRANGER6 = "192.0.2.1", "2001:db8::1"  # RFC 5737, RFC 3849
-NOBODY = "relay-test@willi-check.invalid"  # RFC 2606
+STRANGERS_NAME = "willi-check.invalid"  # RFC 2606
+RCPT_OF_STRANGER = b"RCPT TO:<relay-test@willi-check.invalid>"
 FAULTS = (UpstreamFailed, WireError, BadReply, Reject, Refused)
 
 ALLOW_XCLIENT = "allow Willi's address to use XCLIENT there (Postfix: smtpd_authorized_xclient_hosts)"
@@ -62,256 +67,224 @@ TRY_AGAIN = "try again in some minutes, if it is greylisting"
 ASK_ITS_LOG = "the log of that server should say why"
 EXPECTS_HEADER = "does that port expect a PROXY header (send_proxy)?"
 
-
-@dataclass(frozen=True)
-class Target:
-    """A route to one of its hosts alone."""
-
-    route: Route
-    takes_all: bool  # some mapping sends every recipient there
-
-    @property
-    def server(self) -> Server:
-        return self.route.servers[0]
+Note = tuple[Level, str, str]  # ok: a fact, all of which become one line; else a problem; and its advice
 
 
-def look_at_upstreams(
-    settings: Settings, destinations: Destinations, resolver: Resolver, report: Report, dns_answers: bool
-) -> None:
-    """Several at a time, each once, although many routes may share it. Raises CertificateError."""
-    prober = Prober(settings, destinations.several, resolver)
+def check_upstreams(
+    settings: Settings, destinations: Destinations, resolver: Resolver, dns_answers: bool
+) -> Iterator[Finding]:
+    """Several hosts at a time, each once, although many routes may share it."""
+    try:
+        connector = Connector(settings, resolver)
+    except CertificateError as error:
+        yield from faults(str(error), "name a file of certificates in PEM that the user of the service can read")
+        return
     pool = Pool(PROBES_AT_A_TIME)
-    to_servers: dict[Route, bool] = {}
-    for route, takes_all in destinations.routes.items():
-        for server in route.servers:
-            _merge(to_servers, replace(route, servers=(server,)), takes_all)
-    to_hosts: dict[Route, bool] = {}
-    for routes, takes_all in zip(pool.imap(prober.hosts_of, to_servers), list(to_servers.values()), strict=True):
-        for route in routes:
-            _merge(to_hosts, route, takes_all)
-    targets = [Target(route, takes_all) for route, takes_all in to_hosts.items()]
-    with report.progress("upstreams", len(targets)) as progress:
+    hosts: dict[Route, bool] = defaultdict(bool)  # each as a route to it alone, and whether it takes every recipient
+    found = pool.imap(lambda route: list(connector._hosts(route, [], [], frozenset())), destinations.routes)
+    for servers, (route, takes_all) in zip(found, destinations.routes.items(), strict=True):
+        for server in servers:  # why there are not more of them check_dns has said
+            hosts[replace(route, servers=(server,))] |= takes_all
+    done = 0
 
-        def probe(target: Target) -> list[Finding]:
-            findings = prober.probe_host(target)
-            progress.step()
-            return findings
-
-        unknown: list[str] = []
-        for findings in pool.imap(probe, targets):
-            for finding in findings:
-                if not dns_answers and re.search(SILENT_DNS, finding.what):
-                    unknown.append(finding.subject)
-                else:
-                    report.add(finding)
-    if unknown:
-        hosts = ", ".join([*unknown[:MAX_NAMED], "..."][: len(unknown)])
-        report.wrong("upstreams", f"not tried, since {NO_ANSWER} ({len(unknown)}): {hosts}", SEE_RESOLV_CONF)
-
-
-def _merge(routes: dict[Route, bool], route: Route, takes_all: bool) -> None:
-    """Equal routes differ in nothing that matters to a host, but in who may be sent there."""
-    routes[route] = takes_all or routes.get(route, False)
-
-
-class Prober:
-    """Asks one host at a time."""
-
-    def __init__(self, settings: Settings, several: bool, resolver: Resolver) -> None:
-        """several: two recipients of one message may belong to different servers."""
-        self._settings = settings
-        self._loses_recipients = several and settings.mixed_recipients == "first"
-        self._connector = Connector(settings, resolver)
-        others = (*settings.proxy_protocol_hosts, *settings.xclient_hosts)
-        self._has_ipv6_clients = bool(others) or any(":" in (one.host or "::") for one in settings.listen)
-
-    def hosts_of(self, route: Route) -> list[Route]:
-        """The same route to each of its hosts alone. Why there are not more of them `look_at_dns` has said."""
-        return [replace(route, servers=(host,)) for host in self._connector._hosts(route, [], [], frozenset())]
-
-    def probe_host(self, target: Target) -> list[Finding]:
-        """What there is to say of each address of a host. If one of them is of use, a dead one is a warning only."""
-        clock = Clock()
-        try:
-            addresses = self._connector._addresses(target.server, clock)
-            found = [self._probe(target, address, clock) for address in addresses]
-        except UpstreamFailed as error:
-            return [self._failure(target, str(target.server), error)]
-        finally:
-            clock.close()
-        useful = any(isinstance(one, Notes) for one in found)
-        findings: list[Finding] = []
-        for one in found:
-            if isinstance(one, Notes):
-                findings += one.findings
-            else:
-                findings.append(replace(one, level="warn") if useful else one)
+    def probe(route: Route) -> list[Finding]:
+        nonlocal done
+        findings = list(HostProbe(settings, connector, destinations.several, route, hosts[route]).findings())
+        done += 1
+        show_progress(f"{done}/{len(hosts)} upstreams")
         return findings
 
-    def _probe(self, target: Target, address: Address, clock: Clock) -> Notes | Finding:
-        """What there is to say of an address of use, or why it is none."""
-        where = str(target.server) if address[1] == target.server.host else f"{target.server} [{address[1]}]"
-        notes = Notes(where)
-        try:
-            with clock.limit(self._settings.upstream_timeout, "checking"):
-                upstream = self._open(target, address, clock, client="127.0.0.1", name="localhost")
-                _describe_tls(upstream, address[1], notes)
-                _describe_introduction(upstream, notes)
-                self._describe_features(upstream, notes)
-                upstream.quit()
-        except FAULTS as error:
-            return self._failure(target, where, error)
-        self._try_as_stranger(target, address, clock, notes)
-        if self._has_ipv6_clients:
-            self._try_ipv6(target, address, clock, notes)
-        return notes
+    show_progress(f"0/{len(hosts)} upstreams")
+    unknown: list[str] = []
+    for findings in pool.imap(probe, hosts):
+        for finding in findings:
+            if not dns_answers and re.search(SILENT_DNS, finding.what):
+                unknown.append(finding.subject)
+            else:
+                yield finding
+    if unknown:
+        names = ", ".join([*unknown[:MAX_NAMED], "..."][: len(unknown)])
+        what = f"not tried, since {NO_ANSWER} ({len(unknown)}): {names}"
+        yield Finding("wrong", "upstreams", what, SEE_RESOLV_CONF)
 
-    def _open(
-        self, target: Target, address: Address, clock: Clock, client: str, name: str, tls: bool = True
-    ) -> Upstream:
+
+@dataclass
+class HostProbe:
+    """Asks one host, each of its addresses up to three times."""
+
+    settings: Settings
+    connector: Connector
+    several: bool  # two recipients of one message may belong to different servers
+    route: Route  # to this host alone
+    takes_all: bool  # some mapping sends every recipient there
+    clock: Clock = field(default_factory=Clock)
+
+    def findings(self) -> Iterator[Finding]:
+        """If one of the addresses is of use, a dead one is a warning only."""
+        server = self.route.servers[0]
+        try:
+            addresses = self.connector._addresses(server, self.clock)
+            found = [
+                self._try_address(address, str(server) if address[1] == server.host else f"{server} [{address[1]}]")
+                for address in addresses
+            ]
+        except UpstreamFailed as error:
+            found = [[self._failure(str(server), error)]]
+        finally:
+            self.clock.close()
+        is_useful = any(first.level == "ok" for first, *_ in found)
+        for first, *others in found:
+            yield replace(first, level="warn") if is_useful and first.level == "wrong" else first
+            yield from others
+
+    def _try_address(self, address: Address, subject: str) -> list[Finding]:
+        """The facts and the problems of one that is of use, or why it is none."""
+        try:
+            notes = list(self._try_as_client(address))
+        except FAULTS as error:
+            return [self._failure(subject, error)]
+        notes += self._try_as_stranger(address)
+        notes += self._try_ipv6(address)
+        facts = ", ".join(what for level, what, _ in notes if level == "ok")
+        problems = [Finding(level, subject, what, advice) for level, what, advice in notes if level != "ok"]
+        return [Finding("ok", subject, facts), *problems]
+
+    def _failure(self, subject: str, error: Exception) -> Finding:
+        text = self._text(error)
+        if isinstance(error, Reject) and error.reply == replies.MAIL_LOOP:
+            text += f": it calls itself {self.settings.domain}, which is our domain"
+        advice = next((advice for pattern, advice in ADVICE if re.search(pattern, text)), ASK_ITS_LOG)
+        if self.route.policy.send_proxy != "no" and not text.endswith("refused"):
+            advice = EXPECTS_HEADER
+        return Finding("wrong", subject, text, advice)
+
+    def _text(self, error: Exception) -> str:
+        return str(error).removeprefix(f"{self.route.servers[0]}: ")
+
+    def _open(self, address: Address, client: str, name: str, tls: bool = True) -> Upstream:
         """Introduce a client. tls: that it is in TLS, so that STARTTLS is tried. Raises any of FAULTS."""
         who = Client(client, 25, own=lambda: ("127.0.0.1", 25), name=lambda: name)
-        who.helo, who.tls = self._settings.domain, "as if" if tls else None
-        limit = self._settings.upstream_timeout
-        return self._connector._open(target.route, target.server, address, who, clock, "check", limit)
+        who.helo, who.tls = self.settings.domain, "as if" if tls else None
+        limit = self.settings.upstream_timeout
+        return self.connector._open(self.route, self.route.servers[0], address, who, self.clock, "check", limit)
 
-    def _failure(self, target: Target, where: str, error: Exception) -> Finding:
-        text = str(error).removeprefix(f"{target.server}: ")
-        if isinstance(error, Reject) and error.reply == replies.MAIL_LOOP:
-            text += f": it calls itself {self._settings.domain}, which is our domain"
-        advice = next((advice for pattern, advice in ADVICE if re.search(pattern, text)), ASK_ITS_LOG)
-        if target.route.policy.send_proxy != "no" and not text.endswith("refused"):
-            advice = EXPECTS_HEADER
-        return Finding("wrong", where, text, advice)
+    def _try_as_client(self, address: Address) -> Iterator[Note]:
+        """Introduce this machine, over TLS. Raises any of FAULTS."""
+        with self.clock.limit(self.settings.upstream_timeout, "checking"):
+            upstream = self._open(address, "127.0.0.1", "localhost")
+            yield from _describe_tls(upstream, address[1])
+            yield from _describe_introduction(upstream)
+            yield from self._describe_features(upstream)
+            upstream.quit()
 
-    # -- what it can do
-
-    def _describe_features(self, upstream: Upstream, notes: Notes) -> None:
+    def _describe_features(self, upstream: Upstream) -> Iterator[Note]:
         """What it lacks of that which Willi offers to every client."""
-        offered = ("PIPELINING", *sorted(self._settings.extensions))
-        lacks = [name for name in offered if name not in upstream.features]
+        lacks = [name for name in ("PIPELINING", *sorted(self.settings.extensions)) if name not in upstream.features]
         if lacks:
-            notes.fact(f"lacks {' '.join(lacks)}")
+            yield "ok", f"lacks {' '.join(lacks)}", ""
         if "SMTPUTF8" in lacks:
             advice = "take SMTPUTF8 out of extensions, or switch it on there"
-            notes.warn("without SMTPUTF8: mail with such addresses gets 550", advice)
-        if "8BITMIME" in lacks and self._settings.strict_8bitmime:
-            notes.warn("without 8BITMIME: 8-bit mail gets 550 (strict_8bitmime)", "set strict_8bitmime = no")
+            yield "warn", "without SMTPUTF8: mail with such addresses gets 550", advice
+        if "8BITMIME" in lacks and self.settings.strict_8bitmime:
+            yield "warn", "without 8BITMIME: 8-bit mail gets 550 (strict_8bitmime)", "set strict_8bitmime = no"
         limit = upstream.features.get("SIZE", "")
-        if limit.isdecimal() and 0 < int(limit) < self._settings.max_message_bytes:
-            notes.fact(f"takes {limit} octets, less than max_message_bytes")
+        if limit.isdecimal() and 0 < int(limit) < self.settings.max_message_bytes:
+            yield "ok", f"takes {limit} octets, less than max_message_bytes", ""
 
-    # -- what it makes of a stranger, and whether it relays
-
-    def _try_as_stranger(self, target: Target, address: Address, clock: Clock, notes: Notes) -> None:
+    def _try_as_stranger(self, address: Address) -> Iterator[Note]:
         """Say MAIL as a client in clear, and RCPT if its answer matters: can recipients of others get there?"""
         try:
-            with clock.limit(self._settings.upstream_timeout, "checking"):
-                upstream, answer = self._say_mail(target, address, clock, notes)
+            with self.clock.limit(self.settings.upstream_timeout, "checking"):
+                upstream = self._open(address, STRANGER, STRANGERS_NAME, tls=False)
+                answer = upstream.ask(b"MAIL FROM:<>")
+                if is_not_from_us(answer) and isinstance(upstream.unwelcome("MAIL", answer), WantsTls):
+                    yield "ok", "wants TLS", ""
+                    upstream.quit()
+                    upstream = self._open(address, STRANGER, STRANGERS_NAME)
+                    answer = upstream.ask(b"MAIL FROM:<>")
                 if not answer.positive:
-                    _judge_mail(answer, notes)
-                elif target.takes_all or self._settings.mixed_recipients == "first":
-                    self._judge(upstream.ask(b"RCPT TO:<" + NOBODY.encode() + b">"), notes)
+                    yield _judge_mail(answer)
+                elif self.takes_all or self.settings.mixed_recipients == "first":
+                    yield self._judge_rcpt(upstream.ask(RCPT_OF_STRANGER))
                 if answer.positive:
                     upstream.ask(b"RSET")
                 upstream.quit()
         except (Reject, Refused) as refusal:
-            self._judge(refusal.reply, notes)
+            yield self._judge_rcpt(refusal.reply)
         except FAULTS as error:
-            notes.warn(f"whether it relays is not known: {error}", ASK_ITS_LOG)
+            yield "warn", f"whether it relays is not known: {error}", ASK_ITS_LOG
 
-    def _say_mail(self, target: Target, address: Address, clock: Clock, notes: Notes) -> tuple[Upstream, Reply]:
-        """The answer to MAIL, over TLS if the upstream wants that. Raises any of FAULTS."""
-        upstream = self._open(target, address, clock, STRANGER, "willi-check.invalid", tls=False)
-        answer = upstream.ask(b"MAIL FROM:<>")
-        if is_not_from_us(answer) and isinstance(upstream.unwelcome("MAIL", answer), WantsTls):
-            notes.fact("wants TLS")
-            upstream.quit()
-            upstream = self._open(target, address, clock, STRANGER, "willi-check.invalid")
-            answer = upstream.ask(b"MAIL FROM:<>")
-        return upstream, answer
-
-    def _try_ipv6(self, target: Target, address: Address, clock: Clock, notes: Notes) -> None:
-        """Whether the upstream can be told an address of IPv6, if it can be told one at all."""
-        try:
-            with clock.limit(self._settings.upstream_timeout, "checking"):
-                upstream = self._open(target, address, clock, STRANGER6, xclient.UNAVAILABLE)
-                if not upstream.address_told:
-                    notes.warn("XCLIENT: it takes no IPv6 address, and does not know such clients", ALLOW_IPV6)
-                upstream.quit()
-        except FAULTS as error:
-            text = str(error).removeprefix(f"{target.server}: ")
-            notes.warn(f"an IPv6 client ({STRANGER6}) is refused there: {text}", ALLOW_IPV6)
-
-    def _judge(self, answer: Reply, notes: Notes) -> None:
-        about_relaying = answer.code == 454 or is_not_from_us(answer) or b"relay" in b" ".join(answer.lines).lower()
+    def _judge_rcpt(self, answer: Reply) -> Note:
+        loses_recipients = self.several and self.settings.mixed_recipients == "first"
         if answer.positive:
-            notes.wrong(
-                f"takes mail for anybody ({answer}): with it Willi is an open relay",
-                "have it refuse recipients that are not its own, and keep Willi's address out of its mynetworks",
-            )
-        elif answer.permanent and not is_not_from_us(answer) and self._loses_recipients:
-            notes.warn(
-                f"refuses recipients of other upstreams for good ({answer}): a message to both reaches only one",
-                "set mixed_recipients = defer, or have it say 454 (Postfix: defer_unauth_destination)",
-            )
-        elif answer.permanent or about_relaying:
-            notes.fact(f"does not relay ({answer.code})")
-        else:
-            notes.warn(f"whether it relays is not known ({answer})", TRY_AGAIN)
+            advice = "have it refuse recipients that are not its own, and keep Willi's address out of its mynetworks"
+            return "wrong", f"takes mail for anybody ({answer}): with it Willi is an open relay", advice
+        if answer.permanent and not is_not_from_us(answer) and loses_recipients:
+            what = f"refuses recipients of other upstreams for good ({answer}): a message to both reaches only one"
+            return "warn", what, "set mixed_recipients = defer, or have it say 454 (Postfix: defer_unauth_destination)"
+        is_about_relaying = answer.code == 454 or is_not_from_us(answer) or b"relay" in b" ".join(answer.lines).lower()
+        if answer.permanent or is_about_relaying:
+            return "ok", f"does not relay ({answer.code})", ""
+        return "warn", f"whether it relays is not known ({answer})", TRY_AGAIN
+
+    def _try_ipv6(self, address: Address) -> Iterator[Note]:
+        """Whether it can be told an address of IPv6, if it can be told any, and Willi may have such clients."""
+        behind_others = self.settings.proxy_protocol_hosts or self.settings.xclient_hosts
+        if not behind_others and not any(":" in (one.host or "::") for one in self.settings.listen):
+            return
+        try:
+            with self.clock.limit(self.settings.upstream_timeout, "checking"):
+                upstream = self._open(address, STRANGER6, xclient.UNAVAILABLE)
+                upstream.quit()
+            if not upstream.address_told:
+                yield "warn", "XCLIENT: it takes no IPv6 address, and does not know such clients", ALLOW_IPV6
+        except FAULTS as error:
+            yield "warn", f"an IPv6 client ({STRANGER6}) is refused there: {self._text(error)}", ALLOW_IPV6
 
 
-def _judge_mail(answer: Reply, notes: Notes) -> None:
+def _judge_mail(answer: Reply) -> Note:
     """A refused MAIL says nothing about relaying."""
     if is_not_from_us(answer):
         advice = "have it take mail from Willi's address without a password"
-        notes.wrong(f"takes no mail from us (MAIL: {answer}): all of it gets a 451", advice)
-    elif answer.permanent:
+        return "wrong", f"takes no mail from us (MAIL: {answer}): all of it gets a 451", advice
+    if answer.permanent:
         what = f"MAIL FROM:<> is refused ({answer}): no bounce gets there, and whether it relays is not known"
-        notes.warn(what, "have it take the empty sender (RFC 5321 §6.1)")
-    else:
-        notes.warn(f"whether it relays is not known (MAIL: {answer})", TRY_AGAIN)
+        return "warn", what, "have it take the empty sender (RFC 5321 §6.1)"
+    return "warn", f"whether it relays is not known (MAIL: {answer})", TRY_AGAIN
 
 
-def _describe_tls(upstream: Upstream, address: str, notes: Notes) -> None:
-    route, version = upstream.route, upstream.wire.tls_version
-    if version:
-        notes.fact(f"{version}, certificate {'verified' if route.tls_verify else 'not verified'}")
-        _describe_certificate(upstream, notes)
+def _describe_tls(upstream: Upstream, address: str) -> Iterator[Note]:
+    """Of a certificate that is not verified nothing is known, and nothing matters."""
+    route, wire = upstream.route, upstream.wire
+    if wire.tls_version:
+        yield "ok", f"{wire.tls_version}, certificate {'verified' if route.tls_verify else 'not verified'}", ""
+        left = seconds_left(CertificateFacts(wire.peer_certificate)) if wire.peer_certificate else inf
+        if certificate_level(left) != "ok":
+            what = f"its certificate ends in {several(int(left // DAY), 'day')}: then mail for it gets a 451"
+            yield "warn", what, "have it renewed"
         return
     never = route.policy.upstream_tls == "never"
-    notes.fact("TLS is off (upstream_tls = never)" if never else "no STARTTLS")
+    yield "ok", "TLS is off (upstream_tls = never)" if never else "no STARTTLS", ""
     if not is_own(address):
         advice = "set upstream_tls = auto" if never else "switch STARTTLS on there, and set upstream_tls = require"
-        notes.warn("mail goes there in clear, even if it came by TLS", advice)
+        yield "warn", "mail goes there in clear, even if it came by TLS", advice
 
 
-def _describe_certificate(upstream: Upstream, notes: Notes) -> None:
-    """Of one that is not verified nothing is known, and nothing matters."""
-    certificate = upstream.wire.peer_certificate
-    if certificate and (days := days_left(CertificateFacts(certificate).expires)) < WARN_DAYS:
-        notes.warn(f"its certificate ends in {several(days, 'day')}: then mail for it gets a 451", "have it renewed")
-
-
-def _describe_introduction(upstream: Upstream, notes: Notes) -> None:
+def _describe_introduction(upstream: Upstream) -> Iterator[Note]:
     """How the upstream learns who the client is."""
     policy, answer = upstream.route.policy, upstream.xclient_answer
     if policy.send_proxy != "no":
-        notes.fact(f"PROXY header {policy.send_proxy} sent")
+        yield "ok", f"PROXY header {policy.send_proxy} sent", ""
     if answer and answer.welcomes:
-        _describe_attributes(upstream.xclient_offer.upper().split(), notes)
+        missing = sorted(xclient.ATTRIBUTES - set(upstream.xclient_offer.upper().split()))
+        yield "ok", f"XCLIENT accepted, but not {' '.join(missing)}" if missing else "XCLIENT accepted", ""
+        if "ADDR" in missing:
+            yield "warn", f"XCLIENT without ADDR: {SEES_US}", "have it take ADDR, too"
     elif answer:
-        notes.fact("XCLIENT refused")
-        notes.warn(f"XCLIENT: {answer}: {SEES_US}", ALLOW_XCLIENT)
+        yield "ok", "XCLIENT refused", ""
+        yield "warn", f"XCLIENT: {answer}: {SEES_US}", ALLOW_XCLIENT
     elif policy.xclient == "no":
-        notes.fact("XCLIENT is off")
+        yield "ok", "XCLIENT is off", ""
     elif policy.send_proxy == "no":
-        notes.fact("no XCLIENT")
-        notes.warn(f"no XCLIENT: {SEES_US}", f"{ALLOW_XCLIENT}, or set send_proxy, or xclient = no")
-
-
-def _describe_attributes(offered: list[str], notes: Notes) -> None:
-    missing = sorted(xclient.ATTRIBUTES - set(offered))
-    notes.fact(f"XCLIENT accepted, but not {' '.join(missing)}" if missing else "XCLIENT accepted")
-    if "ADDR" in missing:
-        notes.warn(f"XCLIENT without ADDR: {SEES_US}", "have it take ADDR, too")
+        yield "ok", "no XCLIENT", ""
+        yield "warn", f"no XCLIENT: {SEES_US}", f"{ALLOW_XCLIENT}, or set send_proxy, or xclient = no"

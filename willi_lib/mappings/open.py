@@ -55,7 +55,7 @@ def _open(
     try:
         database = open_database(mapping)
     except ValueError as fault:
-        raise MappingError(f"mapping {mapping.name}: {fault}") from None
+        raise MappingError(f"{name}: {fault}") from None
     return Mysql(
         name, database, mapping.timeout, mapping.cache_ttl, mapping.cache_size, mapping.stale_ttl,
         tell, last_rows.get(mapping),
