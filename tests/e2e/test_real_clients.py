@@ -6,6 +6,8 @@ And Postfix knows who they are, since Willi tells it by XCLIENT.
 from __future__ import annotations
 
 import os
+import re
+import shlex
 import smtplib
 import subprocess
 from contextlib import closing
@@ -20,7 +22,7 @@ from tests.conftest import StartPostfix, StartWilli, show_on_failure
 from tests.support.certificates import Authority
 from tests.support.daemon import Willi
 from tests.support.exim import Exim
-from tests.support.loopback import HOST, need, wait_until
+from tests.support.loopback import HOST, ROOT, need, wait_until
 from tests.support.opensmtpd import OpenSmtpd
 from tests.support.postfix import Postfix, Stored
 
@@ -102,6 +104,19 @@ def test_swaks(front: Willi, postfix: Postfix, tls: str, pipeline: bool):
     assert stored.content.endswith(b"\nfirst\n.\n..second\n\n\n")
     known(stored)
     logged(front, recipient, tls)
+
+
+def test_the_first_mails_of_the_readme_arrive_in_clear_and_over_tls(front: Willi, postfix: Postfix):
+    need("swaks")
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    commands = re.findall(r"^    (swaks --server 127\.0\.0\.1 --to ann@example\.org.*)$", readme, re.MULTILINE)
+    for number, (command, tls) in enumerate(zip(commands, ("false", "true"), strict=True)):
+        recipient = f"first-{number}@b.example"
+        typed = command.replace("127.0.0.1", f"127.0.0.1:{front.port}").replace("ann@example.org", recipient)
+        assert "queued as" in run(*shlex.split(typed))
+        line = front.wait_for_log(msg="Message accepted", to=recipient)
+        assert (line["client_tls"], line["upstream_tls"]) == (tls, tls)
+        postfix.wait_for_message(recipient)
 
 
 @pytest.mark.parametrize("tls", ["false", "true"])
