@@ -24,8 +24,8 @@ PURE = {
     "text", "hosts",
     "smtp.body", "smtp.syntax", "smtp.reply", "smtp.proxy_header", "smtp.xclient",
     "routing.route", "routing.keys", "routing.search",
-    "status.overview", "status.plain",
-    "status.finding", "status.charts", "status.page", "status.lines",
+    "status.overview",
+    "status.finding", "status.charts", "status.page",
 }  # fmt: skip
 WORLD = {
     "_socket", "asyncio", "datetime", "dns", "gevent", "logging", "os", "random", "select", "selectors", "socket",
