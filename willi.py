@@ -72,7 +72,7 @@ def main() -> int:
     try:
         settings = load(arguments["-c"] or default_file())
         if arguments["top"]:
-            from willi_lib.status.terminal import top  # nobody else needs it
+            from willi_lib.status.terminal import top
 
             return top(settings)
         if arguments["check"] or arguments["lookup"]:
@@ -110,7 +110,7 @@ def nearest(word: str, words: Iterable[str]) -> str:
 
 
 def ask(settings: Settings, arguments: Mapping[str, Any]) -> int:
-    """Answer the question of somebody at a terminal; the exit status."""
+    """`check` or `lookup`; the exit status."""
     from willi_lib import check  # not before: it brings gevent
 
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C is no reason for a traceback

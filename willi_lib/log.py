@@ -16,7 +16,7 @@ import stat
 import time
 import traceback
 from _socket import AF_UNIX, MSG_DONTWAIT, SOCK_DGRAM
-from _socket import socket as Socket  # not gevent's, which would make stdout non-blocking for all who share it
+from _socket import socket as Socket  # not gevent's, which would make stdout non-blocking for all that share it
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
@@ -244,7 +244,7 @@ def _writer(mode: int) -> Callable[[bytes], int]:
     """What writes to stdout without waiting for a reader. Raises OSError.
 
     O_NONBLOCK belongs to the open file, which we share with the process that started us. So a pipe or a terminal is
-    opened once more, for Willi alone, and a socket is told with each call. A pipe that another user has made cannot
+    opened once more, for Willi alone, and for a socket each call says so. A pipe that another user has made cannot
     be opened again.
     """
     if stat.S_ISSOCK(mode):

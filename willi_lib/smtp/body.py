@@ -117,7 +117,7 @@ class _Place(Enum):
     """Where the next octet, the first one held back included, stands."""
 
     LINE = auto()  # first of a line that its sender has stuffed: a dot is a stuffing dot, or the end
-    CONTENT = auto()  # first of a line that nobody has stuffed: of a BDAT chunk, or after a bare LF
+    CONTENT = auto()  # first of a line that is not stuffed: of a BDAT chunk, or after a bare LF
     BLANKS = auto()  # after MAX_HELD skipped octets or more, which are gone unstuffed, and nothing else
     INSIDE = auto()  # anywhere else: the line is no lone dot
 

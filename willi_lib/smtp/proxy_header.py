@@ -1,4 +1,4 @@
-"""HAProxy's PROXY protocol, versions 1 and 2: who the client is, said before the first octet of SMTP.
+"""HAProxy's PROXY protocol, versions 1 and 2: the address of the client, before the first octet of SMTP.
 
 Section numbers are those of https://www.haproxy.org/download/2.8/doc/proxy-protocol.txt. A
 header is expected from configured networks only and never guessed (section 5): the caller's part.
@@ -100,10 +100,9 @@ def _parse_v1(buffer: bytes) -> tuple[Endpoints | None, int] | None:
 def _v1_endpoints(text: bytes) -> Endpoints:
     if match := _V1_TCP.fullmatch(text):
         source, destination = match[2].decode("ascii"), match[3].decode("ascii")
-        is_ipv6 = [match[1] == b"6", ":" in source, ":" in destination]
         ports = int(match[4]), int(match[5])
         with suppress(ValueError):
-            if len(set(is_ipv6)) == 1 and max(ports) <= 65535:
+            if (match[1] == b"6") == (":" in source) == (":" in destination) and max(ports) <= 65535:
                 return Endpoints(str(canonical(source)), ports[0], str(canonical(destination)), ports[1])
     raise BadHeader(f"bad PROXY line: {text!r}")
 

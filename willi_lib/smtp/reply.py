@@ -1,8 +1,7 @@
 """SMTP replies as values (RFC 5321 §4.2), and every reply that Willi itself gives.
 
-An upstream's reply travels to the client through `Reply` unchanged. What Willi
-says in its own name is in the catalogue at the end, so that an administrator who
-greps for a text finds one line.
+An upstream's reply travels to the client through `Reply` unchanged. What Willi says in its own name is in the catalogue
+at the end: a search for a text finds one line.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ _WHOLE_REPLY = re.compile(
 _READABLE_CODE = re.compile(rb"([2-5][0-9]{2})(?:([ -])|(?=[\t\r])|\Z)")
 
 # The octets that RFC 5321 §4.2 allows in a reply's text, and those above 127: UTF-8 comes with SMTPUTF8 (RFC 6531
-# §3.7.4). What else there is would be run by the terminal, or end the text, of whoever reads the client's log.
+# §3.7.4). The others could be run by the terminal on which the client's log is read, or end the text there.
 _PRINTABLE = bytes(octet if octet == 9 or (octet >= 32 and octet != 127) else ord("?") for octet in range(256))
 
 

@@ -184,17 +184,13 @@ def parse_bdat(argument: bytes) -> tuple[int, bool]:
 def parse_features(ehlo: Reply) -> Mapping[str, str]:
     """EHLO's keywords in upper case and their parameters; the first line is a greeting (RFC 5321 §4.1.1.1).
 
-    Remembered, since an upstream says the same to each session, twice: not to be changed by who gets it.
+    Remembered, since an upstream says the same to each session, twice: the caller must not change it.
     """
-    small = sum(map(len, ehlo.lines)) <= MAX_REMEMBERED
-    return _remembered_features(ehlo) if small else _features(ehlo)
+    is_small = sum(map(len, ehlo.lines)) <= MAX_REMEMBERED
+    return _features(ehlo) if is_small else _features.__wrapped__(ehlo)
 
 
 @lru_cache(maxsize=64)
-def _remembered_features(ehlo: Reply) -> Mapping[str, str]:
-    return _features(ehlo)
-
-
 def _features(ehlo: Reply) -> Mapping[str, str]:
     features = {}
     for line in ehlo.lines[1:]:
