@@ -55,6 +55,7 @@ except ModuleNotFoundError as missing:  # usual after an upgrade of the system: 
     sys.exit(FAILED)
 
 DEFAULT_FILES = ("willi.conf", "/opt/willi/etc/willi.conf")
+STATUS = {CannotBind: CANNOT_BIND, master.Unusable: BAD_CONFIGURATION, master.CannotStart: FAILED}
 # Of each command, besides -c
 OPTIONS = {"": ("--debug", "--help", "--version"), "check": ("--quick", "--json"), "lookup": (), "top": ()}
 
@@ -67,7 +68,7 @@ def main() -> int:
         print(f"willi.py: {visible(wrong_usage(sys.argv[1:]))}; see willi.py --help\n\n{usage}", file=sys.stderr)
         return BAD_USAGE
     if not any(arguments[command] for command in ("check", "lookup", "top")):
-        hold_standard_descriptors()
+        log.hold_standard_descriptors()
         master.block_signals()
     try:
         settings = load(arguments["-c"] or default_file())
@@ -136,13 +137,6 @@ def default_file() -> str:
     raise ConfigError([f"no configuration: neither {' nor '.join(DEFAULT_FILES)} exists; copy willi.conf.example"])
 
 
-def hold_standard_descriptors() -> None:
-    """One that is closed would become that of a client, and the log would be written to it."""
-    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
-        pass
-    os.close(descriptor)
-
-
 def serve(settings: Settings, debug: bool) -> int:
     """Run the proxy; the exit status."""
     # An upgrade turns /opt/willi/venv to another release: workers forked after it shall find the libraries of ours.
@@ -155,12 +149,8 @@ def serve(settings: Settings, debug: bool) -> int:
         print(f"willi.py: no line of the log is kept: {fault}", file=sys.stderr, flush=True)
     try:
         master.run(settings, lambda: for_debug(load(settings.path)) if debug else load(settings.path))
-    except CannotBind as error:
-        return cannot_start(str(error), CANNOT_BIND)
-    except master.Unusable as error:
-        return cannot_start(str(error), BAD_CONFIGURATION)
-    except master.CannotStart as error:
-        return cannot_start(str(error), FAILED)
+    except tuple(STATUS) as error:
+        return cannot_start(str(error), STATUS[type(error)])
     except Exception:  # noqa: BLE001 -- a fault of ours: the supervisor shall start us again
         log.bug("Internal error")
         return FAILED

@@ -86,6 +86,13 @@ def set_up(level: str, target: str) -> None:
     _sink.target = _Syslog() if target == "syslog" else _sink.stdout
 
 
+def hold_standard_descriptors() -> None:
+    """One that is closed would become that of a client, and the log would be written to it."""
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(descriptor)
+
+
 def shows_on(descriptor: int) -> bool:
     """Whether the last line was written, and to where this descriptor leads."""
     try:
