@@ -19,7 +19,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from willi_lib.config import Address, Settings
 from willi_lib.status import counts, http, metrics, reports, view
 from willi_lib.status.counts import ACCEPTED, MAX_HOSTS, TABLE, Counts, HostState
-from willi_lib.status.means import MINUTE, HourMean
+from willi_lib.status.means import MINUTE, LastHour
 from willi_lib.status.overview import Asked, CertificateState, Host
 from willi_lib.status.reports import Links
 from willi_lib.status.serving import Serving
@@ -132,29 +132,29 @@ def test_minutes_are_the_last_sixty_with_those_in_which_nothing_happened(totals:
 
 
 def test_a_mean_forgets_what_is_older_than_an_hour():
-    mean = HourMean()
-    mean.add(2, 10.0, NOW)
-    mean.add(1, 2.0, NOW + 30 * MINUTE)
-    assert mean.mean(NOW + 30 * MINUTE) == 4.0
-    assert mean.mean(NOW + 60 * MINUTE) == 2.0
-    assert mean.mean(NOW + 90 * MINUTE) is None
+    hour = LastHour()
+    hour.add(NOW, number=2, seconds=10.0)
+    hour.add(NOW + 30 * MINUTE, number=1, seconds=2.0)
+    assert hour.mean(NOW + 30 * MINUTE) == 4.0
+    assert hour.mean(NOW + 60 * MINUTE) == 2.0
+    assert hour.mean(NOW + 90 * MINUTE) is None
 
 
 def test_a_clock_that_is_set_back_leaves_no_gap_and_nothing_that_is_to_come(totals: Totals):
-    mean = HourMean()
-    mean.add(1, 9.0, NOW + DAY)
+    hour = LastHour()
+    hour.add(NOW + DAY, number=1, seconds=9.0)
     own = Counts()
     for minute in range(70):
         own.add(counts.SESSIONS)
         totals.take_in(worker(own), NOW + DAY + minute * MINUTE)
     totals.take_in(worker(peaks={"max_connections_per_ip": 7}), NOW + DAY)
     for minute in range(3):
-        mean.add(1, 2.0, NOW + minute * MINUTE)
+        hour.add(NOW + minute * MINUTE, number=1, seconds=2.0)
         own.add(counts.SESSIONS)
         totals.take_in(worker(own), NOW + minute * MINUTE)
     assert [minute.sessions for minute in totals.minutes(NOW + 2 * MINUTE)][-4:] == [0, 1, 1, 1]
     assert totals.peak("max_connections_per_ip", NOW + 2 * MINUTE) == 0
-    assert mean.mean(NOW + 2 * MINUTE) == 2.0
+    assert hour.mean(NOW + 2 * MINUTE) == 2.0
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The last sixty minutes: what is added up minute by minute, and a mean of it."""
+"""The last sixty minutes: what is added up minute by minute."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ MINUTES = 60
 
 
 class LastHour:
-    """Numbers by their names, added up by minutes."""
+    """Numbers by their names."""
 
     def __init__(self) -> None:
         self._minutes: dict[float, defaultdict[str, float]] = {}  # by their beginning
@@ -29,19 +29,7 @@ class LastHour:
             began = now // MINUTE * MINUTE - MINUTE * ago
             yield began, self._minutes.get(began, {})
 
-
-class HourMean:
-    """Of the durations of the last hour."""
-
-    def __init__(self) -> None:
-        self._hour = LastHour()
-
-    def add(self, number: float, seconds: float, now: float) -> None:
-        """So many more, and their sum."""
-        self._hour.add(now, number=number, seconds=seconds)
-
     def mean(self, now: float) -> float | None:
-        """In seconds; None: there were none."""
-        number = sum(counted.get("number", 0.0) for _, counted in self._hour.minutes(now))
-        seconds = sum(counted.get("seconds", 0.0) for _, counted in self._hour.minutes(now))
-        return seconds / number if number else None
+        """Of the durations: `seconds` by `number`; None: there were none."""
+        sums = {name: sum(counted.get(name, 0.0) for _, counted in self.minutes(now)) for name in ("seconds", "number")}
+        return sums["seconds"] / sums["number"] if sums["number"] else None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict, deque
+from collections import defaultdict, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,7 +24,7 @@ from .counts import (
     HostState,
     Metric,
 )
-from .means import MINUTE, MINUTES, HourMean
+from .means import MINUTE, LastHour
 from .overview import CertificateState, Event, Minute
 from .reports import MasterReport, TableReport, WorkerReport, worker_report
 
@@ -51,23 +51,24 @@ class Totals:
         """since: monotonic. What older workers have counted before their first report is not counted here."""
         self.numbers: defaultdict[Metric, dict[Labels, float]] = defaultdict(dict)
         self.durations: defaultdict[Metric, dict[Labels, list[float]]] = defaultdict(dict)
-        self.means: defaultdict[tuple[Metric, Labels], HourMean] = defaultdict(HourMean)
+        self.means: defaultdict[tuple[Metric, Labels], LastHour] = defaultdict(LastHour)
         self.hosts: dict[str, HostState] = {}
         self.events: deque[Event] = deque(maxlen=MAX_EVENTS)  # the newest last
         self.master = MasterReport()
         self.master_at = 0.0
         self.workers: dict[tuple[int, float], Worker] = {}  # in the order in which they last reported
         self._since = since
-        self._minutes: dict[float, Counter[str]] = {}  # by their beginning
+        self._hour = LastHour()  # what the charts show
         self._peaks: deque[tuple[float, dict[str, int]]] = deque(maxlen=10_000)  # and when they were reported
 
     # -- reading
 
     def minutes(self, now: float) -> tuple[Minute, ...]:
         """The last 60, those in which nothing happened too; the oldest first."""
-        this = now // MINUTE * MINUTE
-        starts = [this - MINUTE * ago for ago in reversed(range(MINUTES))]
-        return tuple(Minute(start, **dict(self._minutes.get(start, {}))) for start in starts)
+        return tuple(
+            Minute(began, **{name: int(number) for name, number in counted.items()})
+            for began, counted in self._hour.minutes(now)
+        )
 
     def number(self, metric: Metric, *labels: str) -> int:
         """The sum of a counter over all labels that follow these."""
@@ -181,21 +182,15 @@ class Totals:
     def _add_number(self, metric: Metric, labels: Labels, number: float, now: float) -> None:
         self.numbers[metric][labels] = self.numbers[metric].get(labels, 0) + number
         if metric is GREETING_SECONDS:
-            self.means[metric, labels].add(0, number, now)
+            self.means[metric, labels].add(now, seconds=number)
         elif metric is CONNECTS and labels[1] == OPENED:
-            self.means[GREETING_SECONDS, labels[:1]].add(number, 0, now)
+            self.means[GREETING_SECONDS, labels[:1]].add(now, number=number)
         elif metric in (SESSIONS, REFUSED):
-            self._add_to_minute("sessions" if metric is SESSIONS else "refused", int(number), now)
+            self._hour.add(now, **{"sessions" if metric is SESSIONS else "refused": number})
         elif metric is VERDICTS:
-            self._add_to_minute(labels[0], int(number), now)
-
-    def _add_to_minute(self, name: str, number: int, now: float) -> None:
-        self._minutes.setdefault(now // MINUTE * MINUTE, Counter())[name] += number
-        if len(self._minutes) > MINUTES:  # also those to come, of a clock that was fast
-            shown = {minute.began for minute in self.minutes(now)}
-            self._minutes = {began: counts for began, counts in self._minutes.items() if began in shown}
+            self._hour.add(now, **{labels[0]: number})
 
     def _add_duration(self, metric: Metric, labels: Labels, row: list[float], now: float) -> None:
         before = self.durations[metric].get(labels, [0] * len(row))
         self.durations[metric][labels] = [a + b for a, b in zip(before, row, strict=True)]
-        self.means[metric, labels].add(sum(row[:-1]), row[-1], now)
+        self.means[metric, labels].add(now, number=sum(row[:-1]), seconds=row[-1])
