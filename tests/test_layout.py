@@ -141,7 +141,7 @@ def test_only_the_status_process_has_the_template_of_the_page(name: str):
 
 DEVELOPING = (ROOT / "docs" / "developing.md").read_text(encoding="utf-8")
 HOUSE = DEVELOPING.partition("\n## The house\n")[2].partition("\n## ")[0]
-DRAWN_FILES = re.findall(r"^    ((?:  )?)([a-z_]+(?:\.py|/)) ", HOUSE, re.MULTILINE)
+DRAWN_FILES = re.findall(r"^    ((?:  )?)([a-z_]+(?:\.py|\.html|/)) ", HOUSE, re.MULTILINE)
 
 
 def drawn_arrows() -> set[tuple[str, str]]:
