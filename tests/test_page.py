@@ -16,7 +16,7 @@ from tests.support.overviews import HOSTILE, NOW
 from willi_lib.status import charts, page, words
 from willi_lib.status.charts import Chart, Layer
 from willi_lib.status.finding import Finding
-from willi_lib.status.means import MINUTES
+from willi_lib.status.last_hour import MINUTES
 from willi_lib.status.overview import Asked, AskedStep, CertificateState, Event, Host, Limit, Minute, Overview, Table
 from willi_lib.text import visible
 

@@ -19,7 +19,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from willi_lib.config import Address, Settings
 from willi_lib.status import counts, http, metrics, reports, view
 from willi_lib.status.counts import ACCEPTED, MAX_HOSTS, TABLE, Counts, HostState
-from willi_lib.status.means import MINUTE, LastHour
+from willi_lib.status.last_hour import MINUTE, LastHour
 from willi_lib.status.overview import Asked, CertificateState, Host
 from willi_lib.status.reports import Links
 from willi_lib.status.serving import Serving

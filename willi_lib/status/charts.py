@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from .means import MINUTES
+from .last_hour import MINUTES
 from .overview import Minute
 from .words import moment, number
 

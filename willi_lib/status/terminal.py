@@ -26,7 +26,7 @@ from ..hosts import Address
 from ..text import can_draw, visible, wants_colours
 from . import words
 from .charts import last_hour
-from .means import MINUTES
+from .last_hour import MINUTES
 from .overview import Event, Overview
 
 EVERY = 2.0  # seconds

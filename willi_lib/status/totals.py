@@ -24,7 +24,7 @@ from .counts import (
     HostState,
     Metric,
 )
-from .means import MINUTE, LastHour
+from .last_hour import MINUTE, LastHour
 from .overview import CertificateState, Event, Minute
 from .reports import MasterReport, TableReport, WorkerReport, worker_report
 
