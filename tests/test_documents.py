@@ -163,6 +163,16 @@ def test_a_page_names_files_and_sections_that_exist(page):
     assert [name for name in named if not (ROOT / name).exists()] == []
 
 
+@pytest.mark.parametrize("page", ["README.md", "SECURITY.md", *(f"docs/{name}" for name in DOCS)])
+def test_a_table_is_whole(page):
+    """A head and its line of dashes, and as many cells in each row: a blank line would end it."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    for table in re.findall(r"^(?:\|.*\n)+", text, re.MULTILINE):
+        head, dashes, *others = table.splitlines()
+        assert re.fullmatch(r"\|(-+:?\|)+", dashes), head
+        assert {line.count(" |") for line in others} == {dashes.count("|") - 1}, head
+
+
 @pytest.mark.parametrize("name", sorted({text for text in QUOTED if re.fullmatch("[a-z][a-z0-9_]*", text)}))
 def test_a_quoted_name_is_a_setting_or_a_field_of_the_log(name):
     assert name in ALL_KEYS | LOG_FIELDS
