@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from contextlib import suppress
+from email.message import Message
 from time import monotonic
 from typing import Any
 
@@ -439,13 +440,13 @@ def test_who_asks_for_an_address_has_no_more_time_than_the_connection():
         Serving(settings, [], Links())._ask("bob@b.example")
 
 
-def ask(totals: Totals, path: str, query: str = "", **extra: str) -> tuple[str, str]:
+def ask(totals: Totals, path: str, query: str = "") -> tuple[str, str]:
     """Status and body of the bare application."""
-    answered: list[str] = []
     application = http.Application(totals, lambda address: Asked(address, (), f"asked {address}"))
-    environ = {"REQUEST_METHOD": "GET", "PATH_INFO": path, "QUERY_STRING": query, **extra}
-    body = application(environ, lambda status, headers: answered.append(status))
-    return answered[0], b"".join(body).decode()
+    headers = Message()
+    headers["Host"] = "localhost"
+    answer = application.answer("GET", f"{path}?{query}", "HTTP/1.1", headers)
+    return f"{answer.status.value} {answer.status.phrase}", str(answer.body)
 
 
 @pytest.fixture

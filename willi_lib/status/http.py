@@ -7,17 +7,21 @@ that leads here (DNS rebinding): only addresses and names that are ours are answ
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import re
 from collections.abc import Callable, Iterable, Sequence
+from email.message import Message
+from functools import partial
 from http import HTTPStatus
+from http.server import BaseHTTPRequestHandler
 from ipaddress import ip_address
 from time import time
 from typing import Any, NamedTuple
 from urllib.parse import parse_qs
 
 import gevent
-from gevent.pywsgi import WSGIHandler, WSGIServer
+from gevent.server import StreamServer
 
 from willi_lib import log
 
@@ -27,11 +31,12 @@ from .totals import FRESH, Totals
 
 MAX_CONNECTIONS = 200  # at the same time; one more ends the oldest. gevent accepts up to 100 before it serves one
 TIME_LIMIT = 10.0  # seconds for a connection, which is one request
-MAX_REQUEST = 16 << 10  # octets
+MAX_REQUEST = 16 << 10  # octets, without a body, which is not read
 MAX_ADDRESS = 400  # characters to look up; a real one has 320 at most
 METHODS = ("GET", "HEAD")
 HOST_AND_PORT = re.compile(r"(?P<name>\[[0-9a-f:.]+\]|[0-9a-z_.-]+)(:[0-9]{0,5})?")  # in lower case
 WHOLE_URL = re.compile(r"(?i)https?://(?P<host>[^/]*)(?P<path>/.*)?")
+END_OF_HEAD = re.compile(rb"\n\r?\n")
 HEADERS = [
     (
         "Content-Security-Policy",
@@ -47,7 +52,6 @@ HEADERS = [
 ]
 TEXT = "text/plain; charset=utf-8"
 
-Environ = dict[str, Any]
 Ask = Callable[[str], Asked]
 
 
@@ -60,13 +64,13 @@ class Answer(NamedTuple):
 
 
 class Application:
-    """By the rules of WSGI."""
+    """What there is to see, and for which request."""
 
     def __init__(self, totals: Totals, ask: Ask) -> None:
         """ask: waits for a worker."""
         self._totals = totals
         self._ask = ask
-        self._routes: dict[str, Callable[[Environ], Answer]] = {
+        self._routes: dict[str, Callable[[str], Answer]] = {
             "/": self._page,
             "/style.css": lambda _: Answer(page.STYLE, "text/css; charset=utf-8"),
             "/status.json": self._json,
@@ -75,34 +79,30 @@ class Application:
             "/readyz": self._readyz,
         }
 
-    def __call__(self, environ: Environ, start_response: Callable[..., object]) -> list[bytes]:
-        """Answer one request."""
+    def answer(self, method: str, target: str, version: str, headers: Message) -> Answer:
+        """To one request. target: a path and a query, or a whole URL."""
         try:
-            body, kind, status = self._answer(environ)
+            return self._answer(method, target, version, headers)
         except Exception:  # noqa: BLE001 -- the next one shall be answered
-            log.bug("Internal error", path=str(environ.get("PATH_INFO")))
-            body, kind, status = Answer("internal error\n", status=HTTPStatus.INTERNAL_SERVER_ERROR)
-        octets = body.encode("utf-8", "backslashreplace") if isinstance(body, str) else body
-        extra = [("Allow", ", ".join(METHODS))] if status is HTTPStatus.METHOD_NOT_ALLOWED else []
-        described = [("Content-Type", kind), ("Content-Length", str(len(octets)))]
-        start_response(f"{status.value} {status.phrase}", [*described, *HEADERS, *extra])
-        return [] if environ["REQUEST_METHOD"] == "HEAD" else [octets]
+            log.bug("Internal error", path=target)
+            return Answer("internal error\n", status=HTTPStatus.INTERNAL_SERVER_ERROR)
 
-    def _answer(self, environ: Environ) -> Answer:
-        if environ["REQUEST_METHOD"] not in METHODS:
+    def _answer(self, method: str, target: str, version: str, headers: Message) -> Answer:
+        if method not in METHODS:
             return Answer("GET and HEAD only\n", status=HTTPStatus.METHOD_NOT_ALLOWED)
-        host, path = environ.get("HTTP_HOST"), environ["PATH_INFO"]
-        if "," in (host or "") or (host is None and environ.get("SERVER_PROTOCOL") == "HTTP/1.1"):
+        hosts = headers.get_all("Host", [])
+        if len(hosts) > 1 or not (hosts or version == "HTTP/1.0"):
             return Answer("One Host header, please.\n", status=HTTPStatus.BAD_REQUEST)  # RFC 9112 §3.2
-        if whole := WHOLE_URL.fullmatch(path):  # which counts in the place of Host, RFC 9112 §3.2.2
-            host, path = whole["host"], whole["path"] or "/"
-        if host is not None and not self._is_ours(host):
+        if whole := WHOLE_URL.fullmatch(target):  # which counts in the place of Host, RFC 9112 §3.2.2
+            hosts, target = [whole["host"]], whole["path"] or "/"
+        if hosts and not self._is_ours(hosts[0]):
             why = "This name is not one of ours. Use an address, localhost, or `domain` of willi.conf.\n"
             return Answer(why, status=HTTPStatus.MISDIRECTED_REQUEST)
-        if _is_drawn_in(environ):
+        if _is_drawn_in(headers):
             return Answer("Not from another site.\n", status=HTTPStatus.FORBIDDEN)
+        path, _, query = target.partition("?")
         route = self._routes.get(path)
-        return route(environ) if route else Answer("not found\n", status=HTTPStatus.NOT_FOUND)
+        return route(query) if route else Answer("not found\n", status=HTTPStatus.NOT_FOUND)
 
     def _is_ours(self, host: str) -> bool:
         """Whether the host of a URL means us: an address, which no name server can lead here, or a name of ours."""
@@ -116,26 +116,26 @@ class Application:
         except ValueError:
             return False
 
-    def _page(self, environ: Environ) -> Answer:
-        question = parse_qs(environ.get("QUERY_STRING", ""), keep_blank_values=True)
+    def _page(self, query: str) -> Answer:
+        question = parse_qs(query, keep_blank_values=True)
         asked = None
         if "address" in question:
             address = question["address"][0].strip()[:MAX_ADDRESS]
             asked = self._ask(address) if address else Asked("", (), "")
         return Answer(page.render(view.overview(self._totals, time()), asked), "text/html; charset=utf-8")
 
-    def _json(self, _: Environ) -> Answer:
+    def _json(self, _: str) -> Answer:
         facts = dataclasses.asdict(view.overview(self._totals, time()))
         return Answer(json.dumps(facts) + "\n", "application/json")
 
-    def _metrics(self, _: Environ) -> Answer:
+    def _metrics(self, _: str) -> Answer:
         return Answer(metrics.exposition(self._totals, time()), metrics.CONTENT_TYPE)
 
-    def _healthz(self, _: Environ) -> Answer:
+    def _healthz(self, _: str) -> Answer:
         """Whether mail is served at all."""
         return _verdict([] if self._totals.master.number("serving") else ["no worker serves"])
 
-    def _readyz(self, _: Environ) -> Answer:
+    def _readyz(self, _: str) -> Answer:
         """Whether a load balancer should send clients here."""
         now, master = time(), self._totals.master
         reasons = []
@@ -148,13 +148,13 @@ class Application:
         return _verdict(reasons)
 
 
-def _is_drawn_in(environ: Environ) -> bool:
+def _is_drawn_in(headers: Message) -> bool:
     """Whether a page of another site has a browser ask, not a person who follows a link (Fetch Metadata).
 
     Another port of this host is the same site, and another page all the same. A frame is navigated, too.
     """
-    site, mode = environ.get("HTTP_SEC_FETCH_SITE"), environ.get("HTTP_SEC_FETCH_MODE")
-    followed = mode == "navigate" and environ.get("HTTP_SEC_FETCH_DEST", "document") == "document"
+    site, mode = headers["Sec-Fetch-Site"], headers["Sec-Fetch-Mode"]
+    followed = mode == "navigate" and headers.get("Sec-Fetch-Dest", "document") == "document"
     return site in ("cross-site", "same-site") and not followed
 
 
@@ -164,63 +164,57 @@ def _verdict(reasons: Sequence[str]) -> Answer:
     return Answer("ok\n")
 
 
-class _Bounded:
-    """The request as it comes, at most MAX_REQUEST octets of it."""
-
-    def __init__(self, file: Any) -> None:
-        self._file = file
-        self._left = MAX_REQUEST
-
-    @property
-    def closed(self) -> bool:
-        return bool(self._file.closed)
-
-    def readline(self, limit: int = -1) -> bytes:
-        """At most that many octets. Raises ValueError when there is no room: what comes may be the Host header."""
-        if not self._left:
-            raise ValueError("the request is too long")
-        return self._count(self._file.readline(min(limit, self._left) if limit >= 0 else self._left))
-
-    def read(self, size: int = -1) -> bytes:
-        """At most that many octets."""
-        return self._count(self._file.read(min(size, self._left) if size >= 0 else self._left))
-
-    def close(self) -> None:
-        """Nobody wants more."""
-        self._file.close()
-
-    def _count(self, octets: bytes) -> bytes:
-        self._left -= len(octets)
-        return octets
-
-
-class Handler(WSGIHandler):
+class Handler(BaseHTTPRequestHandler):
     """One request, in bounds. What comes of bad ones is no matter for our log."""
 
-    def __init__(self, connection: Any, address: Any, server: Any) -> None:
-        super().__init__(connection, address, server)
-        self.rfile = _Bounded(self.rfile)  # type: ignore[assignment]  # all that gevent needs of one
+    protocol_version = "HTTP/1.1"
+    default_request_version = "HTTP/1.0"
+
+    def __init__(self, application: Application, connection: Any, address: Any) -> None:
+        self._application = application
+        super().__init__(connection, address, None)  # type: ignore[arg-type]  # it asks no server
+
+    def setup(self) -> None:
+        """Read the request, but not its body. One that is too long, or has no end, is none."""
+        head = b""
+        while not END_OF_HEAD.search(head) and len(head) < MAX_REQUEST and (more := self.request.recv(4096)):
+            head += more
+        self.rfile = io.BytesIO(head if END_OF_HEAD.search(head) else b"")
+        self.wfile = self._output = io.BytesIO()
 
     def handle(self) -> None:
-        """Serve the connection."""
-        try:
-            gevent.with_timeout(TIME_LIMIT, super().handle, timeout_value=None)
-        except OSError as error:
-            log.debug("Status client gone", error=str(error))
+        """Answer it."""
+        self.raw_requestline = self.rfile.readline()
+        if self.raw_requestline and self.parse_request():
+            self._send(self._application.answer(self.command, self.path, self.request_version, self.headers))
 
-    def handle_one_request(self) -> Any:
-        """One only, whatever the client wishes; an error is a pair."""
-        result = super().handle_one_request()
-        return None if result is True else result
+    def finish(self) -> None:
+        """Send the answer."""
+        self.request.sendall(self._output.getvalue())
 
-    def _handle_client_error(self, ex: Exception) -> tuple[str, bytes]:
-        log.debug("Bad request for the status", error=repr(ex))
-        return "400", b"HTTP/1.1 400 Bad Request\r\nConnection: close\r\nContent-Length: 0\r\n\r\n"
+    def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
+        """What `parse_request` says of a bad request."""
+        log.debug("Bad request for the status", error=message or "")
+        self._send(Answer(f"{message}\n", status=HTTPStatus(code)))
 
-    def handle_error(self, kind: Any, error: Any, trace: Any) -> None:
-        """The client has gone, its time is over, or its body is nonsense: our own errors stay in `Application`."""
-        if not issubclass(kind, OSError | ValueError | gevent.Timeout | gevent.GreenletExit):
-            super().handle_error(kind, error, trace)
+    def _send(self, answer: Answer) -> None:
+        octets = answer.body.encode("utf-8", "backslashreplace") if isinstance(answer.body, str) else answer.body
+        allow = [("Allow", ", ".join(METHODS))] if answer.status is HTTPStatus.METHOD_NOT_ALLOWED else []
+        described = [("Date", self.date_time_string()), ("Content-Type", answer.kind), ("Content-Length", len(octets))]
+        self.send_response_only(answer.status)
+        for name, value in (*described, *HEADERS, *allow):
+            self.send_header(name, str(value))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(octets)
+
+
+def _serve(application: Application, connection: Any, address: Any) -> None:
+    """One connection."""
+    try:
+        gevent.with_timeout(TIME_LIMIT, Handler, application, connection, address, timeout_value=None)
+    except OSError as error:
+        log.debug("Status client gone", error=str(error))
 
 
 class Connections:
@@ -241,11 +235,7 @@ class Connections:
         return greenlet
 
 
-def make_servers(sockets: Iterable[Any], application: Application) -> list[WSGIServer]:
+def make_servers(sockets: Iterable[Any], application: Application) -> list[StreamServer]:
     """Not started yet."""
     spawn: Any = Connections().spawn
-    named = {"SERVER_NAME": "willi"}  # else gevent asks the DNS
-    return [
-        WSGIServer(one, application, spawn=spawn, log=None, error_log=None, handler_class=Handler, environ=named)
-        for one in sockets
-    ]
+    return [StreamServer(one, partial(_serve, application), spawn=spawn) for one in sockets]
