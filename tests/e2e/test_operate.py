@@ -1,4 +1,4 @@
-"""docs/operate.md: the commands of "Where did this mail go?" lead from a recipient to the upstream's own log."""
+"""docs/operate.md: where a mail went, from its recipient to the upstream's own log; and what helps at night."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ import pytest
 
 from tests.conftest import StartWilli
 from tests.support.daemon import Willi, parse_logfmt
-from tests.support.loopback import ROOT, wait_until
+from tests.support.loopback import HOST, ROOT, free_port, wait_until
 from tests.support.postfix import Postfix
-from tests.support.talk import MAIL, content, deliver, greeted, say
+from tests.support.talk import BOB, MAIL, QUEUED, content, deliver, greeted, say
+from tests.support.upstream import ScriptedUpstream
 
 SECTION = (ROOT / "docs" / "operate.md").read_text(encoding="utf-8").partition("\n## Where did this mail go?\n")[2]
 SECTION = SECTION.partition("\n## ")[0]
@@ -83,3 +84,19 @@ def test_a_client_is_found_by_its_address(log: Willi, tmp_path: Path):
     by_client = FILE[0].replace(r" to=[^ ]*ann@example\.org", BY_CLIENT.replace(r"203\.0\.113\.7", r"127\.0\.0\.2"))
     found = ask(by_client.replace("/var/log/willi.log", str(log.log_file)), tmp_path)
     assert [parse_logfmt(line)["to"] for line in found] == ["someone@b.example"]
+
+
+def test_a_table_above_a_database_that_stays_down_takes_over_with_a_reload(
+    start_willi: StartWilli, upstream: ScriptedUpstream, tmp_path: Path
+):
+    database = {"type": "mysql", "host": f"{HOST}:{free_port()}", "query": "SELECT server FROM t WHERE pattern = ?"}
+    willi = start_willi(mappings={"database": database})
+    willi.tolerate("Database is down")
+    with greeted(willi) as client:
+        assert say(client, MAIL, BOB)[1].startswith("451")
+    (tmp_path / "rows.csv").write_text(f"pattern;server\nb.example;{upstream.server}\n", encoding="utf-8")
+    table = {"type": "csv", "file": str(tmp_path / "rows.csv")}
+    willi.reload({"mappings": {"table": table, "database": database}})
+    with greeted(willi) as client:
+        assert deliver(client, BOB) == QUEUED
+        assert say(client, MAIL, b"RCPT TO:<someone@elsewhere.example>")[1].startswith("451")
