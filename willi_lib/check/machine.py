@@ -53,7 +53,7 @@ def check_certificates(settings: Settings) -> Iterator[Finding]:
             yield from faults(str(error))
             continue
         read.append(facts)
-        yield _check_dates(pair.cert, facts)
+        yield _check_dates(pair.cert, f"for {', '.join(facts.names) or 'no name'}", facts)
         yield from _check_chain(pair, facts)
     domain = settings.domain.lower()
     if read and not {domain, f"*.{domain.partition('.')[2]}"} & {name for facts in read for name in facts.names}:
@@ -70,9 +70,9 @@ def seconds_left(facts: CertificateFacts) -> float:
     return (facts.expires - datetime.now(timezone.utc)).total_seconds()
 
 
-def _check_dates(file: str, facts: CertificateFacts) -> Finding:
+def _check_dates(file: str, name: str, facts: CertificateFacts) -> Finding:
     left = seconds_left(facts)
-    text = f"for {', '.join(facts.names) or 'no name'}, until {facts.expires:%Y-%m-%d} ({time_left(left)})"
+    text = f"{name}, until {facts.expires:%Y-%m-%d} ({time_left(left)})"
     if facts.begins > datetime.now(timezone.utc):
         text += f", but not before {facts.begins:%Y-%m-%d %H:%M} UTC"
         return Finding("wrong", file, text, "until then keep the old one; or is the clock of this machine wrong?")
@@ -84,20 +84,13 @@ def _check_chain(pair: Certificate, facts: CertificateFacts) -> Iterator[Finding
     """The certificates behind the first one in its file: are they in force, and do they lead to an authority?"""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.load_verify_locations(pair.cert)
-    others = [CertificateFacts(decoded) for decoded in context.get_ca_certs() if decoded != facts.decoded]
-    for authority in others:
-        if authority.subject == authority.issuer:
-            continue  # a root: clients look at their own copy
-        what = f"the certificate of {authority.subject} in it"
-        left = seconds_left(authority)
-        if authority.begins > datetime.now(timezone.utc):
-            what += f" is not good before {authority.begins:%Y-%m-%d}"
-            yield Finding("wrong", pair.cert, what, "is the clock of this machine wrong?")
-        elif (level := certificate_level(left)) != "ok":
-            what += f" {'ends' if left > 0 else 'ended'} on {authority.expires:%Y-%m-%d}"
-            yield Finding(level, pair.cert, what, "put the issuer's new chain there")
+    behind = {one.subject: one for one in map(CertificateFacts, context.get_ca_certs()) if one.decoded != facts.decoded}
+    for authority in behind.values():
+        finding = _check_dates(pair.cert, f"the certificate of {authority.subject} in it", authority)
+        if finding.level != "ok" and authority.subject != authority.issuer:  # of a root, clients look at their own copy
+            yield finding
     if _lacks_issuer(pair):
-        top, behind = facts, {authority.subject: authority for authority in others}
+        top = facts
         while top.issuer in behind:
             top = behind.pop(top.issuer)
         what = f"its chain ends at {top.issuer}, which is neither in the file nor known to this system"
