@@ -49,8 +49,8 @@ def worker(own: Counts | None = None, **facts: Any) -> dict[str, Any]:
     return told
 
 
-def certificate(expires: float, fault: str = "") -> CertificateState:
-    return CertificateState("/c.pem", ("a",), expires, fault)
+def certificate(expires: float) -> CertificateState:
+    return CertificateState("/c.pem", ("a",), expires)
 
 
 @pytest.fixture
@@ -244,7 +244,6 @@ def test_a_willi_that_is_well_has_none(totals: Totals):
         (master(connections=80), "max_connections: 80 of 100 are in use"),
         (worker(certificates=[certificate(NOW + 13.2 * DAY)]), "/c.pem: certificate: 13 days left"),
         (worker(certificates=[certificate(NOW - 1)]), "/c.pem: certificate: expired 1.0 s ago"),
-        (worker(certificates=[certificate(0.0, "gone")]), "/c.pem: certificate: cannot be read"),
         (
             worker(tables=[{"name": "csv:/x", "kind": "csv", "patterns": 1, "last_error": "/x:2: no"}]),
             "csv:/x: not read again: /x:2: no",

@@ -88,7 +88,6 @@ def troubled() -> Overview:
         certificates=(
             replace(first, expires=NOW + 5.4 * DAY),
             replace(calm.certificates[1], expires=NOW - 3 * DAY),
-            CertificateState("/etc/ssl/mail/third.pem", (), 0.0, "/etc/ssl/mail/third.pem: Permission denied"),
         ),
         limits=(replace(calm.limits[0], used=4_960), replace(calm.limits[1], used=50, refused=912), *calm.limits[2:]),
         events=tuple(_bad_event(event) if number % 3 == 0 else event for number, event in enumerate(calm.events)),
@@ -103,9 +102,7 @@ def hostile() -> Overview:
         problems=tuple(Finding("wrong", text, text, text) for text in HOSTILE),
         hosts=tuple(poisoned(bad.hosts[0], number) for number in range(len(HOSTILE))),
         tables=tuple(poisoned(bad.tables[1], number) for number in range(len(HOSTILE))),
-        certificates=tuple(
-            replace(poisoned(bad.certificates[0], number), names=HOSTILE, fault="") for number in range(3)
-        ),
+        certificates=tuple(replace(poisoned(bad.certificates[0], number), names=HOSTILE) for number in range(3)),
         events=tuple(poisoned(bad.events[number % 3], number, at=NOW - number) for number in range(50)),
     )  # fmt: skip
 

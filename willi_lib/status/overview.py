@@ -60,7 +60,6 @@ class CertificateState:
     file: str
     names: tuple[str, ...]
     expires: float
-    fault: str = ""  # why it can't be read
 
 
 @dataclass(frozen=True)

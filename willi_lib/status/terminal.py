@@ -333,7 +333,7 @@ def _certificates(overview: Overview) -> list[Line]:
     rows: list[Row] = []
     for certificate in overview.certificates:
         level, state = words.certificate_state(certificate, overview.now)
-        rows.append([certificate.file, (state, level), certificate.fault or ", ".join(certificate.names)])
+        rows.append([certificate.file, (state, level), ", ".join(certificate.names)])
     return _table(("CERTIFICATE", "ENDS", "NAMES"), (34, 20, 0), rows)
 
 

@@ -91,8 +91,6 @@ def host_state(host: Host, now: float) -> tuple[Level, str]:
 
 
 def certificate_state(certificate: CertificateState, now: float) -> tuple[Level, str]:
-    if certificate.fault:
-        return "wrong", "cannot be read"
     left = certificate.expires - now
     return certificate_level(left), time_left(left)
 
