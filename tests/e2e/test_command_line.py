@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import re
 import socket
+import textwrap
 from pathlib import Path
 
 import pytest
 
 from tests.support.check import configure
-from tests.support.daemon import run_willi
-from tests.support.loopback import HOST
+from tests.support.daemon import run_willi, write_config
+from tests.support.loopback import HOST, ROOT
 from willi_lib import VERSION
 
 GOOD, WRONG, USAGE, CANNOT_LISTEN = range(4)
@@ -128,3 +129,17 @@ def test_lookup_says_what_is_no_address(tmp_path: Path):
     done = run_willi("lookup", "-c", path, "ann b@c")
     assert done.returncode == WRONG
     assert "501 5.1.3 Bad recipient address syntax" in done.stdout
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/configure.md"])
+def test_lookup_says_what_the_manual_shows(tmp_path: Path, page: str):
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    [table] = re.findall(r"^```\n(pattern;.*?)^```$", readme, re.MULTILINE | re.DOTALL)
+    (tmp_path / "upstream_servers.csv").write_text(table, encoding="utf-8")
+    mapping = {"type": "csv", "file": "upstream_servers.csv"}
+    path = write_config(tmp_path / "willi.conf", {"recipient_delimiter": "+", "mappings": {"file": mapping}})
+    shown = re.findall(r"^    \$ willi\.py lookup (\S+)\n((?:    .*\n)+)", (ROOT / page).read_text(), re.MULTILINE)
+    for address, answer in shown:
+        done = run_willi("lookup", "-c", path, address)
+        assert done.stdout == textwrap.dedent(answer).replace("/opt/willi/etc", str(tmp_path))
+    assert len(shown) == 1
