@@ -436,7 +436,7 @@ def test_a_body_that_is_nonsense_is_no_matter_for_the_log(served: int, capfd, bo
 def test_who_asks_for_an_address_has_no_more_time_than_the_connection():
     settings = Settings(path="willi.conf", mappings=(), status_listen=Address("127.0.0.1", 8025))
     with pytest.raises(gevent.Timeout), gevent.Timeout(0.05):
-        Serving(settings, [], Links())._ask("bob@b.example")
+        Serving(settings, [], Links(), since=0.0)._ask("bob@b.example")
 
 
 def ask(totals: Totals, path: str, query: str = "") -> tuple[str, str]:

@@ -1,4 +1,4 @@
-"""The status in whatever process has it: it reads the reports, asks the workers, and answers by HTTP."""
+"""What the status process does: it reads the reports, asks the workers, and answers by HTTP."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from gevent.event import AsyncResult, Event
 from willi_lib import log
 from willi_lib.config import Settings
 from willi_lib.net.jobs import keep_going
-from willi_lib.status.reports import MAX_ANY, Links, parse, send
 
 from .http import Application, make_servers
 from .overview import Asked, AskedStep
+from .reports import MAX_ANY, Links, parse, send
 from .totals import Totals
 
 ANSWER_TIMEOUT = 3.0  # seconds
@@ -29,15 +29,12 @@ NEWS_TIMEOUT = 3.0  # seconds for the first reports
 class Serving:
     """All of it."""
 
-    def __init__(
-        self, settings: Settings, sockets: Sequence[stdlib_socket.socket], links: Links, since: float = 0.0
-    ) -> None:
+    def __init__(self, settings: Settings, sockets: Sequence[stdlib_socket.socket], links: Links, since: float) -> None:
         """since: what older workers have counted before is not counted here (monotonic)."""
         self._links = links
         self._log: tuple[str, str] = (settings.log, settings.loglevel)
         self._totals = Totals(since)
-        application = Application(self._totals, self._ask)
-        self._servers = make_servers(sockets, application)
+        self._servers = make_servers(sockets, Application(self._totals, self._ask))
         self._numbers = count(1)
         self._asked: dict[int, AsyncResult[tuple[list[Any], str]]] = {}
         self._has_news = Event()
@@ -67,8 +64,7 @@ class Serving:
             self._has_news.set()
         if "answer" in report:
             number, *answer = report["answer"]
-            asked = self._asked.get(number)
-            if asked:
+            if asked := self._asked.get(number):
                 asked.set(tuple(answer))
 
     # -- questions

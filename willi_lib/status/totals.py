@@ -7,23 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from .counts import (
-    CONNECTS,
-    EVENT,
-    GREETING_SECONDS,
-    HOST,
-    MAX_EVENTS,
-    MAX_HOSTS,
-    NUMBER,
-    OPENED,
-    OTHER,
-    REFUSED,
-    SESSIONS,
-    TABLE,
-    VERDICTS,
-    HostState,
-    Metric,
-)
+from . import counts
+from .counts import HostState, Metric
 from .last_hour import MINUTE, LastHour
 from .overview import CertificateState, Event, Minute
 from .reports import MasterReport, TableReport, WorkerReport, worker_report
@@ -53,7 +38,7 @@ class Totals:
         self.durations: defaultdict[Metric, dict[Labels, list[float]]] = defaultdict(dict)
         self.means: defaultdict[tuple[Metric, Labels], LastHour] = defaultdict(LastHour)
         self.hosts: dict[str, HostState] = {}
-        self.events: deque[Event] = deque(maxlen=MAX_EVENTS)  # the newest last
+        self.events: deque[Event] = deque(maxlen=counts.MAX_EVENTS)  # the newest last
         self.master = MasterReport()
         self.master_at = 0.0
         self.workers: dict[tuple[int, float], Worker] = {}  # in the order in which they last reported
@@ -88,7 +73,7 @@ class Totals:
 
     def busiest_hosts(self) -> list[str]:
         """The upstream hosts, the busiest first; last of all OTHER, if there are any others."""
-        return sorted(self.hosts, key=lambda name: (name == OTHER, -self.number(CONNECTS, name), name))
+        return sorted(self.hosts, key=lambda name: (name == counts.OTHER, -self.number(counts.CONNECTS, name), name))
 
     def present(self, *states: str) -> list[Worker]:
         """The workers that have reported and are in one of these states, by the word of the master; or in any."""
@@ -149,19 +134,19 @@ class Totals:
 
     def _add(self, kind: str, key: list[str], value: Any, before: Any, now: float) -> None:
         """before: what is known of it already; None: nothing."""
-        if kind == EVENT:
+        if kind == counts.EVENT:
             self.events.append(Event(**value))
             return
         name, *labels = key
-        if kind == HOST:
+        if kind == counts.HOST:
             self._note(name, HostState(**value), now)
             return
-        metric = TABLE.get(name)
+        metric = counts.TABLE.get(name)
         if metric is None or len(labels) != len(metric.labels):
             return  # of another version's making
         if metric.labels[:1] == ("host",):
             labels[0] = self._host(labels[0])
-        if kind == NUMBER:
+        if kind == counts.NUMBER:
             self._add_number(metric, tuple(labels), value - (before or 0), now)
         elif len(value) == len(metric.bounds) + 2:
             more = [after - known for after, known in zip(value, before or [0] * len(value), strict=True)]
@@ -169,25 +154,25 @@ class Totals:
 
     def _host(self, name: str) -> str:
         """The name under which a host is counted: it never changes, so that no number goes back."""
-        if name not in self.hosts and len(self.hosts) >= MAX_HOSTS:
-            name = OTHER
+        if name not in self.hosts and len(self.hosts) >= counts.MAX_HOSTS:
+            name = counts.OTHER
         self.hosts.setdefault(name, HostState())
         return name
 
     def _note(self, name: str, state: HostState, now: float) -> None:
-        if self._host(name) != OTHER:
+        if self._host(name) != counts.OTHER:
             state.not_after(now)
             self.hosts[name].merge(state)
 
     def _add_number(self, metric: Metric, labels: Labels, number: float, now: float) -> None:
         self.numbers[metric][labels] = self.numbers[metric].get(labels, 0) + number
-        if metric is GREETING_SECONDS:
+        if metric is counts.GREETING_SECONDS:
             self.means[metric, labels].add(now, seconds=number)
-        elif metric is CONNECTS and labels[1] == OPENED:
-            self.means[GREETING_SECONDS, labels[:1]].add(now, number=number)
-        elif metric in (SESSIONS, REFUSED):
-            self._hour.add(now, **{"sessions" if metric is SESSIONS else "refused": number})
-        elif metric is VERDICTS:
+        elif metric is counts.CONNECTS and labels[1] == counts.OPENED:
+            self.means[counts.GREETING_SECONDS, labels[:1]].add(now, number=number)
+        elif metric in (counts.SESSIONS, counts.REFUSED):
+            self._hour.add(now, **{"sessions" if metric is counts.SESSIONS else "refused": number})
+        elif metric is counts.VERDICTS:
             self._hour.add(now, **{labels[0]: number})
 
     def _add_duration(self, metric: Metric, labels: Labels, row: list[float], now: float) -> None:
