@@ -184,6 +184,15 @@ def test_a_quick_check_connects_to_nothing_and_says_whether_willi_would_start(
     assert upstream.connections == []
 
 
+@pytest.mark.parametrize("command", [["check", "--quick"], ["lookup", "ann@b.example"]])
+def test_a_database_that_is_down_hides_no_route_before_it_and_stops_no_start(tmp_path: Path, command: list[str]):
+    down = f'[[db]]\ntype = mysql\nhost = {HOST}\nport = {free_port()}\nquery = "SELECT ?"\n'
+    path = configure(tmp_path, "b.example;127.0.0.1\n", mappings=down)
+    done = run_willi(*command, "-c", path)
+    assert done.returncode == GOOD, done.stdout
+    assert "mysql:db" not in done.stdout
+
+
 def test_a_quick_check_names_what_would_keep_willi_from_starting(tmp_path: Path, certificates: Authority):
     pair, other = certificates.issue("mx.example"), certificates.expired("mx.example")
     path = configure(tmp_path, "b.example;127.0.0.1;perhaps\nc.example\n")

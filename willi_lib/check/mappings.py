@@ -39,10 +39,11 @@ class Destinations:
 
 
 def load_mappings(settings: Settings) -> list[Mapping]:
-    """Raises MappingError."""
+    """Read the tables. A database may be down. Raises MappingError."""
     mappings = open_mappings(settings)
     for mapping in mappings:
-        mapping.load()
+        if mapping.files():
+            mapping.load()
     return mappings
 
 
