@@ -128,11 +128,6 @@ def silence() -> None:
     _sink.threshold = len(LEVELS)
 
 
-def enabled(level: str) -> bool:
-    """Whether lines of this level are written: ask before preparing a costly one."""
-    return LEVELS[level] >= _sink.threshold
-
-
 def debug(message: str, **fields: Value) -> None:
     _log("debug", message, fields)
 
@@ -156,7 +151,7 @@ def bug(message: str, **fields: Value) -> None:
 
 def tracer(sid: str, peer: str) -> Callable[[str, bytes], None] | None:
     """For a connection's dialogue: writes its lines at debug level; None if that is off."""
-    if not enabled("debug"):
+    if _sink.threshold > LEVELS["debug"]:
         return None
 
     def trace(direction: str, octets: bytes) -> None:

@@ -267,7 +267,7 @@ def test_a_reader_of_the_log_that_hangs_stops_no_session_and_lost_lines_are_told
         octets = os.read(reader, 65536)
         while b"msg=Ready" not in octets:
             octets += os.read(reader, 65536)
-        for _ in range(40):  # nobody reads from here on
+        for _ in range(60):  # the reader stops here; two workers keep up to 400 lines
             with Client(port) as client:
                 client.read_reply()
                 for _ in range(10):
