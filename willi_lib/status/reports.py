@@ -21,6 +21,8 @@ MAX_ANY = 256 << 10  # octets of whatever may come
 SIGN_OF_LIFE = b"."  # that the status process gives the master
 PULSE = 1.0  # seconds between two of them
 
+encode = json.JSONEncoder(default=vars, separators=(",", ":")).encode
+
 
 @dataclass
 class TableReport:
@@ -106,7 +108,7 @@ def _pair() -> tuple[socket.socket, socket.socket]:
 def send(sender: socket.socket, **report: object) -> bool:
     """Whether it could be sent at once."""
     try:
-        sender.send(json.dumps(report, default=vars, separators=(",", ":")).encode("ascii"))
+        sender.send(encode(report).encode("ascii"))
     except OSError:  # the reader does not keep up, or it is too large
         return False
     return True
@@ -117,7 +119,7 @@ def packed(rows: Iterable[Any]) -> Iterator[list[Any]]:
     part: list[Any] = []
     size = 0
     for row in rows:
-        length = len(json.dumps(row, default=vars, separators=(",", ":"))) + 1
+        length = len(encode(row)) + 1
         if part and size + length > MAX_DATAGRAM:
             yield part
             part, size = [], 0
