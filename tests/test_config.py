@@ -401,6 +401,7 @@ def test_a_database_has_these_defaults(load):
         ("host = a, [2001:db8::1]\nport = 3308", "hosts", (Address("a", 3308), Address("2001:db8::1", 3308))),
         ("", "hosts", (Address("localhost", 3306),)),
         ("host = my_db", "hosts", (Address("my_db", 3306),)),
+        ("host = db.example.", "hosts", (Address("db.example.", 3306),)),
         ("host = db1.example", "hosts", (Address("db1.example", 3306),)),
         ("host = 192.0.2.1:1", "hosts", (Address("192.0.2.1", 1),)),
         ("port = 65535", "port", 65535),

@@ -138,7 +138,7 @@ def database_host(text: str) -> Address:
     """`host` or `host:port`; without a port, port 0."""
     try:
         host, port = split_host_port(text)
-        if not (address := parse_ip(host)) and not is_host_name(host):
+        if not (address := parse_ip(host)) and not is_host_name(host.removesuffix(".")):
             raise ValueError("not a host name")
         return Address(address or host, 0 if port is None else parse_port(port))
     except ValueError as fault:
