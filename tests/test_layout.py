@@ -33,8 +33,9 @@ WORLD = {
 }  # fmt: skip
 # `check` is a process of its own and patches it as the worker does.
 KNOW_GEVENT = {
-    "net", "mappings.mysql", "mappings.database", "processes.admission", "processes.mapping_watch",
-    "processes.worker", "check", "status.http", "status.process", "status.reporter", "status.serving",
+    "net", "mappings.mysql", "mappings.database", "processes.admission", "processes.in_child",
+    "processes.mapping_watch", "processes.status_process", "processes.worker", "check", "status.http",
+    "status.reporter", "status.serving",
 }  # fmt: skip
 
 
@@ -134,7 +135,7 @@ def test_the_command_line_imports_no_gevent():
 @pytest.mark.parametrize("name", ["processes.master", "processes.worker", "check", "status.terminal"])
 def test_only_the_status_process_has_the_template_of_the_page(name: str):
     assert bring("jinja2", name) | bring("markupsafe", name) == set()
-    assert bring("jinja2", "status.process") == {"status.page"}
+    assert bring("jinja2", "processes.status_process") == {"status.page"}
 
 
 # docs/developing.md, "The house"

@@ -85,7 +85,7 @@ class Site:
                 "database": self.mariadb.mapping(database, timeout="1s", cache_ttl="1s", stale_ttl="2s"),
             },
         }  # fmt: skip
-        return Willi(directory, settings, prefix=in_a_hurry(**{"master.LONGEST_DELAY": 2.0}))
+        return Willi(directory, settings, prefix=in_a_hurry(**{"child.LONGEST_DELAY": 2.0}))
 
     def _table(self, moved: str) -> str:
         one, two = (sink.server for sink in self.sinks)

@@ -229,7 +229,7 @@ def test_an_automatic_reload_waits_for_the_database_and_sighup_says_what_is_lost
 
     renew("old.example")
     mapping = mariadb.mapping(mariadb.table(("b.example", upstream.server, False)))
-    prefix = in_a_hurry(**{"certificate_files.INTERVAL": 0.2, "certificate_files.RETRY": 1.0})
+    prefix = in_a_hurry(**{"file_watch.INTERVAL": 0.2, "file_watch.RETRY": 1.0})
     willi = start_willi(
         mappings={"db": mapping}, prefix=prefix, **{f"tls_{name}": str(file) for name, file in files.items()}
     )
@@ -294,7 +294,7 @@ def test_a_new_password_in_its_file_needs_no_signal(
     mariadb.query(f"GRANT SELECT ON *.* TO {account}")
     willi = routed(
         ("b.example", upstream.server, False),
-        willi={"prefix": in_a_hurry(**{"certificate_files.INTERVAL": 0.2, "certificate_files.RETRY": 1.0})},
+        willi={"prefix": in_a_hurry(**{"file_watch.INTERVAL": 0.2, "file_watch.RETRY": 1.0})},
         user="rotated", password="", password_file=str(file), cache_ttl="0s", stale_ttl="0s",
     )  # fmt: skip
     for text in ("mysql:db", RELOAD_WAITS):

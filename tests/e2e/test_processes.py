@@ -204,7 +204,7 @@ def test_a_replacement_that_cannot_start_says_why_and_is_tried_again(
 
 
 def test_a_worker_that_hangs_is_killed_and_replaced(start_willi: StartWilli, upstream: ScriptedUpstream):
-    prefix = in_a_hurry(**{"master.HANG_TIMEOUT": 6.0})
+    prefix = in_a_hurry(**{"child.HANG_TIMEOUT": 6.0})
     willi = start_willi(server=upstream.server, workers=2, prefix=prefix)
     willi.tolerate("Worker hangs, it is killed")
     hung = willi.workers[0]
@@ -215,7 +215,7 @@ def test_a_worker_that_hangs_is_killed_and_replaced(start_willi: StartWilli, ups
 
 def test_workers_do_not_hang_while_nobody_runs(start_willi: StartWilli, upstream: ScriptedUpstream):
     """As when the machine is suspended, or a virtual one is moved: master and workers were stopped."""
-    prefix = in_a_hurry(**{"master.HANG_TIMEOUT": 6.0, "master.TICK": 0.3})
+    prefix = in_a_hurry(**{"child.HANG_TIMEOUT": 6.0, "master.TICK": 0.3})
     willi = start_willi(server=upstream.server, workers=2, prefix=prefix)
     everyone = [willi.process.pid, *willi.workers]
     for pid in everyone:
@@ -232,7 +232,7 @@ def test_a_worker_that_hangs_while_others_start_and_drain_costs_no_master(
     start_willi: StartWilli, upstream: ScriptedUpstream, tmp_path: Path
 ):
     """There is no row left for its replacement before it has ended."""
-    prefix = in_a_hurry(**{"master.HANG_TIMEOUT": 6.0, "master.LONG_LIFE": 0.5})
+    prefix = in_a_hurry(**{"child.HANG_TIMEOUT": 6.0, "child.LONG_LIFE": 0.5})
     willi = start_willi(server=upstream.server, workers=1, drain_timeout="1h", prefix=prefix)
     willi.tolerate("Worker hangs, it is killed")
     willi.tolerate("Reload failed")

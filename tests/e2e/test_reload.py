@@ -415,7 +415,7 @@ def test_a_certificate_whose_reload_failed_for_another_reason_is_not_forgotten(
     tmp_path: Path,
 ):  # fmt: skip
     cert, key = copied(postfix_certificate, tmp_path)
-    prefix = in_a_hurry(**{"certificate_files.INTERVAL": 0.5, "certificate_files.RETRY": 3.0})
+    prefix = in_a_hurry(**{"file_watch.INTERVAL": 0.5, "file_watch.RETRY": 3.0})
     willi = start_willi(
         csv=f"pattern;server\nb.example;{upstream.server};false\n", workers=2, tls_cert=cert, tls_key=key, prefix=prefix
     )
@@ -437,7 +437,7 @@ def test_a_changed_certificate_beside_a_broken_file_is_tried_once_a_minute(
     tmp_path: Path,
 ):  # fmt: skip
     cert, key = copied(postfix_certificate, tmp_path)
-    prefix = in_a_hurry(**{"certificate_files.INTERVAL": 0.2, "certificate_files.RETRY": 4.0})
+    prefix = in_a_hurry(**{"file_watch.INTERVAL": 0.2, "file_watch.RETRY": 4.0})
     willi = start_willi(server=upstream.server, workers=1, tls_cert=cert, tls_key=key, prefix=prefix)
     willi.tolerate(FAILED)
     good = willi.config.read_text()
@@ -457,7 +457,7 @@ def test_changed_authorities_of_the_system_are_read_again(
 ):
     bundle = tmp_path / "ca-certificates.crt"
     bundle.write_bytes(certificates.ca.read_bytes())
-    prefix = in_a_hurry(**{"certificate_files.INTERVAL": 0.2})
+    prefix = in_a_hurry(**{"file_watch.INTERVAL": 0.2})
     environment = {"SSL_CERT_FILE": str(bundle)}
     willi = start_willi(server=upstream.server, workers=1, prefix=prefix, environment=environment)
     bundle.write_text("")
@@ -479,7 +479,7 @@ def test_authorities_are_watched_wherever_they_are_named(
     route = {"type": "static", "server": upstream.server, **(named if where == "a mapping" else {})}
     database = {"type": "mysql", "host": f"{HOST}:{free_port()}", "tls_ca": str(authorities), "query": "SELECT ?"}
     willi = start_willi(
-        prefix=in_a_hurry(**{"certificate_files.INTERVAL": 0.2}),
+        prefix=in_a_hurry(**{"file_watch.INTERVAL": 0.2}),
         mappings={"all": route, **({"db": database} if where == "a database" else {})},
         environment={"SSL_CERT_DIR": str(directory)} if where == "a directory" else {},
         **(named if where == "willi.conf" else {}),
@@ -494,7 +494,7 @@ def test_authorities_are_watched_wherever_they_are_named(
 def test_a_changed_path_of_a_certificate_is_one_reload(
     start_willi: StartWilli, upstream: ScriptedUpstream, certificates: Authority, postfix_certificate: Pair
 ):
-    prefix = in_a_hurry(**{"certificate_files.INTERVAL": 0.2})
+    prefix = in_a_hurry(**{"file_watch.INTERVAL": 0.2})
     cert, key = postfix_certificate.cert, postfix_certificate.key
     willi = start_willi(server=upstream.server, workers=1, tls_cert=str(cert), tls_key=str(key), prefix=prefix)
     renewed = certificates.issue("another-path.example")

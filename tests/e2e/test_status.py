@@ -340,7 +340,7 @@ def test_a_reload_may_end_the_status_and_begin_it(willi: Willi, status: Status):
     wait_until(lambda: status.overview()["problems"] == [], "no problems")
 
 
-QUICKLY = in_a_hurry(**{"keeper.BIND_INTERVAL": 0.1})
+QUICKLY = in_a_hurry(**{"master.BIND_INTERVAL": 0.1})
 
 
 @pytest.mark.parametrize("how", ["start", "reload"])
@@ -361,7 +361,7 @@ def test_a_status_address_that_is_taken_stops_no_mail_and_is_tried_again(
     assert len(willi.lines(msg="There is no status for now")) == 1
 
 
-def test_the_status_stays_where_it_was_until_its_new_address_is_free(
+def test_a_status_whose_new_address_is_taken_comes_when_that_is_free(
     start_willi: StartWilli, upstream: ScriptedUpstream
 ):
     old = Status(free_port())
@@ -371,9 +371,22 @@ def test_the_status_stays_where_it_was_until_its_new_address_is_free(
         new = Status(taken.getsockname()[1])
         willi.reload({"status_listen": new.setting})
         willi.wait_for_log(msg="There is no status for now")
-        wait_until(lambda: old.get("/readyz").status == 200, "the status at its old address")
+        wait_until(lambda: status_process(willi) is None, "the end of the status process")
     wait_until(new.answers, "the status at its new address")
     assert new.get("/readyz").status == 200
+
+
+def test_a_new_address_of_the_status_that_the_old_one_contains_is_had_at_once(
+    start_willi: StartWilli, upstream: ScriptedUpstream
+):
+    port = free_port()
+    willi = start_willi(server=upstream.server, status_listen=f":{port}")
+    wait_until(Status(port).answers, "an answer")
+    before = status_process(willi)
+    willi.reload({"status_listen": f"{HOST}:{port}"})
+    wait_until(lambda: status_process(willi) not in (None, before), "another status process")
+    wait_until(Status(port).answers, "an answer of the other one")
+    assert not willi.lines(msg="There is no status for now")
 
 
 def test_the_status_process_ends_with_the_master(willi: Willi):

@@ -72,7 +72,7 @@ def run_willi(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
 
 def in_a_hurry(**constants: float) -> list[str]:
     """A prefix for the command: changes constants, as `master.TICK`, in the program that is run."""
-    modules = ["from willi_lib.processes import certificate_files, keeper, master"]
+    modules = ["from willi_lib.processes import child, file_watch, master"]
     lines = ["import runpy, sys", *modules, "from willi_lib.mappings import csv_file"]
     program = "\n".join([*lines, *(f"{name} = {value}" for name, value in constants.items()), ""])
     run = "sys.argv = sys.argv[2:]; sys.path.insert(0, ''); runpy.run_path(sys.argv[0], run_name='__main__')"

@@ -23,7 +23,7 @@ from willi_lib.config.settings import MappingSettings, keys_of
 from willi_lib.mappings.open import others_can_read
 from willi_lib.net.key_exchange import has_costly_groups
 from willi_lib.net.tls import ANY_STRENGTH, IGNORE_DATES, CertificateError, CertificateFacts, certificate_facts, show
-from willi_lib.processes.listeners import CannotBind, bind
+from willi_lib.processes.listeners import CannotBind, Listeners
 from willi_lib.status.finding import Finding, Level, certificate_level
 from willi_lib.status.words import time_left
 
@@ -193,8 +193,9 @@ def check_ports(settings: Settings, quick: bool = False) -> Iterator[Finding]:
 def _check_port(setting: str, address: Address, if_taken: Level) -> Finding:
     """Listen there for a moment, as the master does."""
     try:
-        for listener in bind([address], (), patience=0).values():
-            listener.close()
+        listeners = Listeners()
+        listeners.open([address], patience=0)
+        listeners.close()
         return Finding("ok", setting, f"{address} is free")
     except CannotBind as error:
         fault, code = str(error), getattr(error.__cause__, "errno", 0)

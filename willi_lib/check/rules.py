@@ -8,7 +8,7 @@ from ipaddress import IPv4Network, IPv6Network, ip_address, ip_network
 
 from willi_lib import log
 from willi_lib.config import Settings
-from willi_lib.processes.master import DESCRIPTORS_PER_SESSION
+from willi_lib.processes.generation import DESCRIPTORS_PER_SESSION
 from willi_lib.status.finding import Finding
 
 MINUTE = 60  # seconds

@@ -9,7 +9,7 @@ from __future__ import annotations
 import errno
 import re
 import socket
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from time import monotonic, sleep
 
 from .. import log
@@ -26,13 +26,14 @@ class CannotBind(Exception):
 
 
 class Listeners:
-    """Listening, non-blocking sockets, by the address that `listen` names."""
+    """Listening, non-blocking sockets, by the address that `listen` or `status_listen` names."""
 
-    def __init__(self) -> None:
-        """Takes what systemd has. Raises CannotBind: that is of no use."""
+    def __init__(self, with_systemd: bool = False) -> None:
+        """with_systemd: take what it has, and have it keep all during a restart. Raises CannotBind."""
         self._bound: dict[Address, socket.socket] = {}
+        self._with_systemd = with_systemd
         self._given = False  # by a socket unit
-        for name, listener in systemd.take_sockets():
+        for name, listener in systemd.take_sockets() if with_systemd else ():
             if not _is_usable(listener):
                 raise CannotBind(f"the socket {name!r} from LISTEN_FDS is not a listening TCP socket")
             kept = _kept_as(name)
@@ -47,52 +48,40 @@ class Listeners:
         """All of them."""
         return list(self._bound.values())
 
-    def open(self, addresses: Sequence[Address]) -> None:
-        """Listen on these addresses, too: on all of them or on none. Raises CannotBind."""
+    def open(self, addresses: Sequence[Address], patience: float = PATIENCE) -> None:
+        """Listen on these addresses, too: on all of them or on none. Raises CannotBind.
+
+        patience: seconds to wait for an address that is in use.
+        """
         if self._given:
             log.info("The sockets of systemd are used, not `listen`", listen=str(self))
             return
-        fresh = bind(addresses, self._bound)
+        fresh: dict[Address, socket.socket] = {}
+        try:
+            for one, needed in (pair for address in addresses for pair in _families(address)):
+                if one not in self._bound and one not in fresh:
+                    _bind(one, needed, fresh, patience)
+        except CannotBind:
+            for listener in fresh.values():
+                listener.close()
+            raise
         self._bound |= fresh
-        for one, listener in fresh.items():
+        for one, listener in fresh.items() if self._with_systemd else ():
             systemd.notify("FDSTORE=1", f"FDNAME={_name(one)}", descriptor=listener.fileno())
 
     def close_others(self, addresses: Sequence[Address]) -> None:
         """Close what is for none of these addresses."""
-        for one in () if self._given else self._bound.keys() - needed_for(addresses):
+        needed = {one for address in addresses for one, _ in _families(address)}
+        for one in () if self._given else self._bound.keys() - needed:
             self._bound.pop(one).close()
-            systemd.notify("FDSTOREREMOVE=1", f"FDNAME={_name(one)}")
+            if self._with_systemd:
+                systemd.notify("FDSTOREREMOVE=1", f"FDNAME={_name(one)}")
 
     def close(self) -> None:
         """Close all, in this process. What systemd keeps stays open."""
         for listener in self.sockets:
             listener.close()
         self._bound.clear()
-
-
-def bind(
-    addresses: Sequence[Address], present: Container[Address], patience: float = PATIENCE
-) -> dict[Address, socket.socket]:
-    """Listen on these addresses, but for those that are present: on all of them or on none. Raises CannotBind.
-
-    patience: seconds to wait for an address that is in use.
-    """
-    fresh: dict[Address, socket.socket] = {}
-    try:
-        for address in addresses:
-            for one, needed in _families(address):
-                if one not in present and one not in fresh:
-                    _bind(one, needed, fresh, patience)
-    except CannotBind:
-        for listener in fresh.values():
-            listener.close()
-        raise
-    return fresh
-
-
-def needed_for(addresses: Sequence[Address]) -> set[Address]:
-    """What `bind` would listen on."""
-    return {one for address in addresses for one, _ in _families(address)}
 
 
 def _families(address: Address) -> Iterator[tuple[Address, bool]]:

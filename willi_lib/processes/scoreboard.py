@@ -86,10 +86,6 @@ class Scoreboard:
         rows = self._used_rows()
         return self._recent.count(client, [row * WINDOWS + window for row in rows for window in range(WINDOWS)])
 
-    def last_beat(self, row: int) -> float:
-        """When the worker last showed that it is alive (`monotonic`, which all processes share)."""
-        return self._beats[row]
-
     def give(self, row: int) -> None:
         """A worker will have this row, which nobody has."""
         self._beats[row] = monotonic()
@@ -107,25 +103,38 @@ class Scoreboard:
 
 
 class Row:
-    """The part of one worker: the only one who writes it."""
+    """The part of one child, which alone writes it; the master only gives and clears it."""
 
     def __init__(self, board: Scoreboard, number: int) -> None:
         self.board = board
-        self._number = number
+        self.number = number
         self._window = int(monotonic() / WINDOW)
+
+    @property
+    def last_beat(self) -> float:
+        """When it last showed that it is alive (`monotonic`, which all processes share)."""
+        return self.board._beats[self.number]
+
+    def give(self) -> None:
+        """A child will have this row, which no other has."""
+        self.board.give(self.number)
+
+    def clear(self) -> None:
+        """The child is gone: so is all that it counted."""
+        self.board.clear(self.number)
 
     def beat(self) -> None:
         """Show that this worker is alive, and forget old connections. To be called every second."""
-        self.board._beats[self._number] = monotonic()
+        self.board._beats[self.number] = monotonic()
         self._turn()
 
     def add(self, number: int) -> None:
         """Count a connection in (1) or out (-1)."""
-        self.board._totals[self._number] += number
+        self.board._totals[self.number] += number
 
     def add_open(self, client: Cells, number: int) -> None:
         """Count a connection of a client in (1) or out (-1)."""
-        self.board._open.add(client, self._number, number)
+        self.board._open.add(client, self.number, number)
 
     def add_recent(self, client: Cells) -> None:
         """Note that a client has come."""
@@ -145,4 +154,4 @@ class Row:
         self._window = now
 
     def _sketch(self, window: int) -> int:
-        return self._number * WINDOWS + window % WINDOWS
+        return self.number * WINDOWS + window % WINDOWS

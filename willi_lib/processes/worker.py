@@ -35,6 +35,7 @@ from ..status.reporter import Reporter
 from ..status.reports import Links
 from .admission import Admission
 from .child import DATABASE_DOWN, FAULT, GO, LEAVING, MAX_WORDS, NEWS, READY, TRY_AGAIN
+from .in_child import show_life, wait_for_death
 from .limits import Limits
 from .mapping_watch import DatabaseDown, FileThread, MappingWatch, Start
 from .news import Message
@@ -43,7 +44,6 @@ from .scoreboard import Row
 
 MAPPING_INTERVAL = 1.0  # seconds between looks at the mappings
 TELL_TIMEOUT = 1.0  # seconds for the master to take a packet
-PULSE = 1.0  # seconds between two signs of life
 HOLD = 2.0  # seconds; an answer that was kept back for its group goes out after this time, or twice it at the most
 STARTUP_FAULTS = (MappingError, CsvError, CertificateError)
 GARBAGE_THRESHOLD = 50_000  # allocations between collections: -3 to -8 % CPU a session, measured
@@ -128,8 +128,7 @@ class Worker:
 
     def end_with(self, master: gevent.socket.socket) -> None:
         """Wait for the death of the master, whose end of this socket then closes, and end as well."""
-        with suppress(ConnectionError):  # it has not read our last words
-            master.recv(1)
+        wait_for_death(master)
         if not self._asked_to_end.is_set():
             log.error("The master is dead, this worker drains and ends", pid=os.getpid())
             self.end()
@@ -140,7 +139,7 @@ class Worker:
         about_to_end: is called before that.
         """
         self._admission.open()
-        jobs = (self._watch_mappings, self._show_life, self._report, self._release_answers)
+        jobs = (self._watch_mappings, partial(show_life, self._row), self._report, self._release_answers)
         helpers = [gevent.spawn(keep_going, job) for job in (*jobs, self._resolver.follow_resolv_conf)]
         answering = gevent.spawn(keep_going, self._reporter.answer_questions)
         self._asked_to_end.wait()
@@ -150,12 +149,6 @@ class Worker:
         gevent.killall(helpers)
         self._reporter.finish()
         self._mapping_watch.close()
-
-    def _show_life(self) -> None:
-        while True:
-            self._row.beat()
-            log.flush()
-            gevent.sleep(PULSE)
 
     def _release_answers(self) -> None:
         """Send answers that have waited for the rest of their group since the last look; end where nobody listens.
@@ -173,7 +166,7 @@ class Worker:
             before = holding
 
     def _report(self) -> None:
-        """Apart from `_show_life`: whatever happens to the reports, the worker is alive."""
+        """Apart from `show_life`: whatever happens to the reports, the worker is alive."""
         self._reporter.report(lambda: len(self._admission.sessions))
 
     def _watch_mappings(self) -> None:

@@ -18,8 +18,6 @@ from .overview import CertificateState
 
 MAX_DATAGRAM = 32 << 10  # octets of what we put together; a system's default for a socket is six times that
 MAX_ANY = 256 << 10  # octets of whatever may come
-SIGN_OF_LIFE = b"."  # that the status process gives the master
-PULSE = 1.0  # seconds between two of them
 
 encode = json.JSONEncoder(default=vars, separators=(",", ":")).encode
 
