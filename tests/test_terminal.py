@@ -241,6 +241,7 @@ class Terminal:
         self.process = subprocess.Popen(
             [PYTHON, str(ROOT / "willi.py"), "top", "-c", str(config)],
             stdin=self.slave, stdout=self.slave, stderr=self.slave, start_new_session=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background shell has it ignored
             env={**environment, "PYTHONIOENCODING": "utf-8", "TERM": kind},
         )  # fmt: skip
         os.set_blocking(self.master, False)
