@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 
 from tests.test_routing import ADDRESSES, DOMAINS, Table
 from willi_lib.mappings import csv_file as module
-from willi_lib.mappings.csv_file import CALM, CUT_OFF, MAX_FAULTS, PAUSE_LINES, RETRY, CsvError, CsvFile
+from willi_lib.mappings.csv_file import CALM, CUT_OFF, MAX_FAULTS, PAUSE_LINES, RETRY, CsvFile
 from willi_lib.routing.keys import fold_pattern
-from willi_lib.routing.route import LookupFailed, NoRoute, Policy, Route, parse_servers
+from willi_lib.routing.route import LookupFailed, MappingError, NoRoute, Policy, Route, parse_servers
 from willi_lib.routing.search import UNSURE, find_route
 
 HEADER = "pattern;server;tls_verify\n"
@@ -44,7 +44,7 @@ def find(mapping: CsvFile, key: str) -> Route | None:
 
 def faults(file: Path, content: str | bytes) -> tuple[str, ...]:
     """What is wrong with this content, without the directory."""
-    with pytest.raises(CsvError) as failure:
+    with pytest.raises(MappingError) as failure:
         read(file, content)
     assert str(failure.value) == "\n".join(failure.value.faults)
     return tuple(fault.replace(f"{file.parent}/", "") for fault in failure.value.faults)
@@ -320,9 +320,35 @@ def test_a_long_field_is_not_told_in_full(file):
 def test_a_file_that_cannot_be_read_is_refused_with_the_systems_reason(file, name, why):
     file.touch()
     path = f"{file.parent}/{name}"
-    with pytest.raises(CsvError) as failure:
+    with pytest.raises(MappingError) as failure:
         CsvFile("csv:map", path, Policy()).read()
     assert str(failure.value) == f"{path}: {why}"
+
+
+def make_pipe(path: Path) -> None:
+    os.mkfifo(path)
+
+
+def link_to_device(path: Path) -> None:
+    path.symlink_to("/dev/null")
+
+
+@pytest.mark.parametrize("make", [make_pipe, link_to_device])
+def test_what_is_no_regular_file_is_an_error_at_once_and_a_file_in_its_place_is_read(file, make):
+    """To open a pipe would wait for a writer, and longer than the pipe has its name."""
+    new = CsvFile("csv:map.csv", str(file), Policy())
+    serving = read(file, HEADER + "b.example;mx\n")
+    file.unlink()
+    make(file)
+    for mapping, passing in ((new, False), (serving, True)):
+        with pytest.raises(MappingError, match=r"map\.csv: not a regular file") as failure:
+            mapping.read()
+        assert failure.value.passing == passing, "at a start it is a mistake in willi.conf"
+    file.unlink()
+    file.write_text(HEADER + "c.example;mx\n")
+    serving.changed()
+    serving.read()
+    assert [find(serving, key) for key in ("b.example", "c.example")] == [None, to("mx")]
 
 
 def test_before_the_first_load_nothing_is_known_rather_than_refused(file):
@@ -452,7 +478,7 @@ def test_a_bad_line_keeps_the_old_table_and_is_told_once(file, clock):
     mapping = read(file, HEADER + "b.example;mx1\n")
     file.write_text(HEADER + "b.example;mx2\nc.example;mx2:\n")
     assert looks(mapping, clock) == CALM
-    with pytest.raises(CsvError) as failure:
+    with pytest.raises(MappingError) as failure:
         mapping.read()
     assert str(failure.value) == f"{file}:3: 'mx2:': the port must be 1 to 65535"
     assert find(mapping, "b.example") == to("mx1")
@@ -469,7 +495,7 @@ def test_a_file_that_vanishes_keeps_the_old_table_and_may_return(file, clock):
     file.unlink()
     for seconds in (2, RETRY, RETRY):
         assert looks(mapping, clock) == seconds
-        with pytest.raises(CsvError) as failure:
+        with pytest.raises(MappingError) as failure:
             mapping.read()
         assert str(failure.value) == f"{file}: No such file or directory"
         assert failure.value.passing
@@ -526,7 +552,7 @@ def test_a_file_written_while_it_is_read_keeps_the_old_table_and_is_read_when_it
     mapping = read(file, HEADER + "a.example;mx1\nb.example;mx1\n")
     rename(file, HEADER + "a.example;mx2\n")
     assert looks(mapping, clock) == 2
-    with pytest.raises(CsvError) as failure:
+    with pytest.raises(MappingError) as failure:
         load_meanwhile(mapping, lambda: append(file, "b.example;mx2"))
     assert str(failure.value) == f"{file}: written while it was read"
     assert find(mapping, "b.example") == to("mx1")
@@ -549,7 +575,7 @@ def test_a_file_that_has_become_empty_does_not_replace_a_table(file, clock):
     mapping = read(file, HEADER + "b.example;mx1\n")
     file.write_text(HEADER)
     assert looks(mapping, clock) == CALM
-    with pytest.raises(CsvError, match="no patterns any more"):
+    with pytest.raises(MappingError, match="no patterns any more"):
         mapping.read()
     assert len(mapping) == 1
     assert looks(mapping, clock) is None
@@ -560,7 +586,7 @@ def test_a_file_that_is_truncated_between_look_and_load_is_not_read(file, clock)
     rename(file, HEADER + "a.example;mx2\nb.example;mx2\n")
     assert looks(mapping, clock) == 2
     file.write_text(HEADER + "a.example;mx3\n")
-    with pytest.raises(CsvError) as failure:
+    with pytest.raises(MappingError) as failure:
         mapping.read()
     assert str(failure.value) == f"{file}: written while it was read"
     assert find(mapping, "b.example") == to("mx1")
@@ -590,7 +616,7 @@ def test_a_file_that_could_not_be_read_just_now_is_tried_again(file, clock):
     rename(file, HEADER + "b.example;mx2\n")
     for seconds in (2, RETRY):
         assert looks(mapping, clock) == seconds
-        with Descriptors(), pytest.raises(CsvError) as failure:
+        with Descriptors(), pytest.raises(MappingError) as failure:
             mapping.read()
         assert (str(failure.value), failure.value.passing) == (f"{file}: Too many open files", True)
         assert find(mapping, "b.example") == to("mx1")
@@ -607,7 +633,7 @@ def test_too_little_memory_leaves_the_old_table_and_is_tried_again(file, clock):
     rename(file, HEADER + "b.example;mx2\n" + "# comment\n" * PAUSE_LINES)
     for seconds in (2, RETRY):
         assert looks(mapping, clock) == seconds
-        with pytest.raises(CsvError) as failure:
+        with pytest.raises(MappingError) as failure:
             mapping.read()
         assert (str(failure.value), failure.value.passing) == (f"{file}: not enough memory to read it", True)
     assert find(mapping, "b.example") == to("mx1")
@@ -620,7 +646,7 @@ def test_a_file_that_lost_patterns_and_its_last_line_end_may_be_cut_off(file, cl
         file.write_text(whole[:-30])  # within the line of c.example
         seen = starts()
         assert looks(seen, clock) == CALM
-        with pytest.raises(CsvError) as failure:
+        with pytest.raises(MappingError) as failure:
             seen.read()
         assert (str(failure.value), failure.value.passing) == (f"{file}: {CUT_OFF}", False)
         assert find(mapping, "d.example") == to("mx1.example.org")
@@ -639,7 +665,7 @@ def test_a_file_that_never_ended_with_a_line_end_may_lose_patterns(file, clock):
 
 @pytest.mark.parametrize("hidden", ["# old\rb.example;mx1", "# old\r\rb.example;mx1", "c.example;mx1\rb.example;mx1"])
 def test_a_carriage_return_hides_no_line(file, hidden):
-    with pytest.raises(CsvError, match=":2: has a carriage return that ends no line"):
+    with pytest.raises(MappingError, match=":2: has a carriage return that ends no line"):
         read(file, HEADER + hidden + "\r\n")
 
 
@@ -710,7 +736,7 @@ def test_an_empty_file_is_not_taken_beside_those_that_hold_a_full_one(file, cloc
     mapping = follow(file, read(file, HEADER + "b.example;mx1\n"))
     rename(file, HEADER)
     assert looks(mapping, clock) == 2
-    with pytest.raises(CsvError, match="no patterns any more") as failure:
+    with pytest.raises(MappingError, match="no patterns any more") as failure:
         mapping.read()
     assert not failure.value.passing
     with pytest.raises(LookupFailed):
@@ -721,13 +747,13 @@ def test_a_file_that_has_vanished_is_waited_for_beside_those_that_hold_it(file, 
     mapping = follow(file, read(file, HEADER + "b.example;mx1\n"))
     file.unlink()
     assert looks(mapping, clock) == 2
-    with pytest.raises(CsvError) as failure:
+    with pytest.raises(MappingError) as failure:
         mapping.read()
     assert failure.value.passing
 
 
 def test_a_missing_file_is_told_with_the_line_that_names_it(file):
-    with pytest.raises(CsvError) as failure:
+    with pytest.raises(MappingError) as failure:
         CsvFile("csv:map", str(file), Policy(), where="/etc/willi.conf:7").read()
     assert str(failure.value) == f"/etc/willi.conf:7: file: cannot read {file}: No such file or directory"
     assert not failure.value.passing

@@ -16,7 +16,7 @@ import pytest
 
 from tests.conftest import StartWilli
 from tests.support.client import Client
-from tests.support.daemon import PYTHON, Willi, in_a_hurry, run_willi, write_config
+from tests.support.daemon import PIPES_HANG, PYTHON, Willi, in_a_hurry, run_willi, write_config
 from tests.support.loopback import HOST, ROOT, free_port, wait_until
 from tests.support.promise import greeted, in_data
 from tests.support.talk import QUEUED, content, deliver
@@ -232,7 +232,7 @@ def test_a_worker_that_hangs_while_others_start_and_drain_costs_no_master(
     start_willi: StartWilli, upstream: ScriptedUpstream, tmp_path: Path
 ):
     """There is no row left for its replacement before it has ended."""
-    prefix = in_a_hurry(**{"child.HANG_TIMEOUT": 6.0, "child.LONG_LIFE": 0.5})
+    prefix = in_a_hurry(**{"child.HANG_TIMEOUT": 6.0, "child.LONG_LIFE": 0.5, **PIPES_HANG})
     willi = start_willi(server=upstream.server, workers=1, drain_timeout="1h", prefix=prefix)
     willi.tolerate("Worker hangs, it is killed")
     willi.tolerate("Reload failed")
@@ -314,7 +314,7 @@ def test_a_new_master_may_start_while_the_workers_of_a_dead_one_drain(
 def test_a_worker_that_still_starts_ends_with_its_master(tmp_path: Path):
     """It reads a table that never comes; it must not keep the listening socket for ever."""
     os.mkfifo(tmp_path / "map.csv")
-    process, children = start_by_hand(tmp_path, tmp_path / "map.csv")
+    process, children = start_by_hand(tmp_path, tmp_path / "map.csv", in_a_hurry(**PIPES_HANG))
     workers = [int(pid) for pid in wait_until(lambda: children.read_text().split(), "a worker")]
     process.kill()
     process.wait(60)
@@ -428,7 +428,7 @@ def test_what_a_worker_cannot_use_is_told_once_and_no_process_is_left(workers: i
 
 def test_sigterm_while_workers_still_start_ends_it(tmp_path: Path):
     os.mkfifo(tmp_path / "map.csv")
-    process, children = start_by_hand(tmp_path, tmp_path / "map.csv")
+    process, children = start_by_hand(tmp_path, tmp_path / "map.csv", in_a_hurry(**PIPES_HANG))
     workers = wait_until(lambda: children.read_text().split(), "workers")
     process.send_signal(signal.SIGTERM)
     assert process.wait(60) == 0
@@ -439,7 +439,7 @@ def test_sigterm_while_workers_still_start_ends_it(tmp_path: Path):
 def test_a_worker_that_is_killed_while_it_starts_is_no_fault_of_the_configuration(tmp_path: Path):
     """systemd restarts what ends with 4, and not what ends with 1."""
     os.mkfifo(tmp_path / "map.csv")
-    process, children = start_by_hand(tmp_path, tmp_path / "map.csv")
+    process, children = start_by_hand(tmp_path, tmp_path / "map.csv", in_a_hurry(**PIPES_HANG))
     workers = wait_until(lambda: children.read_text().split(), "workers")
     os.kill(int(workers[0]), signal.SIGKILL)
     assert process.wait(60) == 4

@@ -21,7 +21,7 @@ import pytest
 from tests.conftest import StartUpstream, StartWilli
 from tests.support.certificates import Authority, Pair
 from tests.support.client import Client
-from tests.support.daemon import Willi, in_a_hurry
+from tests.support.daemon import PIPES_HANG, Willi, in_a_hurry
 from tests.support.loopback import HOST, ROOT, free_port, wait_until
 from tests.support.promise import greeted, in_data, in_envelope
 from tests.support.talk import BOB, MAIL, OK, QUEUED, chunk, content, deliver
@@ -338,7 +338,7 @@ def test_a_table_whose_file_hangs_stops_no_worker(
     """As on a dead file server: here it is a pipe that has no writer."""
     line = f"b.example;{upstream.server};false\n"
     hurry = {"csv_file.CALM": 0.5, "csv_file.RETRY": 0.5, "csv_file.FILE_TIMEOUT": 2.0, "csv_file.START_PATIENCE": 4.0}
-    willi = start_willi(csv=HEAD + line, workers=1, prefix=in_a_hurry(**hurry))
+    willi = start_willi(csv=HEAD + line, workers=1, prefix=in_a_hurry(**hurry, **PIPES_HANG))
     for text in (TABLE_FAULT, NO_TABLE, "Worker ended by itself"):
         willi.tolerate(text)
     os.mkfifo(willi.csv.with_suffix(".fifo"))

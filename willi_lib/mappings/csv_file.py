@@ -17,12 +17,13 @@ import errno
 import io
 import os
 import re
+import stat
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from math import inf
 from pathlib import Path
 from time import monotonic, time
-from typing import NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple
 
 from willi_lib.routing.keys import fold_pattern
 from willi_lib.routing.route import (
@@ -31,6 +32,7 @@ from willi_lib.routing.route import (
     LookupFailed,
     MappingError,
     MappingFacts,
+    Origin,
     Policy,
     Route,
     parse_servers,
@@ -44,24 +46,23 @@ RETRY = 10.0  # seconds until a file that could not be read is tried again
 FILE_TIMEOUT = 30.0  # seconds for the work with a file that may hang; a large one from a slow server takes some
 START_PATIENCE = 30.0  # seconds in which a file must be ready for a worker that starts, if it may wait
 PAUSE_LINES = 2000  # some milliseconds of work
+READABLE = (stat.S_IFREG, stat.S_IFDIR)  # opening a pipe may wait for ever; opening a directory is an error at once
 NO_PATTERNS = "no patterns any more; write a new file beside it and rename that, or take the mapping out of willi.conf"
 CUT_OFF = "has fewer patterns than before and no line end at its end: perhaps a part is missing; else add the line end"
 # Before the first table, these are mistakes in willi.conf; later, and all others, they may be over the next time.
-MISTAKES = frozenset((errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.ELOOP, errno.ENAMETOOLONG))
+MISTAKES = frozenset((
+    errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ESPIPE, errno.EACCES, errno.ELOOP, errno.ENAMETOOLONG,
+))  # fmt: skip
+
+Aside = Callable[[Callable[[], Any]], Any]  # does work that may hang, as with a file on a dead server. Raises OSError
 
 
-T = TypeVar("T")
-
-
-class Aside(Protocol):
-    """Does what may take for ever, as with a file on a dead server, where nothing else waits for it. Raises OSError."""
-
-    def __call__(self, work: Callable[[], T]) -> T: ...
-
-
-def at_once(work: Callable[[], T]) -> T:
+def at_once(work: Callable[[], Any]) -> Any:
     """Where nothing else would have to wait."""
     return work()
+
+
+CsvError = MappingError
 
 
 class Stamp(NamedTuple):
@@ -78,9 +79,6 @@ class Stamp(NamedTuple):
         return cls(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
 
 
-CsvError = MappingError
-
-
 class CsvFile:
     """A mapping held in memory as a whole. It answers once `load` has succeeded."""
 
@@ -91,22 +89,19 @@ class CsvFile:
     ) -> None:  # fmt: skip
         """name: for the log, "csv:/path".
 
-        pause: called every few milliseconds of a long `load`; `find` answers meanwhile.
+        pause: called every few milliseconds of a long `read`; `find` answers meanwhile.
         where: the line of willi.conf that names the file.
-        aside: does the work with the file.
         held: what other workers hold. This one begins under their rules: a file that has changed must have rested.
         """
         self.name = name
         self.file = file
-        self.stamp: Stamp | None = None  # of the file that the table is from
-        self.loaded_at: float | None = None  # seconds since 1970
-        self.fault = ""  # of the last `load`, if the old table had to stay
         self._policy = policy
         self._pause = pause
         self._where = where
         self._aside = aside
-        self._table: dict[str, Route] | None = None
-        self._routes: tuple[Route, ...] = ()
+        self._table: _Table | None = None
+        self.loaded_at: float | None = None  # seconds since 1970
+        self.fault = ""  # of the last `read`, if the old table had to stay
         self.held = held  # the last whole table, ours or that of other workers
         self._unsure_until = 0.0  # monotonic: the first table may be half a file that is just being written
         self._unsure = False
@@ -115,35 +110,35 @@ class CsvFile:
 
     def __len__(self) -> int:
         """The number of patterns."""
-        return len(self._table or ())
+        return len(self._table.routes) if self._table else 0
 
     def routes(self) -> list[Route]:
         """The different routes of the table."""
-        return list(self._routes)
+        return list(self._table.unique) if self._table else []
+
+    def find(self, keys: Sequence[str]) -> Iterator[Answer]:
+        if self._table is None:
+            raise LookupFailed(self.fault or "not read yet", logged=True)
+        routes = self._table.routes
+        origin: Origin = "unsure" if self._unsure else ""
+        for key in keys:
+            route = routes.get(key)
+            if route is None and routes and self._unsure and key == keys[-1]:
+                raise LookupFailed("its file is being written", logged=True)
+            yield Answer(route, origin)
 
     def files(self) -> Sequence[str]:
         return (self.file,)
 
     def facts(self, thorough: bool = False) -> MappingFacts:
-        return MappingFacts(
-            self._routes, patterns=len(self), table=self.held, loaded_at=self.loaded_at, last_error=self.fault
-        )
+        routes = self._table.unique.keys() if self._table else ()
+        return MappingFacts(routes, False, len(self), self.held, self.loaded_at, self.fault)
 
     def close(self) -> None:
         pass
 
-    def find(self, keys: Sequence[str]) -> Iterator[Answer]:
-        """The answers for exactly these keys. They raise LookupFailed before the first `load`."""
-        for key in keys:
-            if self._table is None:
-                raise LookupFailed(self.fault or "not read yet", logged=True)
-            route = self._table.get(key)
-            if route is None and self._table and self._unsure and key == keys[-1]:
-                raise LookupFailed("its file is being written", logged=True)
-            yield Answer(route, "unsure" if self._unsure else "")
-
     def load(self) -> bool:
-        """Read the file if it is the first time, or if `changed` says so. Raises MappingError."""
+        """Read the file if it is the first time, or if `changed` says so."""
         is_due = self.changed() or not (self.held or self.fault)
         if is_due:
             self.read()
@@ -166,113 +161,111 @@ class CsvFile:
         return monotonic() >= self._due
 
     def read(self) -> None:
-        """Read the file that `changed` saw; all of it replaces the old table, or, after CsvError, nothing does."""
+        """Read the file that `changed` saw; all of it replaces the old table, or, after MappingError, nothing does."""
         is_first, self._due = self.held is None, monotonic() + RETRY
         try:
-            octets = self._read()
-            ends_a_line = octets.endswith(b"\n")
-            table, routes = self._parse(octets)
-            if self.held and self.held.patterns and not table:
-                raise CsvError(f"{self.file}: {NO_PATTERNS}")
-            if self.held and len(table) < self.held.patterns and self.held.ends_a_line and not ends_a_line:
-                raise CsvError(f"{self.file}: {CUT_OFF}")
+            octets = self._octets()
+            table = _Table(self.name, self._policy)
+            table.read(self.file, octets, self._pause)
+            self.held = self._compared(HeldTable(self._seen or (), len(table.routes), octets.endswith(b"\n")))
         except MemoryError:
             self.fault = f"{self.file}: not enough memory to read it"
-            raise CsvError(self.fault, passing=True) from None
-        except CsvError as error:
+            raise MappingError(self.fault, passing=True) from None
+        except MappingError as error:
             self.fault = error.faults[0]
             self._due = self._due if error.passing else inf
             raise
-        assert self._seen  # by _read
-        self._table, self._routes, self.stamp = table, routes, self._seen
-        self.held = HeldTable(self._seen, len(table), ends_a_line)
+        self._table = table
         self.loaded_at, self.fault, self._due = time(), "", inf
-        self._unsure, self._unsure_until = not table, monotonic() + CALM if is_first else 0.0
+        self._unsure, self._unsure_until = not table.routes, monotonic() + CALM if is_first else 0.0
+
+    def _compared(self, new: HeldTable) -> HeldTable:
+        """Raises MappingError: it is worse than the one that is held."""
+        held = self.held or HeldTable((), 0, ends_a_line=False)
+        if held.patterns and not new.patterns:
+            raise MappingError(f"{self.file}: {NO_PATTERNS}")
+        if new.patterns < held.patterns and held.ends_a_line and not new.ends_a_line:
+            raise MappingError(f"{self.file}: {CUT_OFF}")
+        return new
 
     def _look(self) -> Stamp | None:
         try:
             return Stamp.of(self._aside(Path(self.file).stat))
         except OSError:
-            return None  # `load` will say why
+            return None  # `read` will say why
 
-    def _read(self) -> bytes:
-        """Raises CsvError."""
+    def _octets(self) -> bytes:
+        """All of the file. Raises MappingError."""
+        octets: bytes
         try:
             stamp, octets, after = self._aside(self._read_whole)
         except OSError as failure:
             subject = f"{self._where}: file: cannot read {self.file}" if self._where else self.file
             passing = self.held is not None or failure.errno not in MISTAKES
-            raise CsvError(f"{subject}: {failure.strerror}", passing=passing) from None
+            raise MappingError(f"{subject}: {failure.strerror}", passing=passing) from None
         self._seen = self._seen or stamp
         if stamp != self._seen or (stamp.size, stamp.written) != (after.size, after.written):  # not of a later rename
-            raise CsvError(f"{self.file}: written while it was read", passing=True)
+            raise MappingError(f"{self.file}: written while it was read", passing=True)
         return octets
 
     def _read_whole(self) -> tuple[Stamp, bytes, Stamp]:
         """With the stamps before and after."""
+        if stat.S_IFMT(Path(self.file).stat().st_mode) not in READABLE:
+            raise OSError(errno.ESPIPE, "not a regular file")
         with Path(self.file).open("rb") as file:
             return Stamp.of(os.fstat(file.fileno())), file.read(), Stamp.of(os.fstat(file.fileno()))
 
-    def _parse(self, octets: bytes) -> tuple[dict[str, Route], tuple[Route, ...]]:
-        """Raises CsvError."""
-        lines = enumerate(io.BytesIO(octets.removeprefix(codecs.BOM_UTF8)), 1)
-        self._skip_header(lines)
-        builder = _Builder(self.name, self._policy)
-        faults: list[str] = []
-        for number, line in lines:
-            if number % PAUSE_LINES == 0:
-                self._pause()
-            try:
-                builder.add(number, line)
-            except ValueError as fault:
-                faults.append(f"{self.file}:{number}: {fault}")
-            if len(faults) == MAX_FAULTS:
-                raise CsvError(*faults, f"{self.file}: not read further after {MAX_FAULTS} faults")
-        if faults:
-            raise CsvError(*faults)
-        return builder.table, tuple(builder.routes)
 
-    def _skip_header(self, lines: Iterator[tuple[int, bytes]]) -> None:
-        """Data in its place would be lost in silence, so it must be there."""
-        for number, line in lines:
-            try:
-                text = _text(line)
-                if text and not _is_header(text):
-                    raise ValueError(f"must be the header {HEADER}, not {text[:80]!r}")
-            except ValueError as fault:
-                raise CsvError(f"{self.file}:{number}: {fault}") from None
-            if text:
-                return
-        raise CsvError(f"{self.file}: empty, without even the header {HEADER}")
-
-
-class _Builder:
-    """The table of one file while it is being read."""
+class _Table:
+    """The patterns of one file."""
 
     def __init__(self, mapping: str, policy: Policy) -> None:
-        self.table: dict[str, Route] = {}
-        self._lines = array("I")  # where each key of the table stands, in the table's order
+        self.routes: dict[str, Route] = {}  # by key
+        self.unique: dict[Route, Route] = {}  # equal routes are one object, which saves memory and comparing
+        self._lines = array("I")  # where each key stands, in the order of `routes`
+        self._by_text: dict[str, Route] = {}  # by what follows the pattern
         self._mapping = mapping
         self._policy = policy
-        self._routes: dict[str, Route] = {}  # by what follows the pattern
-        self.routes: dict[Route, Route] = {}  # equal routes are one object, which saves memory and comparing
 
-    def add(self, number: int, line: bytes) -> None:
-        """Take in one line, comments and empty ones too. Raises ValueError."""
-        text = _text(line)
-        if not text:
-            return
+    def read(self, file: str, octets: bytes, pause: Callable[[], None]) -> None:
+        """Raises MappingError. The header must be there: a pattern in its place would be lost without a word."""
+        has_header = False
+        faults: list[str] = []
+        for number, line in enumerate(io.BytesIO(octets.removeprefix(codecs.BOM_UTF8)), 1):
+            if number % PAUSE_LINES == 0:
+                pause()
+            try:
+                text = _text(line)
+                if has_header and text:
+                    self._add(number, text)
+                elif text and not _is_header(text):
+                    raise ValueError(f"must be the header {HEADER}, not {text[:80]!r}")
+                has_header = has_header or bool(text)
+            except ValueError as fault:
+                faults.append(f"{file}:{number}: {fault}")
+                if not has_header:
+                    break
+                if len(faults) == MAX_FAULTS:
+                    faults.append(f"{file}: not read further after {MAX_FAULTS} faults")
+                    break
+        if not has_header and not faults:
+            faults = [f"{file}: empty, without even the header {HEADER}"]
+        if faults:
+            raise MappingError(*faults)
+
+    def _add(self, number: int, text: str) -> None:
+        """Raises ValueError."""
         pattern, rest = _split(text)
         if pattern.startswith("#") and not rest.strip("; "):  # a comment in one cell, quoted for its semicolon
             return
         key = _fold(pattern, rest)
-        route = self._routes.get(rest) or self._new_route(rest)
-        known = self.table.get(key)
+        route = self._by_text.get(rest) or self._new_route(rest)
+        known = self.routes.get(key)
         if known is None:
-            self.table[key] = route
+            self.routes[key] = route
             self._lines.append(number)
         elif known is not route:
-            first = self._lines[list(self.table).index(key)]
+            first = self._lines[list(self.routes).index(key)]
             raise ValueError(f"{pattern[:80]!r} again, but not with the route of line {first}")
 
     def _new_route(self, rest: str) -> Route:
@@ -283,8 +276,8 @@ class _Builder:
             raise ValueError(f"more than three fields: a line is {HEADER}")
         tls_verify = parse_tls_verify(verify) if verify else True
         route = Route(parse_servers(server), tls_verify, self._policy, self._mapping)
-        self._routes[rest] = self.routes.setdefault(route, route)
-        return self._routes[rest]
+        self._by_text[rest] = self.unique.setdefault(route, route)
+        return self._by_text[rest]
 
 
 def _was_renamed(before: Stamp | None, now: Stamp) -> bool:
@@ -306,7 +299,6 @@ def _fold(pattern: str, rest: str) -> str:
         raise
 
 
-_BLANK = ';"'
 _BLANK_ROW = re.compile(r'(?:""|[;\s])*')
 
 
@@ -319,7 +311,7 @@ def _text(line: bytes) -> str:
         raise ValueError("not UTF-8" + (", but UTF-16: save the file as `CSV UTF-8`" if is_utf16 else "")) from None
     if "\r" in text:  # what follows would be lost in a comment
         raise ValueError("has a carriage return that ends no line: save the file with the line ends of Unix or Windows")
-    return "" if text.startswith("#") or (text[:1] in _BLANK and _BLANK_ROW.fullmatch(text)) else text
+    return "" if text.startswith("#") or (text[:1] in ';"' and _BLANK_ROW.fullmatch(text)) else text
 
 
 def _is_header(text: str) -> bool:
