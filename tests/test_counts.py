@@ -12,9 +12,9 @@ from typing import Any
 import gevent
 import pytest
 
-from willi_lib.config import Address, Settings
-from willi_lib.mappings.static import Static
-from willi_lib.routing.route import Route, Server
+from willi_lib.config import Address, Settings, StaticSettings
+from willi_lib.mappings.open import Static
+from willi_lib.routing.route import Policy, Server
 from willi_lib.status import counts as module
 from willi_lib.status import reporter
 from willi_lib.status.counts import (
@@ -218,7 +218,9 @@ def reporter_of(counts: Counts, links: Links, files: tuple[str, ...] = (), mappi
     settings = Settings(
         path="willi.conf", mappings=(), tls_cert=files, tls_key=files, status_listen=Address("127.0.0.1", 8025)
     )
-    tables = [Static(f"static:{'x' * 200}{number}", Route((Server("a"),))) for number in range(mappings)]
+    tables = [
+        Static(StaticSettings(f"{'x' * 200}{number}", Policy(), (Server("a"),))) for number in range(mappings)
+    ]
     return reporter.Reporter(settings, tables, counts, links, lambda: {"max_connections_per_ip": 3}, lambda _: ([], ""))
 
 

@@ -33,7 +33,7 @@ WORLD = {
 }  # fmt: skip
 # `check` is a process of its own and patches it as the worker does.
 KNOW_GEVENT = {
-    "net", "mappings.mysql", "mappings.database", "processes.admission", "processes.in_child",
+    "net", "mappings.mysql", "mappings.cache", "processes.admission", "processes.in_child",
     "processes.mapping_watch", "processes.status_process", "processes.worker", "check", "status.http",
     "status.reporter", "status.serving",
 }  # fmt: skip

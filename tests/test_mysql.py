@@ -4,26 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from time import monotonic
+from typing import Any
 
 import gevent
 import pytest
 from gevent.event import Event
 
+from tests.support.daemon import parse_logfmt
 from tests.support.loopback import PATIENCE
-from willi_lib.hosts import Address
-from willi_lib.mappings import mysql as module
-from willi_lib.mappings.database import Access, Database, Down, NotNow, TooSlow, _Routes, statement_of
+from willi_lib.config import MysqlSettings
+from willi_lib.mappings import cache as module
+from willi_lib.mappings.cache import NO_ROW, CachedMapping
 from willi_lib.mappings.last_row import LastRow
-from willi_lib.mappings.mysql import NO_ROW, Mysql, Notice
+from willi_lib.mappings.mysql import Database, Down, NotNow, TooSlow, route_of, statement_of
 from willi_lib.routing.route import Answer, HostFacts, LookupFailed, Policy, Route, parse_servers
 
 TIMEOUT = 1.0  # seconds for a recipient
 QUERY = "SELECT server FROM routes WHERE pattern = ?"
+EVERYTHING: list[dict[str, str]] = []  # that was logged
 
 
 @pytest.fixture(autouse=True)
-def _limited(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _limited(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Iterator[None]:
     """Nothing waits for ever; and `lookup`s may say a moment after TIMEOUT why they failed."""
+    Watched.capfd = capfd
+    EVERYTHING.clear()
     monkeypatch.setattr(module, "GRACE", 0.3)
     with gevent.Timeout(PATIENCE):
         yield
@@ -58,16 +63,22 @@ class Table:
         pass
 
 
+def settings(query: str = QUERY, **others: Any) -> MysqlSettings:
+    return MysqlSettings(name="t", policy=Policy(), query=query, **others)
+
+
 class Watched:
-    """A mapping over a table, and what it told."""
+    """A mapping over a table, and what it logged."""
+
+    capfd: pytest.CaptureFixture[str]
 
     def __init__(
         self, table: Table, cache_ttl: float = 60.0, cache_size: int = 1000, stale_ttl: float = 60.0,
         last_row: LastRow | None = None,
     ) -> None:  # fmt: skip
-        self.notices: list[Notice] = []
-        shared = last_row or LastRow()
-        self.mapping = Mysql("mysql:t", table, TIMEOUT, cache_ttl, cache_size, stale_ttl, self.notices.append, shared)
+        made = settings(timeout=TIMEOUT, cache_ttl=cache_ttl, cache_size=cache_size, stale_ttl=stale_ttl)
+        self.mapping = CachedMapping(made, table, last_row or LastRow())
+        self.mapping.name = f"mysql:{id(self)}"
 
     def find(self, *keys: str) -> list[Answer]:
         """The answers up to the first match, as `search` takes them."""
@@ -84,8 +95,15 @@ class Watched:
         return failure.value
 
     @property
-    def told(self) -> list[str]:
-        return [notice.level for notice in self.notices]
+    def logged(self) -> list[tuple[str, str, str | None]]:
+        """Level, message and error of each line."""
+        EVERYTHING.extend(map(parse_logfmt, self.capfd.readouterr().out.splitlines()))
+        mine = [line for line in EVERYTHING if line["mapping"] == self.mapping.name]
+        return [(line["lvl"], line["msg"], line.get("error")) for line in mine]
+
+    @property
+    def levels(self) -> list[str]:
+        return [level for level, _, _ in self.logged]
 
 
 def to(servers: str, tls_verify: bool = True) -> Route:
@@ -189,7 +207,7 @@ def test_a_faulty_query_or_row_is_a_failure_with_its_text_and_no_outage(table: T
     assert [(str(failure), failure.logged) for failure in (watched.fails("b"), watched.fails("b"))] == [
         ("no such table", False)
     ] * 2
-    assert watched.told == []
+    assert watched.levels == []
     table.fault = None
     assert watched.find("b") == [Answer(to("mx1"), "asked")]
 
@@ -215,7 +233,7 @@ def test_a_bug_is_raised_in_each_session_that_asked_with_its_traceback(table: Ta
     errors: list[RuntimeError] = []
     together(5, find)
     assert len({id(error) for error in errors}) == 5
-    assert watched.told == []
+    assert watched.levels == []
 
 
 def test_the_time_limit_is_for_all_keys_of_a_recipient():
@@ -238,12 +256,12 @@ def test_an_outage_is_told_once_at_its_beginning_and_once_at_its_end(table: Tabl
         failure = watched.fails("b")
         assert (str(failure), failure.logged) == ("refused", True)
         time(6)
-    assert watched.notices == [Notice("error", "Database is down", "mysql:t", "refused")]
+    assert watched.logged == [("error", "Database is down", "refused")]
     table.fault = None
     watched.find("b")
     watched.find("bob@b")
-    assert watched.told == ["error", "info"]
-    assert watched.notices[1].text.startswith("Database is back after 6")
+    assert watched.levels == ["error", "info"]
+    assert watched.logged[1][1].startswith("Database is back after 6")
 
 
 def test_while_it_is_down_one_session_waits_every_five_seconds(table: Table, time):
@@ -325,7 +343,7 @@ def test_a_single_slow_key_among_answers_is_no_outage(table: Table):
     watched.find("b")
     failure = slow.get()
     assert (str(failure), failure.logged) == ("it is slow", False)
-    assert watched.told == []
+    assert watched.levels == []
 
 
 def test_a_query_that_the_server_gives_up_is_no_outage_and_a_known_route_serves(table: Table, time):
@@ -336,7 +354,7 @@ def test_a_query_that_the_server_gives_up_is_no_outage_and_a_known_route_serves(
     assert watched.find("ann@b", "b") == [Answer(None, "stale"), Answer(to("mx1"), "stale")]
     failure = watched.fails("new@b")
     assert (str(failure), failure.logged) == ("max_statement_time exceeded", False)
-    assert watched.told == []
+    assert watched.levels == []
     time(3600)
     assert str(watched.fails("b")) == "max_statement_time exceeded"
 
@@ -348,7 +366,7 @@ def test_a_query_that_the_server_gives_up_ends_an_outage(table: Table, time):
     time(6)
     table.fault = TooSlow("max_statement_time exceeded")
     watched.fails("b")
-    assert watched.told == ["error", "info"]
+    assert watched.levels == ["error", "info"]
 
 
 def test_a_known_route_serves_while_the_database_is_down_and_that_is_told_once(table: Table, time):
@@ -358,15 +376,13 @@ def test_a_known_route_serves_while_the_database_is_down_and_that_is_told_once(t
     table.fault = Down("refused")
     for _ in range(3):
         assert watched.find("ann@b", "b") == [Answer(None, "stale"), Answer(to("mx1"), "stale")]
-    assert watched.notices == [
-        Notice("error", "Database is down", "mysql:t", "refused"),
-        Notice("warn", "Using remembered answers of the database", "mysql:t"),
+    assert watched.logged == [
+        ("error", "Database is down", "refused"),
+        ("warn", "Using remembered answers of the database", None),
     ]
 
 
-def test_a_known_route_does_not_wait_while_the_database_is_down_and_still_finds_out_that_it_is_back(
-    table: Table, time
-):
+def test_a_known_route_does_not_wait_while_the_database_is_down_and_still_finds_out_that_it_is_back(table: Table, time):
     watched = Watched(table, stale_ttl=3600)
     watched.find("b")
     time(61)
@@ -378,7 +394,7 @@ def test_a_known_route_does_not_wait_while_the_database_is_down_and_still_finds_
     assert monotonic() - began < TIMEOUT
     table.release.set()
     gevent.sleep(0.01)
-    assert watched.told == ["error", "warn", "info"]
+    assert watched.levels == ["error", "warn", "info"]
     assert watched.find("b") == [Answer(to("mx1"), "cache")]
 
 
@@ -423,7 +439,7 @@ def test_a_row_that_was_there_and_is_missing_is_no_definite_no_for_a_minute(tabl
         failure = watched.fails("b")
         assert (str(failure), failure.logged) == ("the row for 'b' was there, and is missing", True)
         time(20)
-    assert [(notice.level, notice.error) for notice in watched.notices] == [("warn", "b")]
+    assert [(level, error) for level, _, error in watched.logged] == [("warn", "b")]
     table.routes["b"] = row
     assert watched.find("b") == [Answer(row, "asked")]
     del table.routes["b"]
@@ -469,7 +485,7 @@ def test_a_worker_that_has_found_no_row_is_as_careful_as_the_one_that_has(table:
         assert str(other.fails("ann@c", "c")) == "the row for 'b' was there, and is missing"
         assert str(other.fails("b")) == "the row for 'b' was there, and is missing"
         time(20)
-    assert [(notice.level, notice.error) for notice in other.notices] == [("warn", "b")]
+    assert [(level, error) for level, _, error in other.logged] == [("warn", "b")]
     time(61)
     assert other.find("c") == [Answer(None, "unsure")], "a row is missing, and none has been found since"
     table.routes = rows
@@ -481,7 +497,7 @@ def test_before_the_database_has_shown_a_row_a_no_is_not_definite_and_not_rememb
     watched = Watched(table)
     for _ in range(2):
         assert watched.find("ann@c", "c") == [Answer(None, "asked"), Answer(None, "unsure")]
-    assert [(notice.level, notice.text) for notice in watched.notices] == [("warn", NO_ROW)]
+    assert [(level, text) for level, text, _ in watched.logged] == [("warn", NO_ROW)]
     watched.find("b")
     assert watched.find("ann@c", "c") == [Answer(None, "asked")] * 2
 
@@ -544,25 +560,25 @@ def test_only_a_question_mark_outside_quotation_marks_stands_for_the_key(query, 
 @pytest.mark.parametrize("query", ["SELECT server FROM t", "SELECT 'what?'", "SELECT 1 /* ? */"])
 def test_a_query_without_one_is_refused(query):
     with pytest.raises(ValueError, match=r"has no \? outside quotation marks"):
-        Database(Access((Address("db", 3306),)), query, Policy(), "mysql:t")
+        Database(settings(query), "mysql:t")
 
 
 def test_a_tls_ca_that_is_no_certificate_is_refused(tmp_path):
     file = tmp_path / "ca.pem"
     file.write_text("nothing")
     with pytest.raises(ValueError, match=f"tls_ca: {file}: "):
-        Database(Access((Address("db", 3306),), tls_ca=str(file)), QUERY, Policy(), "mysql:t")
+        Database(settings(tls_ca=str(file)), "mysql:t")
 
 
 def test_a_password_is_not_shown():
-    assert "secret" not in repr(Access((Address("db", 3306),), password=b"secret"))
+    assert "secret" not in repr(settings(password="secret"))
 
 
 # Its rows
 
 
 def route(columns: str, *row: object) -> Route | None:
-    return _Routes(Policy(), "mysql:t").of_row("b.example", columns.split(), row or None)
+    return route_of(Policy(), "mysql:t", "b.example", columns.split(), row or None)
 
 
 @pytest.mark.parametrize(
@@ -610,7 +626,6 @@ def test_what_is_no_route_is_a_failure_with_a_reason(columns, row, why):
 
 
 def test_equal_routes_are_one_object():
-    routes = _Routes(Policy(), "mysql:t")
-    assert routes.of_row("a", ["server"], ["mx"]) is routes.of_row("b", ["server"], ["mx"])
-    found = routes.of_row("a", ["server"], ["mx"])
-    assert found and found.mapping == "mysql:t"
+    first, second = (route_of(Policy(), "mysql:t", key, ["server"], ["mx"]) for key in "ab")
+    assert first is second
+    assert first and first.mapping == "mysql:t"

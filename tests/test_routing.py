@@ -10,13 +10,15 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from tests.support.mapping import InMemory
-from willi_lib.mappings.static import Static
+from willi_lib.config import StaticSettings
+from willi_lib.mappings.open import Static
 from willi_lib.routing.keys import fold_pattern, keys_of
 from willi_lib.routing.route import (
     Answer,
     LookupFailed,
     Mapping,
     NoRoute,
+    Policy,
     Route,
     Server,
     parse_servers,
@@ -51,6 +53,9 @@ class Broken(InMemory):
 
 def to(server: str) -> Route:
     return Route(parse_servers(server))
+
+
+REST = StaticSettings("rest", Policy(), parse_servers("mx"))
 
 
 def steps_of(mappings: Sequence[Mapping], recipient: str, delimiter: str = "") -> list[Step]:
@@ -95,7 +100,7 @@ def test_nothing_is_asked_after_the_first_hit():
 
 
 def test_a_failed_mapping_ends_the_search_before_the_catch_all():
-    mappings: list[Mapping] = [Table("t", {}), Broken(), Static("static:rest", to("mx"))]
+    mappings: list[Mapping] = [Table("t", {}), Broken(), Static(REST)]
     with pytest.raises(LookupFailed) as failure:
         find_route(mappings, "ann@b.example")
     assert str(failure.value) == "mysql:broken: no connection"
@@ -113,7 +118,7 @@ def test_a_failure_without_a_text_is_a_failure_all_the_same():
             raise LookupFailed
 
     with pytest.raises(LookupFailed):
-        find_route([Mute(), Static("static:rest", to("mx"))], "ann@b.example")
+        find_route([Mute(), Static(REST)], "ann@b.example")
 
 
 def test_a_hit_before_a_broken_mapping_counts():
@@ -128,7 +133,7 @@ def test_no_match_anywhere_is_no_route(mappings):
 
 @pytest.mark.parametrize("recipient", ["ann@b.example", "postmaster", '"a b"@[192.0.2.1]', ""])
 def test_a_static_mapping_matches_everything_and_signs_its_route(recipient):
-    route = find_route([Static("static:rest", to("mx"))], recipient)
+    route = find_route([Static(REST)], recipient)
     assert route == to("mx")
     assert route.mapping == "static:rest"
 

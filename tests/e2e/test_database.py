@@ -10,6 +10,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from time import monotonic
+from typing import Any
 
 import gevent
 import gevent.event
@@ -21,8 +22,9 @@ import pytest
 from tests.support.certificates import Authority
 from tests.support.loopback import HOST, PATIENCE, ROOT, free_port
 from tests.support.mariadb import PASSWORD, QUERY, USER, Mariadb
+from willi_lib.config import MysqlSettings
 from willi_lib.hosts import Address
-from willi_lib.mappings.database import Access, Database, Down, TooSlow
+from willi_lib.mappings.mysql import Database, Down, TooSlow
 from willi_lib.routing.route import LookupFailed, Policy, Route, parse_servers
 
 Open = Callable[..., Database]
@@ -61,12 +63,13 @@ def _in_gevent(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.fixture
 def open_database(mariadb: Mariadb) -> Open:
-    def open_(name: str, query: str = QUERY, **access: object) -> Database:
-        settings = {
-            "hosts": (Address(HOST, mariadb.port),), "user": USER, "password": PASSWORD.encode(), "database": name,
-            "timeout": 2.0, **access,
+    def open_(name: str, query: str = QUERY, **settings: Any) -> Database:
+        defaults = {
+            "host": (Address(HOST, mariadb.port),), "user": USER, "password": PASSWORD, "database": name,
+            "timeout": 2.0,
         }  # fmt: skip
-        return Database(Access(**settings), query, Policy(), "mysql:t")  # type: ignore[arg-type]
+        made = MysqlSettings(name="t", policy=Policy(), query=query, **{**defaults, **settings})
+        return Database(made, "mysql:t")
 
     return open_
 
@@ -222,7 +225,7 @@ def test_nobody_ever_gets_the_answer_to_another_key(mariadb: Mariadb, open_datab
     killing = gevent.spawn(kill)
     right = late = 0
     while not killing.ready() or right <= 50 or late <= 50:
-        database._access = replace(database._access, timeout=seconds)
+        database._settings = replace(database._settings, timeout=seconds)
         answers = together(*[partial(database.ask, f"{number}.example") for number in range(40)])
         downs = 0
         for number, answer in enumerate(answers):
@@ -254,7 +257,7 @@ def test_a_query_that_the_server_gives_up_is_asked_once_of_each_host_and_costs_n
         " SELECT server FROM routes WHERE pattern = ? AND (pattern <> 'slow.example' OR SLEEP(300) = 0)"
     )
     host = Address(HOST, mariadb.port)
-    database = open_database(name, query, hosts=(host, Address("localhost", mariadb.port)))
+    database = open_database(name, query, host=(host, Address("localhost", mariadb.port)))
     with pytest.raises(TooSlow) as failure:
         database.ask("slow.example")
     why = "Query execution was interrupted (max_statement_time exceeded) (1969)"
@@ -294,7 +297,7 @@ def test_a_connection_that_was_idle_for_long_is_not_trusted(
     first = database._idle[0].driver.thread_id()
     database.ask("b.example")
     assert database._idle[0].driver.thread_id() == first
-    monkeypatch.setattr("willi_lib.mappings.database.MAX_IDLE", -1.0)
+    monkeypatch.setattr("willi_lib.mappings.mysql.MAX_IDLE", -1.0)
     database.ask("b.example")
     assert database._idle[0].driver.thread_id() != first
     assert open_connections(database) == (1, 1)
@@ -319,7 +322,7 @@ def test_a_host_that_is_back_is_asked_again_although_another_one_answers(
     mariadb: Mariadb, open_database: Open, dead: Address, monkeypatch: pytest.MonkeyPatch
 ):
     name = mariadb.table(("b.example", "mx1", True))
-    database = open_database(name, hosts=(dead, Address(HOST, mariadb.port)))
+    database = open_database(name, host=(dead, Address(HOST, mariadb.port)))
     assert database.ask("b.example") == to("mx1")
     asked = gevent.event.Event()
     server = gevent.server.StreamServer((dead.host, dead.port), lambda *_: asked.set())
@@ -327,7 +330,7 @@ def test_a_host_that_is_back_is_asked_again_although_another_one_answers(
     try:
         assert database.ask("b.example") == to("mx1")
         assert not asked.is_set(), "it rests"
-        monkeypatch.setattr("willi_lib.mappings.database.HOST_REST", 0.0)
+        monkeypatch.setattr("willi_lib.mappings.mysql.HOST_REST", 0.0)
         assert database.ask("b.example") == to("mx1")
         assert asked.wait(PATIENCE)
     finally:
@@ -368,7 +371,7 @@ def test_not_now_is_no_answer_and_the_next_host_is_asked(
 ):
     times = 2 if error == 2003 else 1  # a lost connection is tried once more
     hosts = (Address(HOST, mariadb.port), Address("localhost", mariadb.port))
-    assert troubled(error, times, hosts=hosts).ask("b.example") == to("mx1")
+    assert troubled(error, times, host=hosts).ask("b.example") == to("mx1")
     alone = troubled(error, times)
     with pytest.raises(Down, match=rf"not now \({error}\)"):
         alone.ask("b.example")
@@ -394,7 +397,7 @@ def test_an_account_with_ed25519_is_told_what_to_do(mariadb: Mariadb, open_datab
     try:
         mariadb.query("CREATE USER modern@'127.0.0.1' IDENTIFIED VIA ed25519 USING PASSWORD('x')")
         with pytest.raises(Down) as failure:
-            open_database(name, user="modern", password=b"x").ask("b.example")
+            open_database(name, user="modern", password="x").ask("b.example")
         assert str(failure.value).endswith(": Willi cannot log in with ed25519; " + USE_NATIVE)
     finally:
         mariadb.query("DROP USER IF EXISTS modern@'127.0.0.1'")
@@ -409,9 +412,11 @@ from gevent import monkey
 monkey.patch_all(ssl=False)
 from willi_lib.routing.route import Policy
 from willi_lib.hosts import Address
-from willi_lib.mappings.database import Access, Database, Down
+from willi_lib.config import MysqlSettings
+from willi_lib.mappings.mysql import Database, Down
 try:
-    Database(Access((Address("localhost", 1),)), {QUERY!r}, Policy(), "mysql:t").ask("b.example")
+    settings = MysqlSettings(name="t", policy=Policy(), host=(Address("localhost", 1),), query={QUERY!r})
+    Database(settings, "mysql:t").ask("b.example")
 except Down as error:
     print(error)
 """
@@ -425,7 +430,7 @@ def test_the_next_host_is_asked_when_one_fails_and_the_failed_one_last_for_a_whi
     first: str, mariadb: Mariadb, open_database: Open, request: pytest.FixtureRequest
 ):
     bad, good = request.getfixturevalue(first), Address(HOST, mariadb.port)
-    database = open_database(mariadb.table(("b.example", "mx1", True)), hosts=(bad, good), timeout=6.0)
+    database = open_database(mariadb.table(("b.example", "mx1", True)), host=(bad, good), timeout=6.0)
     assert database.ask("b.example") == to("mx1")
     for connection in database._idle:
         connection.driver.close()
@@ -435,7 +440,7 @@ def test_the_next_host_is_asked_when_one_fails_and_the_failed_one_last_for_a_whi
 
 
 def test_when_all_hosts_fail_each_says_why(mariadb: Mariadb, open_database: Open, mute: Address, dead: Address):
-    database = open_database("x", hosts=(dead, mute, Address(HOST, mariadb.port)), timeout=6.0)
+    database = open_database("x", host=(dead, mute, Address(HOST, mariadb.port)), timeout=6.0)
     with pytest.raises(Down) as failure:
         database.ask("b.example")
     refused, silent, unknown = str(failure.value).split("; ")
@@ -456,7 +461,7 @@ def test_a_host_that_hangs_within_a_query_is_left_for_the_next_one(
         other.query(f"CREATE DATABASE IF NOT EXISTS {name}")
         other.query(f"CREATE TABLE IF NOT EXISTS {name}.routes AS SELECT * FROM routes1.routes")
         hosts = (Address(HOST, other.port), Address(HOST, mariadb.port))
-        database = open_database(name, hosts=hosts, timeout=6.0)
+        database = open_database(name, host=hosts, timeout=6.0)
         assert database.ask("b.example") == to("mx2")
         with other.hanging():
             assert database.ask("b.example") == to("mx1")
@@ -471,7 +476,7 @@ def test_the_socket_will_do(mariadb: Mariadb, open_database: Open):
     name = mariadb.table(("b.example", "mx1", True))
     database = open_database(name, unix_socket=str(mariadb.socket))
     assert database.ask("b.example") == to("mx1")
-    assert database.name_of(database.hosts[0]) == str(mariadb.socket)
+    assert database.inspect_hosts()[0].name == str(mariadb.socket)
 
 
 # TLS
@@ -483,9 +488,9 @@ def test_with_tls_ca_the_connection_is_encrypted_and_the_host_verified(
     name = mariadb.table(("b.example", "mx1", True))
     database = open_database(name, tls_ca=str(certificates.ca))
     assert database.ask("b.example") == to("mx1")
-    assert database.inspect(database.hosts[0]).tls.startswith("TLSv1.")
+    assert database.inspect_hosts()[0].tls.startswith("TLSv1.")
     plain = open_database(name)
-    assert plain.inspect(plain.hosts[0]).tls == ""
+    assert plain.inspect_hosts()[0].tls == ""
 
 
 def test_a_certificate_of_another_authority_is_a_failure(mariadb: Mariadb, open_database: Open, tmp_path: Path):
@@ -494,10 +499,8 @@ def test_a_certificate_of_another_authority_is_a_failure(mariadb: Mariadb, open_
         database.ask("b.example")
 
 
-def test_a_certificate_for_another_name_is_a_failure(
-    mariadb: Mariadb, open_database: Open, certificates: Authority
-):
-    database = open_database("x", hosts=(Address("127.1", mariadb.port),), tls_ca=str(certificates.ca))
+def test_a_certificate_for_another_name_is_a_failure(mariadb: Mariadb, open_database: Open, certificates: Authority):
+    database = open_database("x", host=(Address("127.1", mariadb.port),), tls_ca=str(certificates.ca))
     with pytest.raises(Down, match="certificate verify failed"):
         database.ask("b.example")
 
@@ -508,7 +511,7 @@ def test_a_query_that_hangs_within_tls_stops_nobody_else(
     name = mariadb.table(("b.example", "mx1", True))
     database = open_database(name, tls_ca=str(certificates.ca), timeout=PATIENCE / 2)
     database.ask("b.example")
-    patient, database._access = database._access, replace(database._access, timeout=2.0)
+    patient, database._settings = database._settings, replace(database._settings, timeout=2.0)
     with mariadb.hanging():
         asking = gevent.spawn(database.ask, "b.example")
         turns = 0
@@ -517,7 +520,7 @@ def test_a_query_that_hangs_within_tls_stops_nobody_else(
             turns += 1
         assert turns > 10
         assert isinstance(asking.exception, Down)
-    database._access = patient
+    database._settings = patient
     assert database.ask("b.example") == to("mx1")
 
 
@@ -553,8 +556,8 @@ def test_a_host_that_is_no_database_is_passed_over(mariadb: Mariadb, open_databa
     server.start()
     try:
         hosts = (Address(HOST, int(server.server_port or 0)), Address(HOST, mariadb.port))
-        assert open_database(name, hosts=hosts).ask("b.example") == to("mx1")
+        assert open_database(name, host=hosts).ask("b.example") == to("mx1")
         with pytest.raises(Down):
-            open_database(name, hosts=hosts[:1]).ask("b.example")
+            open_database(name, host=hosts[:1]).ask("b.example")
     finally:
         server.stop()

@@ -37,7 +37,7 @@ from tests.support.talk import (
     say_together,
 )
 from tests.support.upstream import ScriptedUpstream
-from willi_lib.mappings.mysql import NO_ROW
+from willi_lib.mappings.cache import NO_ROW
 
 NO_ROUTE = "554 5.7.1 Relay access denied"
 CANNOT_LOOK_UP = "451 4.3.0 Cannot look up this address now"

@@ -10,7 +10,7 @@ from willi_lib.routing.route import MappingFacts
 class InMemory:
     """Nothing to load, nothing to close."""
 
-    def load(self) -> bool:
+    def load(self, reload: bool = False) -> bool:
         return False
 
     def close(self) -> None:

@@ -21,9 +21,10 @@ import gevent
 from tests.support.certificates import Authority
 from tests.support.loopback import HOST
 from tests.support.mariadb import PASSWORD, QUERY, USER, Mariadb
+from willi_lib.config import MysqlSettings
 from willi_lib.hosts import Address
-from willi_lib.mappings.database import Access, Database
-from willi_lib.mappings.mysql import Mysql
+from willi_lib.mappings.cache import CachedMapping
+from willi_lib.mappings.mysql import Database
 from willi_lib.routing.route import Policy
 from willi_lib.routing.search import find_route
 
@@ -31,7 +32,7 @@ ROWS = 1_000_000
 COLD, CACHED = 4000, 200_000  # look-ups a measurement
 
 
-def measure(mapping: Mysql, sessions: int, first: int, stop: int, repeat: int = 1) -> float:
+def measure(mapping: CachedMapping, sessions: int, first: int, stop: int, repeat: int = 1) -> float:
     """Look-ups a second, of so many sessions at a time, each recipient `repeat` times."""
 
     def session(offset: int) -> None:
@@ -65,9 +66,11 @@ def report(server: Mariadb, ca: str) -> None:
     first = 1
     for title, tls_ca, socket in (("TCP", "", ""), ("TLS", ca, ""), ("unix socket", "", str(server.socket))):
         for sessions in (1, 5, 100):
-            access = Access((Address(HOST, server.port),), socket, USER, PASSWORD.encode(), name, tls_ca)
-            database = Database(access, QUERY, Policy(), "mysql:t")
-            mapping = Mysql("mysql:t", database, 5.0, 60.0, 100_000, 3600.0)
+            settings = MysqlSettings(
+                name="t", policy=Policy(), host=(Address(HOST, server.port),), unix_socket=socket, user=USER,
+                password=PASSWORD, database=name, tls_ca=tls_ca, query=QUERY,
+            )  # fmt: skip
+            mapping = CachedMapping(settings, Database(settings, "mysql:t"))
             measure(mapping, sessions, ROWS - 200, ROWS)  # connect
             cold = measure(mapping, sessions, first, first + COLD)
             print(f"{title:12} {sessions:4} sessions, never asked before: {cold:8,.0f} look-ups a second")

@@ -137,7 +137,7 @@ class CsvFile:
     def close(self) -> None:
         pass
 
-    def load(self) -> bool:
+    def load(self, reload: bool = False) -> bool:
         """Read the file if it is the first time, or if `changed` says so."""
         is_due = self.changed() or not (self.held or self.fault)
         if is_due:

@@ -1,323 +1,409 @@
-"""Routes from a table of a MySQL or MariaDB server that may be slow, restarted, failed over or gone.
+"""Any of several MySQL or MariaDB hosts: connections to them, one query, and the route in its row.
 
-What was asked is remembered, the database is asked once for all sessions that want the
-same key, and nobody waits for one that is known to be down. A row that was there a moment ago
-and is missing now is no "no such row" yet: its table may just be filled again.
-
-No session ever holds a connection. A query runs in a greenlet of its own, under its own
-time limit, so that whoever waits for it may give up or be ended at any time: the answer
-still comes to the others, and the connection back to the pool of `Database`.
+The pool is a list and a semaphore, made for greenlets that run into time limits. It never
+waits for the network while others wait for the pool (DBUtils connects, pings and rolls
+back under its lock, so that one host that hangs stops everybody), and a connection comes
+back only after its answer has been read to the end.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+import re
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from math import inf
+from functools import lru_cache
+from pathlib import Path
 from time import monotonic
-from traceback import format_exception
-from typing import Literal, NamedTuple, Protocol
 
 import gevent
-from gevent.event import AsyncResult
+import pymysql
+from gevent import ssl
+from gevent.lock import BoundedSemaphore
 
-from willi_lib.mappings.database import NOBODY, Down, TooSlow
-from willi_lib.mappings.last_row import LastRow
-from willi_lib.routing.route import Answer, HostFacts, LookupFailed, MappingError, MappingFacts, Route
+from willi_lib.config import MysqlSettings
+from willi_lib.hosts import Address
+from willi_lib.routing.route import HostFacts, LookupFailed, Policy, Route, parse_servers, parse_tls_verify
 
-RETRY_INTERVAL = 5.0  # seconds between sessions that wait for a database that is down ...
-QUICK_RETRY = 1.0  # ... and between tries if they cost nobody any time, as with a refused connection ...
-QUICK = 0.2  # ... that is, failed within this
-CONFIRMATION = 60.0  # seconds a row must be missing until that is believed: a restored table lacks rows for a while
-ROW_IS_MISSING = f"A row is missing, it is believed to be gone after {CONFIRMATION:g} s"
-NO_ROW = "Database has shown no row, until it does what no other mapping has is told 451"
-GRACE = 0.2  # seconds for a query that has just run into the time limit to say why
+HOST_REST = 60.0  # seconds a host that failed is tried last, as for an upstream
+MAX_IDLE = 60.0  # seconds a connection is kept unused: firewalls forget it after some minutes and tell nobody
+POLL_INTERVAL = 0.05  # seconds between looks for a free connection when the server takes no more of them
+MAX_ROUTES = 10_000  # different routes kept as one object each
+# What to do, by the words of PyMySQL, which has neither of its optional packages, and of Python.
+REMEDIES = {
+    "'cryptography' package": "logging in with sha2 needs tls_ca or unix_socket",
+    "'pynacl' package": "Willi cannot log in with ed25519; have the account IDENTIFIED VIA mysql_native_password",
+    "not configured (2059)": "Willi cannot log in by that plugin; have the account use mysql_native_password or"
+    " caching_sha2_password",
+    "can't start new thread": "the system gives Willi no more threads; look at its memory, TasksMax and `ulimit -u`",
+}
+NOBODY = "nobody.invalid"  # what `check` asks for
+
+# After these a new connection may well get an answer: 1047 a Galera node that is not ready, 1053 shutdown, 1152 to 1184
+# network, 1317 and 1927 killed, 2000 to 2999 lost, also in the words of a router or proxy in between, 3169 killed,
+# 4031 closed by the server for having been idle.
+CONNECTION_ERRORS = frozenset((1047, 1053, 1152, 1158, 1159, 1160, 1161, 1184, 1317, 1927, 3169, 4031))
+DRIVER_ERRORS = range(2000, 3000)  # PyMySQL's own, too: it is unknown what is still to come on this connection
+# The server gave up this query: lock waits and deadlocks, max_statement_time of MariaDB, max_execution_time of MySQL.
+GAVE_UP_ERRORS = frozenset((1205, 1213, 1689, 1969, 3024, 3058, 3572))
+# The server, not the key, is why there is no answer now, so that another server may have one: files that cannot be
+# read, full disks, no memory, threads, connections or files left, damaged tables, tables that are being changed, limits
+# of the account, read-only, offline or not yet a member of its group. 1105: Vitess, of a shard without a primary.
+NOT_NOW_ERRORS = frozenset((
+    1012, 1015, 1016, 1018, 1020, 1021, 1023, 1024, 1026, 1028, 1030, 1034, 1035, 1037, 1038, 1039, 1040, 1041, 1077,
+    1078, 1079, 1080, 1105, 1114, 1129, 1135, 1180, 1194, 1195, 1203, 1206, 1223, 1226, 1290, 1296, 1297, 1412, 1429,
+    1430, 1431, 1432, 1461, 1615, 1637, 1696, 1712, 1728, 1812, 1814, 1815, 1836, 1877, 3032, 3100, 3101, 3168, 3170,
+))  # fmt: skip
+# The account, the table, a column, an index, a procedure or the right to it is not there, or another one than the query
+# needs, whatever the key: it may be restored or altered. 1045 and 1449: of the definer of a view or procedure, too.
+NOT_THERE_ERRORS = frozenset((
+    1044, 1045, 1049, 1052, 1054, 1142, 1143, 1146, 1176, 1305, 1318, 1356, 1370, 1449, 1698, 1735, 1747, 1932,
+))  # fmt: skip
+PROXY_ERRORS = range(9000, 10000)  # of ProxySQL (9001: no server within its time) and of TiDB
+# Said when the characters of a key do not exist in the character set of the column: illegal mix, cannot convert.
+UNKNOWN_CHARACTER_ERRORS = frozenset((1267, 1270, 1271, 3854))
 
 
-@dataclass(frozen=True)
-class Notice:
-    """What an administrator should hear, once."""
+class Down(Exception):
+    """The database gave no answer; the text says why, for each host.
 
-    level: Literal["info", "warn", "error"]
-    text: str
-    mapping: str
-    error: str | None = None
+    not_there: a host has answered that something is not there that user, database or query name.
+    """
+
+    def __init__(self, text: str, not_there: bool = False) -> None:
+        super().__init__(text)
+        self.not_there = not_there
 
 
-@dataclass(frozen=True)
-class Condition:
-    """How the database is, as far as this process knows."""
+class NotNow(Down):
+    """The server has answered that it has no answer now."""
 
-    up: bool
-    seen: float  # when it last answered or not (monotonic); 0: nobody has asked it yet
-    error: str
-    remembered: int  # answers
+
+class TooSlow(NotNow):
+    """The server gave up this query: that may be a matter of this key."""
+
+
+class _Lost(Exception):
+    """A connection ended before the answer came."""
 
 
 @dataclass
-class _Outage:
-    """The database is down."""
-
-    why: str
-    since: float
-    next_try: float
-    failed: float  # when it last gave no answer
-    stale_used: bool = False
+class _Connection:
+    host: Address
+    driver: pymysql.Connection[pymysql.cursors.Cursor]
+    idle_since: float = 0.0
 
 
-class _Entry(NamedTuple):
-    """An answer that is remembered."""
+class Database:
+    """One query, asked on any of the hosts."""
 
-    route: Route | None
-    since: float
-    missing: float | None = None  # since when, if the row of this route was not found again
+    def __init__(self, settings: MysqlSettings, mapping: str) -> None:
+        """mapping: the name that routes bear.
 
-
-class Source(Protocol):
-    """What `Database` is to the mapping."""
+        Raises ValueError: a query without `?`, or a tls_ca or password_file that cannot be used.
+        """
+        self._settings = settings
+        self._mapping = mapping
+        self._hosts = (Address("", 0),) if settings.unix_socket else settings.hosts
+        self._password = _password(settings)
+        self._statement, self._parameters = statement_of(settings.query)
+        self._compares_once = self._parameters == 1 and bool(_EQUALITY.search(settings.query))
+        self._tls = _client_context(settings) if settings.tls_ca else None
+        self._slots = BoundedSemaphore(settings.pool_size)
+        self._idle: list[_Connection] = []  # the one that was used last is the last
+        self._open = 0  # connections, idle ones included
+        self._failed: dict[Address, float] = {}  # and when
+        self._answered: dict[Address, float] = {}  # and when last
 
     def ask(self, key: str) -> Route | None:
-        """The route for this key, within a time limit. Raises Down, TooSlow, LookupFailed."""
+        """The route in the first row for this key, within `timeout`. Raises Down, TooSlow, LookupFailed.
 
-    def inspect_hosts(self) -> tuple[HostFacts, ...]:
-        """Ask each."""
-
-    def close(self) -> None:
-        """Take leave."""
-
-
-class Mysql:
-    """A mapping whose answers come from a database, slowly or not at all."""
-
-    def __init__(
-        self, name: str, database: Source, timeout: float,
-        cache_ttl: float, cache_size: int, stale_ttl: float,
-        tell: Callable[[Notice], None] = lambda _notice: None,
-        last_row: LastRow | None = None,
-    ) -> None:  # fmt: skip
-        """timeout: seconds for all keys of a recipient.
-        cache_ttl: seconds an answer is used without asking again.
-        stale_ttl: seconds after that for which it still serves while the database is down.
-        tell: called at the beginning and at the end of an outage.
-        last_row: what the workers share. Without it each "no such row" is believed, as by `willi.py lookup`.
+        To be called in a greenlet that nobody else ends.
         """
-        self.name = name
-        self._database = database
-        self._timeout = timeout
-        self._cache_ttl = cache_ttl
-        self._cache_size = cache_size
-        self._usable = cache_ttl + stale_ttl
-        self._tell = tell
-        self._entries: OrderedDict[str, _Entry] = OrderedDict()  # the one that was used last is the last
-        self._asking: dict[str, AsyncResult[Route | None]] = {}
-        self._last_row = last_row
-        self._no_row_told = False
-        self._answered = 0.0  # when the database last said anything
-        self._outage: _Outage | None = None
-
-    def find(self, keys: Sequence[str]) -> Iterator[Answer]:
-        """The answers for these keys, all of them within `timeout`. They raise LookupFailed.
-
-        An old "no such row" lets a more general key serve, but never becomes a "no match"
-        as a whole: the client would be told that a recipient does not exist who may be new.
-        """
-        deadline = monotonic() + self._timeout
-        stale = False
-        for number, key in enumerate(keys, 1):
-            answer = self._answer(key, deadline)
-            stale = stale or answer.origin == "stale"
-            if stale and answer.route is None and number == len(keys):
-                raise LookupFailed("the database is down, and no route is remembered", self._outage is not None)
-            if answer.route is None and number == len(keys) and not self._is_confirmed(keys, deadline):
-                answer = Answer(None, "unsure")
-            yield answer
-
-    def close(self) -> None:
-        """At the end of the process: the server's log then has no word about lost connections."""
-        self._database.close()
-
-    @property
-    def condition(self) -> Condition:
-        """For who looks after it."""
-        if self._outage:
-            return Condition(False, self._outage.failed, self._outage.why, len(self._entries))
-        return Condition(True, self._answered, "", len(self._entries))
-
-    def load(self) -> bool:
-        """Ask the database, whatever is known of it. Raises MappingError; passing: it gave no answer."""
+        seconds = self._settings.timeout
+        deadline = monotonic() + seconds
+        if not self._slots.acquire(timeout=seconds):
+            raise Down(f"no free connection within {seconds:g} s")
         try:
-            self._database.ask(NOBODY)
-        except TooSlow:
-            pass
-        except (Down, LookupFailed) as why:
-            passing = isinstance(why, Down) and not why.not_there
-            raise MappingError(f"{self.name}: {why}", passing=passing) from None
-        return False
-
-    def files(self) -> Sequence[str]:
-        return ()
-
-    def facts(self, thorough: bool = False) -> MappingFacts:
-        now = self._outage
-        return MappingFacts(
-            last_error=now.why if now else "",
-            database_up=not now,
-            seen=now.failed if now else self._answered,
-            cache_entries=len(self._entries),
-            hosts=self._database.inspect_hosts() if thorough else (),
-        )
-
-    def _is_confirmed(self, keys: Sequence[str], deadline: float) -> bool:
-        """Look for the row that any worker found last, unless it was seen after all of these keys were not found.
-
-        False: no row is known. Raises LookupFailed: that row is missing, too, so the table is empty or being filled.
-        In both cases the answers for these keys are forgotten.
-        """
-        if self._last_row is None:
-            return True
-        found, seen = self._last_row.read()
-        last = self._entries.get(found)
-        misses = [self._entries[key] for key in keys if key in self._entries]
-        if found and misses and not (last and last.missing) and seen >= max(miss.since for miss in misses):
-            return True
-        is_there = False
-        try:
-            is_there = bool(found) and self._ask(found, deadline).route is not None
+            return self._ask_hosts(key, deadline)
         finally:
-            for key in keys if not is_there else ():
-                self._entries.pop(key, None)
-        if not is_there and not self._no_row_told:
-            self._no_row_told = True
-            self._tell(Notice("warn", NO_ROW, self.name))
-        return is_there
+            self._slots.release()
 
-    def _answer(self, key: str, deadline: float) -> Answer:
-        now = monotonic()
-        entry = self._entries.get(key)
-        if entry and now - entry.since < self._cache_ttl:
-            self._entries.move_to_end(key)
-            return Answer(entry.route, "cache")
-        if entry and now - entry.since >= self._usable:
-            entry = None
-        return self._ask(key, deadline, entry)
+    def _ask_hosts(self, key: str, deadline: float) -> Route | None:
+        """Ask on an idle connection or a new one, host after host. A lost connection is tried again once.
 
-    def _ask(self, key: str, deadline: float, entry: _Entry | None = None) -> Answer:
-        """entry: an old answer, which serves if there is no new one. Raises LookupFailed."""
-        now = monotonic()
-        asking = self._ask_in_turn(key, now)
-        if entry and self._outage:
-            return self._stale(entry)
-        if asking is None:
-            assert self._outage
-            raise LookupFailed(self._outage.why, logged=True)
-        asking.wait(max(0.0, deadline - now) + GRACE)
-        if asking.successful():
-            return Answer(asking.value, "asked")
-        if entry and (asking.exception is None or isinstance(asking.exception, Down)):
-            return self._stale(entry)
-        raise self._failure(asking)
+        Hosts that failed come last. The time that is left is divided among those that have not been tried.
+        """
+        untried = sorted(self._hosts, key=self._rests)
+        faults: list[str] = []
+        lost = slow = answered = not_there = False
+        while (seconds := deadline - monotonic()) > 0 and (untried or not answered):
+            connection = self._take_idle(untried[:1] or self._hosts)
+            if connection is None and not untried:
+                if not self._open:
+                    break
+                gevent.sleep(POLL_INTERVAL)  # a server that takes no more connections still answers on the others'
+                continue
+            host = connection.host if connection else untried[0]
+            if host in self._failed:
+                self._failed[host] = monotonic()  # one tries whether it is back, the others need not wait
+            try:
+                return self._ask_host(host, connection, key, seconds / max(1, len(untried)))
+            except (_Lost, Down) as why:
+                faults.append(f"{self._name_of(host)}: {why}")
+                if isinstance(why, _Lost) and not lost:
+                    lost = True
+                    continue
+                not_there = not_there or (isinstance(why, Down) and why.not_there)
+                slow = slow or isinstance(why, TooSlow)
+                answered = answered or isinstance(why, NotNow)
+                if not isinstance(why, TooSlow):
+                    self._failed[host] = monotonic()
+            untried = [other for other in untried if other != host]
+        raise (TooSlow if slow else Down)("; ".join(faults), not_there)
 
-    def _ask_in_turn(self, key: str, now: float) -> AsyncResult[Route | None] | None:
-        """The query for this key, under way or new. None: the database is down, and it is not our turn to try it."""
-        if self._outage:
-            if now < self._outage.next_try:
-                return None
-            self._outage.next_try = now + self._timeout + RETRY_INTERVAL  # the end of this try says when
-        asking = self._asking.get(key)
-        if asking is None:
-            asking = AsyncResult()
-            gevent.spawn(self._run, key, asking)  # may fail for lack of memory
-            self._asking[key] = asking
-        return asking
-
-    def _run(self, key: str, asking: AsyncResult[Route | None]) -> None:
-        """Ask the database, in a greenlet of its own, and tell all who wait."""
-        try:
-            asking.set(self._ask_database(key))
-        except Exception as failure:  # noqa: BLE001 -- the sessions hear of it
-            asking.set_exception(failure)
-        finally:
-            if self._asking.get(key) is asking:
-                del self._asking[key]
-
-    def _ask_database(self, key: str) -> Route | None:
-        """Raises Down, TooSlow, LookupFailed."""
+    def _ask_host(self, host: Address, connection: _Connection | None, key: str, seconds: float) -> Route | None:
+        """Ask on this connection, or on a new one. Raises Down, _Lost, LookupFailed."""
         began = monotonic()
         try:
-            route = self._database.ask(key)
-        except (TooSlow, LookupFailed):
-            self._note_up()
+            with gevent.Timeout(seconds):
+                return self._ask_on(connection or self._connect(host), key)
+        except (_Lost, NotNow) as why:
+            if not isinstance(why, TooSlow):
+                self._close_idle(host)
             raise
-        except Down as why:
-            if self._answered < began:  # if others had answers meanwhile, it is a matter of this key
-                self._note_down(str(why), began)
-            raise
-        self._note_up()
-        self._remember(key, route)
-        return route
+        except gevent.Timeout:
+            if self._answered.get(host, 0.0) < began:  # else it is a matter of this key
+                self._close_idle(host)
+            raise Down(f"no answer within {seconds:.1f} s") from None
 
-    def _failure(self, asking: AsyncResult[Route | None]) -> Exception:
-        """A new exception for each session that has no answer."""
-        why = asking.exception
-        if why is None:
-            return LookupFailed(f"no answer within {self._timeout:g} s", self._outage is not None)
-        if isinstance(why, LookupFailed):
-            return LookupFailed(str(why), why.logged)
-        if isinstance(why, Down):
-            return LookupFailed(str(why), self._outage is not None)
-        return RuntimeError("".join(format_exception(why)))  # a bug of ours: the log has its traceback
+    def _ask_on(self, connection: _Connection, key: str) -> Route | None:
+        """Ask on this connection, and put it back if it may be used again. Raises NotNow, _Lost, LookupFailed."""
+        usable = False
+        try:
+            names, row = _execute(connection, self._statement, (key,) * self._parameters)
+            usable = True
+        except pymysql.MySQLError as error:
+            number = _number(error)
+            if not connection.driver.open or number in CONNECTION_ERRORS or number in DRIVER_ERRORS:
+                raise _Lost(_text(error)) from None
+            if number in NOT_NOW_ERRORS or number in NOT_THERE_ERRORS or number in PROXY_ERRORS:
+                raise NotNow(_text(error), number in NOT_THERE_ERRORS) from None
+            usable = number >= 1000
+            if number in GAVE_UP_ERRORS:
+                raise TooSlow(_text(error)) from None
+            if number in UNKNOWN_CHARACTER_ERRORS and not key.isascii() and self._compares_once:
+                return None  # no row can have this key; of several comparisons, another one might have found it
+            raise LookupFailed(_text(error)) from None
+        finally:
+            if usable:
+                self._put(connection)
+            else:
+                self._close(connection)
+        return route_of(self._settings.policy, self._mapping, key, names, row)
 
-    def _remember(self, key: str, route: Route | None) -> None:
-        """Raises LookupFailed: there was a row a moment ago, which this worker or another one has found."""
-        now, before = monotonic(), self._entries.get(key)
-        if route is None and self._was_there(key, before):
-            missing = before and before.missing
-            if missing is None:
-                missing = now
-                self._tell(Notice("warn", ROW_IS_MISSING, self.name, key))
-            if now - missing < CONFIRMATION:
-                self._put(key, (before or _Entry(None, -inf))._replace(missing=missing))
-                raise LookupFailed(f"the row for {key!r} was there, and is missing", logged=True)
-            if self._last_row:
-                self._last_row.forget(key)
-        self._put(key, _Entry(route, now))
-        if self._last_row and route:
-            self._last_row.note(key, now)
-            self._no_row_told = False
+    # -- connections
 
-    def _was_there(self, key: str, before: _Entry | None) -> bool:
-        if before and (before.route or before.missing is not None):
-            return True
-        return self._last_row is not None and self._last_row.read()[0] == key
+    def close(self) -> None:
+        """Take leave of the server on all connections that nobody uses."""
+        while self._idle:
+            self._close(self._idle.pop())
 
-    def _put(self, key: str, entry: _Entry) -> None:
-        self._entries[key] = entry
-        self._entries.move_to_end(key)
-        if len(self._entries) > self._cache_size:
-            self._entries.popitem(last=False)
+    def _connect(self, host: Address) -> _Connection:
+        """Raises Down."""
+        settings = self._settings
+        try:
+            driver = pymysql.connect(
+                host=host.host or "localhost",
+                port=host.port,
+                unix_socket=settings.unix_socket or None,
+                user=settings.user or None,
+                password=self._password,
+                database=settings.database or None,
+                charset="utf8mb4",
+                ssl=self._tls,
+                ssl_disabled=self._tls is None,
+                autocommit=True,  # else the first query would freeze what all later ones see
+                init_command="SET SESSION sql_select_limit = 1",  # whatever the query would return: one row
+                connect_timeout=settings.timeout,
+                read_timeout=settings.timeout,  # these three only back up the time limits of our own
+                write_timeout=settings.timeout,
+                program_name="willi",
+            )
+        except (pymysql.MySQLError, OSError) as error:
+            raise Down(_remedy(_text(error)), _number(error) in NOT_THERE_ERRORS) from None
+        except RuntimeError as error:
+            raise Down(_remedy(str(error))) from None
+        except Exception as error:  # noqa: BLE001 -- PyMySQL reads a greeting without looking where it ends
+            raise Down(f"no greeting of a database: {error!r}") from None
+        self._open += 1
+        return _Connection(host, driver)
 
-    def _stale(self, entry: _Entry) -> Answer:
-        if self._outage and not self._outage.stale_used:
-            self._outage.stale_used = True
-            self._tell(Notice("warn", "Using remembered answers of the database", self.name))
-        return Answer(entry.route, "stale")
+    def _take_idle(self, hosts: Sequence[Address]) -> _Connection | None:
+        """The one that was used last, to one of these hosts."""
+        while self._idle and self._idle[0].idle_since < monotonic() - MAX_IDLE:
+            self._close(self._idle.pop(0))
+        for connection in reversed(self._idle):
+            if connection.host in hosts:
+                self._idle.remove(connection)
+                return connection
+        return None
 
-    def _note_down(self, why: str, began: float) -> None:
-        """An outage begins or goes on. Nobody waits any longer."""
-        now = monotonic()
-        if self._outage is None:
-            self._outage = _Outage(why, now, now, now)
-            self._tell(Notice("error", "Database is down", self.name, why))
-        self._outage.why, self._outage.failed = why, now
-        self._outage.next_try = now + (QUICK_RETRY if now - began < QUICK else RETRY_INTERVAL)
-        given_up, self._asking = self._asking, {}
-        for asking in given_up.values():
-            asking.set_exception(Down(why))
+    def _put(self, connection: _Connection) -> None:
+        connection.idle_since = self._answered[connection.host] = monotonic()
+        self._failed.pop(connection.host, None)
+        self._idle.append(connection)
 
-    def _note_up(self) -> None:
-        self._answered = monotonic()
-        if self._outage:
-            seconds = self._answered - self._outage.since
-            self._outage = None
-            self._tell(Notice("info", f"Database is back after {seconds:.1f} s", self.name))
+    def _close(self, connection: _Connection) -> None:
+        self._open -= 1
+        with suppress(pymysql.MySQLError):  # it was closed already
+            connection.driver.close()
+
+    def _close_idle(self, host: Address) -> None:
+        """They are not better than the one that has just failed."""
+        dead = [connection for connection in self._idle if connection.host == host]
+        self._idle = [connection for connection in self._idle if connection.host != host]
+        for connection in dead:
+            self._close(connection)
+
+    def _rests(self, host: Address) -> bool:
+        return monotonic() - self._failed.get(host, -HOST_REST) < HOST_REST
+
+    def _name_of(self, host: Address) -> str:
+        """As an administrator calls it."""
+        return str(host) if host.host else self._settings.unix_socket
+
+    # -- for `check`
+
+    def inspect_hosts(self) -> tuple[HostFacts, ...]:
+        """Connect to each, have the server prepare the query, and run it."""
+        return tuple(map(self._inspect, self._hosts))
+
+    def _inspect(self, host: Address) -> HostFacts:
+        name, seconds = self._name_of(host), self._settings.timeout
+        try:
+            with gevent.Timeout(seconds, Down(f"no answer within {seconds:g} s")):
+                connection = self._connect(host)
+                try:
+                    version = _execute(connection, "SELECT VERSION()")[1]
+                    tls = _execute(connection, "SHOW SESSION STATUS LIKE 'Ssl_version'")[1]
+                    _execute(connection, "PREPARE willi FROM %s", (self._settings.query,))
+                    names, row = _execute(connection, self._statement, (NOBODY,) * self._parameters)
+                finally:
+                    self._close(connection)
+            route_of(self._settings.policy, self._mapping, NOBODY, names, row)
+        except pymysql.MySQLError as error:
+            return HostFacts(name, host.host, fault=_text(error))
+        except (Down, LookupFailed) as fault:
+            return HostFacts(name, host.host, fault=str(fault), answered=isinstance(fault, LookupFailed | NotNow))
+        text = f"{version[0] if version else '?'}, {f'{tls[1]}, certificate verified' if tls and tls[1] else 'no TLS'}"
+        return HostFacts(name, host.host, str(tls[1]) if tls else "", f"{text}, columns {', '.join(names)}")
+
+
+def _execute(
+    connection: _Connection, statement: str, values: tuple[str, ...] = ()
+) -> tuple[list[str], tuple[object, ...] | None]:
+    """The names of the columns and the first row."""
+    with connection.driver.cursor() as cursor:
+        cursor.execute(statement, values)
+        return [column[0] for column in cursor.description or ()], cursor.fetchone()
+
+
+def _password(settings: MysqlSettings) -> bytes:
+    """Raises ValueError."""
+    if not settings.password_file:
+        return settings.password.encode()
+    try:
+        password = Path(settings.password_file).read_bytes().rstrip(b"\r\n")
+    except OSError as error:
+        raise ValueError(f"password_file: cannot read {settings.password_file}: {error.strerror}") from None
+    if not password or b"\n" in password:
+        raise ValueError(f"password_file: {settings.password_file} must be one line, the password")
+    return password
+
+
+def _client_context(settings: MysqlSettings) -> ssl.SSLContext:
+    """gevent's context, as the standard one would block every session. Raises ValueError."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname = not settings.unix_socket
+    try:
+        context.load_verify_locations(settings.tls_ca)
+    except OSError as error:
+        raise ValueError(f"tls_ca: {settings.tls_ca}: {getattr(error, 'reason', None) or error}") from None
+    return context
+
+
+def _text(error: Exception) -> str:
+    """`message (number)`, or what there is."""
+    number, *text = error.args or ("",)
+    return f"{text[0]} ({number})" if text else str(error) or type(error).__name__
+
+
+def _number(error: Exception) -> int:
+    """Of the server or the driver; 0: none."""
+    return error.args[0] if error.args and isinstance(error.args[0], int) else 0
+
+
+def _remedy(text: str) -> str:
+    """What a failed connection says, and what to do if that is not in it."""
+    return next((f"{text}: {remedy}" for words, remedy in REMEDIES.items() if words in text), text)
+
+
+# The query and its rows
+
+_EQUALITY = re.compile(r"=\s*(?:\w+\s*\(\s*)*\?|\?\s*=")  # as in `pattern = LOWER(?)`, not `? IN (a, b)`
+_TOKEN = re.compile(
+    r"""'(?:[^'\\]|\\.|'')*' | "(?:[^"\\]|\\.|"")*" | `[^`]*` | --\s[^\n]* | \#[^\n]* | /\*(?!!).*?\*/ | \? """,
+    re.VERBOSE | re.DOTALL,
+)
+
+
+def statement_of(query: str) -> tuple[str, int]:
+    """The query as PyMySQL wants it, and the number of its parameters.
+
+    A `?` in quotation marks or in a comment is none. Raises ValueError if there is no other.
+    """
+    parameters = 0
+    parts, at = [], 0
+    for token in _TOKEN.finditer(query):
+        if token[0] == "?":
+            parts += [query[at : token.start()].replace("%", "%%"), "%s"]
+            at = token.end()
+            parameters += 1
+    if not parameters:
+        raise ValueError("query: has no ? outside quotation marks, which stands for the address or domain to look up")
+    return "".join([*parts, query[at:].replace("%", "%%")]), parameters
+
+
+def route_of(
+    policy: Policy, mapping: str, key: str, names: Sequence[str], row: Sequence[object] | None
+) -> Route | None:
+    """None if there is no row, or no server in it. Raises LookupFailed, and NotNow for other columns."""
+    columns = [name.lower() for name in names]
+    if sorted(columns) not in (["server"], ["server", "tls_verify"]):
+        found = ", ".join(names) or "none"
+        text = f"the query must return the columns server and, if you like, tls_verify, not: {found}"
+        if not names:  # a procedure may give nothing for some keys, and rows for others
+            raise LookupFailed(text)
+        raise NotNow(text, not_there=True)  # of a `SELECT *` whose table has been altered, say
+    values = dict(zip(columns, row or (), strict=False))
+    try:
+        server, tls_verify = _column_text(values.get("server")), _column_text(values.get("tls_verify"))
+        return _route(server, parse_tls_verify(tls_verify or "true"), policy, mapping) if server else None
+    except ValueError as fault:
+        raise LookupFailed(f"the row for {key!r}: {fault}") from None
+
+
+@lru_cache(MAX_ROUTES)
+def _route(server: str, tls_verify: bool, policy: Policy, mapping: str) -> Route:
+    """Equal routes are one object, which saves memory. Raises ValueError."""
+    return Route(parse_servers(server), tls_verify, policy, mapping)
+
+
+def _column_text(value: object) -> str:
+    """Text, whatever the type of the column; empty for NULL. Raises ValueError."""
+    if value is None:
+        return ""
+    if isinstance(value, bytes):  # BIT, BINARY or BLOB
+        return str(value[0]) if value in (b"\0", b"\1") else value.decode().strip()
+    return str(value).strip()

@@ -1,92 +1,85 @@
-"""The mappings that the file asks for, in its order."""
+"""The mappings that the file asks for, in its order. A new kind is one file beside this one, and a line in `KINDS`."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from collections.abc import Mapping as ByKey
+from dataclasses import dataclass, field
+from itertools import repeat
 from pathlib import Path
+from typing import Any
 
+from .. import log
 from ..config import CsvSettings, MysqlSettings, Settings, StaticSettings
-from ..routing.route import HeldTable, Mapping, Route
-from ..routing.route import MappingError as MappingError
+from ..routing.route import Answer, HeldTable, Mapping, MappingError, MappingFacts, Route
+from .cache import CachedMapping
 from .csv_file import Aside, CsvFile, at_once
-from .database import Access, Database
 from .last_row import LastRow
-from .mysql import Mysql, Notice
-from .static import Static
+from .mysql import Database
 
 READABLE_BY_OTHERS = 0o004  # of a file's mode; the service needs that of the group
 
 
-def open_mappings(
-    settings: Settings,
-    pause: Callable[[], None] = lambda: None,
-    tell: Callable[[Notice], None] = lambda _notice: None,
-    aside: Callable[[], Aside] = lambda: at_once,
-    last_rows: ByKey[MysqlSettings, LastRow] | None = None,
-    held: ByKey[str, HeldTable] | None = None,
-) -> list[Mapping]:
-    """Make them; a CSV file still has to be loaded. A database need not be there.
+@dataclass(frozen=True)
+class Surroundings:
+    """What a worker gives its mappings; `check` and `lookup` need none of it."""
 
-    pause: called now and then while a large file is read, to let others run.
-    tell: called with what an administrator should hear of a database, now and later.
-    aside: makes what does the work with one file.
-    last_rows: what the workers share of each database.
-    held: the tables of other workers, by mapping.
-    Raises MappingError.
-    """
-    return [_open(mapping, pause, tell, aside, last_rows or {}, held or {}) for mapping in settings.mappings]
+    pause: Callable[[], None] = lambda: None  # called now and then while a large file is read, to let others run
+    aside: Callable[[], Aside] = lambda: at_once  # makes what does the work with one file
+    held: ByKey[str, HeldTable] = field(default_factory=dict)  # the tables of other workers, by mapping
+    last_rows: ByKey[Any, LastRow] = field(default_factory=dict)  # what the workers share, by settings
 
 
-def _open(
-    mapping: StaticSettings | CsvSettings | MysqlSettings,
-    pause: Callable[[], None], tell: Callable[[Notice], None], aside: Callable[[], Aside],
-    last_rows: ByKey[MysqlSettings, LastRow], held: ByKey[str, HeldTable],
-) -> Mapping:  # fmt: skip
-    if isinstance(mapping, StaticSettings):
-        name = f"static:{mapping.name}"
-        return Static(name, Route(mapping.server, mapping.tls_verify, mapping.policy, name))
-    if isinstance(mapping, CsvSettings):
-        name = f"csv:{mapping.file}"
-        return CsvFile(name, mapping.file, mapping.policy, pause, mapping.where, aside(), held.get(name))
-    name = f"mysql:{mapping.name}"
-    if others_can_read(mapping.password_file):
-        tell(Notice("warn", "Every user of this machine can read the password file", name, mapping.password_file))
+def open_mappings(settings: Settings, surroundings: Surroundings | None = None) -> list[Mapping]:
+    """Make them; they still have to be loaded. A database need not be there. Raises MappingError."""
+    return [KINDS[type(one)](one, surroundings or Surroundings()) for one in settings.mappings]
+
+
+class Static:
+    """One route for every recipient: the catch-all at the end of the mappings."""
+
+    def __init__(self, settings: StaticSettings) -> None:
+        self.name = f"static:{settings.name}"
+        self._route = Route(settings.server, settings.tls_verify, settings.policy, self.name)
+
+    def find(self, keys: Sequence[str]) -> Iterator[Answer]:
+        return repeat(Answer(self._route), len(keys))
+
+    def load(self, reload: bool = False) -> bool:
+        return False
+
+    def close(self) -> None:
+        pass
+
+    def files(self) -> Sequence[str]:
+        return ()
+
+    def facts(self, thorough: bool = False) -> MappingFacts:
+        return MappingFacts((self._route,), takes_all=True)
+
+
+def _csv(settings: CsvSettings, around: Surroundings) -> Mapping:
+    name = f"csv:{settings.file}"
+    return CsvFile(
+        name, settings.file, settings.policy, around.pause, settings.where, around.aside(), around.held.get(name)
+    )
+
+
+def _mysql(settings: MysqlSettings, around: Surroundings) -> Mapping:
+    name = f"mysql:{settings.name}"
+    if others_can_read(settings.password_file):
+        log.warn("Every user of this machine can read the password file", mapping=name, error=settings.password_file)
     try:
-        database = open_database(mapping)
+        return CachedMapping(settings, Database(settings, name), around.last_rows.get(settings))
     except ValueError as fault:
         raise MappingError(f"{name}: {fault}") from None
-    return Mysql(
-        name, database, mapping.timeout, mapping.cache_ttl, mapping.cache_size, mapping.stale_ttl,
-        tell, last_rows.get(mapping),
-    )  # fmt: skip
 
 
-def open_database(mapping: MysqlSettings) -> Database:
-    """Without a connection yet. Raises ValueError."""
-    access = Access(
-        hosts=mapping.hosts,
-        unix_socket=mapping.unix_socket,
-        user=mapping.user,
-        password=_password(mapping),
-        database=mapping.database,
-        tls_ca=mapping.tls_ca,
-        pool_size=mapping.pool_size,
-        timeout=mapping.timeout,
-    )
-    return Database(access, mapping.query, mapping.policy, f"mysql:{mapping.name}")
-
-
-def _password(mapping: MysqlSettings) -> bytes:
-    if not mapping.password_file:
-        return mapping.password.encode()
-    try:
-        password = Path(mapping.password_file).read_bytes().rstrip(b"\r\n")
-    except OSError as error:
-        raise ValueError(f"password_file: cannot read {mapping.password_file}: {error.strerror}") from None
-    if not password or b"\n" in password:
-        raise ValueError(f"password_file: {mapping.password_file} must be one line, the password")
-    return password
+KINDS: dict[type[Any], Callable[[Any, Surroundings], Mapping]] = {
+    StaticSettings: lambda settings, _: Static(settings),
+    CsvSettings: _csv,
+    MysqlSettings: _mysql,
+}
 
 
 def others_can_read(path: str) -> bool:

@@ -7,14 +7,13 @@ from collections.abc import Callable, Sequence
 from collections.abc import Mapping as ByKey
 from dataclasses import dataclass, field
 from time import monotonic
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import gevent
 from gevent.event import AsyncResult
 from gevent.threadpool import ThreadPool
 
 from .. import log
-from ..config import MysqlSettings
 from ..mappings import csv_file
 from ..mappings.last_row import LastRow
 from ..routing.route import HeldTable, Mapping, MappingError
@@ -33,7 +32,7 @@ class Start:
     held: ByKey[str, HeldTable] = field(default_factory=dict)  # by mapping: the tables of the workers that serve
     alone: bool = False  # there were such workers, and none is left
     reload: news.Reload = ""
-    last_rows: ByKey[MysqlSettings, LastRow] = field(default_factory=dict)  # shared by all workers
+    last_rows: ByKey[Any, LastRow] = field(default_factory=dict)  # shared by all workers
 
 
 class DatabaseDown(MappingError):
@@ -105,7 +104,7 @@ def _ask_before_reload(mapping: Mapping, reload: news.Reload) -> None:
     password or the query is wrong does.
     """
     try:
-        mapping.load()
+        mapping.load(reload=True)
     except MappingError as fault:
         if reload == "automatic":
             raise DatabaseDown(str(fault)) from None

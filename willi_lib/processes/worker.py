@@ -20,9 +20,7 @@ from gevent.event import Event
 
 from .. import log
 from ..config import Settings
-from ..mappings.csv_file import CsvError
-from ..mappings.mysql import Notice
-from ..mappings.open import MappingError, open_mappings
+from ..mappings.open import Surroundings, open_mappings
 from ..net.jobs import keep_going
 from ..net.resolver import Resolver
 from ..net.tls import CertificateError, ServerTls
@@ -30,6 +28,7 @@ from ..net.wire import Wire, give_way
 from ..proxy.connector import Connector
 from ..proxy.context import Service
 from ..proxy.lookup import show
+from ..routing.route import MappingError
 from ..status.counts import Counts
 from ..status.reporter import Reporter
 from ..status.reports import Links
@@ -45,7 +44,7 @@ from .scoreboard import Row
 MAPPING_INTERVAL = 1.0  # seconds between looks at the mappings
 TELL_TIMEOUT = 1.0  # seconds for the master to take a packet
 HOLD = 2.0  # seconds; an answer that was kept back for its group goes out after this time, or twice it at the most
-STARTUP_FAULTS = (MappingError, CsvError, CertificateError)
+STARTUP_FAULTS = (MappingError, CertificateError)
 GARBAGE_THRESHOLD = 50_000  # allocations between collections: -3 to -8 % CPU a session, measured
 
 
@@ -65,7 +64,7 @@ def run(
         master.sendall(str(faults).encode("utf-8", "backslashreplace")[:MAX_WORDS])
         if isinstance(faults, DatabaseDown):
             return DATABASE_DOWN
-        return TRY_AGAIN if isinstance(faults, CsvError) and faults.passing else FAULT
+        return TRY_AGAIN if isinstance(faults, MappingError) and faults.passing else FAULT
     except ConnectionError:
         go = b""
     if go != GO:
@@ -99,11 +98,11 @@ class Worker:
         """Loads all tables and authorities, and becomes `user`: whatever is wrong is wrong before the first client.
 
         tell: hears what there is to say of the CSV files.
-        Raises MappingError, CsvError, CertificateError.
+        Raises MappingError, CertificateError.
         """
         resolver = self._resolver = Resolver(settings.dns_timeout)
         resolver.serve_all_sockets()
-        self._mappings = open_mappings(settings, give_way, _log_notice, FileThread, start.last_rows, start.held)
+        self._mappings = open_mappings(settings, Surroundings(give_way, FileThread, start.held, start.last_rows))
         self._mapping_watch = MappingWatch(self._mappings, tell)
         self._mapping_watch.load(start)
         counts = Counts()
@@ -174,12 +173,7 @@ class Worker:
             gevent.sleep(MAPPING_INTERVAL)
             self._mapping_watch.look()
 
+
 def _log_unraisable(bug: sys.UnraisableHookArgs) -> None:
     """An exception in a callback from C, such as for a server name of a TLS client that is no text."""
     log.warn("Exception ignored", where=repr(bug.object), error=f"{bug.exc_type.__name__}: {bug.exc_value}")
-
-
-def _log_notice(notice: Notice) -> None:
-    """What a mapping, which does not log, has to say."""
-    levels = {"info": log.info, "warn": log.warn, "error": log.error}
-    levels[notice.level](notice.text, mapping=notice.mapping, error=notice.error)

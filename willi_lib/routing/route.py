@@ -133,9 +133,10 @@ class Mapping(Protocol):
 
     name: str  # for the log: "csv:/etc/willi/map.csv"
 
-    def load(self) -> bool:
-        """Read what is to be read now, if there is anything: whether there was. Called at the start, then every second.
+    def load(self, reload: bool = False) -> bool:
+        """Read what is to be read now; whether there was anything. With files, it is called again every second.
 
+        reload: this process takes the place of others. A database, which need not be there at a start, has to answer.
         Raises MappingError; what was read before stays.
         """
 
@@ -143,7 +144,7 @@ class Mapping(Protocol):
         """Release connections and files."""
 
     def files(self) -> Sequence[str]:
-        """What `load` reads. Empty: it need not be called every second."""
+        """What `load` reads."""
 
     def facts(self, thorough: bool = False) -> MappingFacts:
         """thorough: with the hosts of a database, each of which is asked. That takes time."""

@@ -16,8 +16,6 @@ import gevent.socket
 
 from .. import log
 from ..config import Settings
-from ..mappings.csv_file import CsvFile
-from ..mappings.mysql import Mysql
 from ..net.tls import CertificateError, certificate_facts
 from ..routing.route import Mapping
 from .counts import Counts
@@ -111,14 +109,11 @@ def _first(facts: list[Any]) -> list[Any]:
 
 def _table(mapping: Mapping) -> TableReport:
     """A mapping as it is now."""
-    report = TableReport(mapping.name, mapping.name.partition(":")[0])
-    if isinstance(mapping, CsvFile):
-        report.patterns, report.loaded_at, report.last_error = len(mapping), mapping.loaded_at, mapping.fault
-    elif isinstance(mapping, Mysql):
-        now = mapping.condition
-        report.database_up, report.seen, report.last_error = now.up, now.seen, now.error
-        report.cache_entries = now.remembered
-    return report
+    facts, kind = mapping.facts(), mapping.name.partition(":")[0]
+    return TableReport(
+        mapping.name, kind, facts.patterns, facts.loaded_at, facts.last_error, facts.database_up, facts.seen,
+        facts.cache_entries,
+    )  # fmt: skip
 
 
 def _certificates(settings: Settings) -> list[CertificateState]:

@@ -1,0 +1,280 @@
+"""Routes from a table of a MySQL or MariaDB server that may be slow, restarted, failed over or gone.
+
+What was asked is remembered, the database is asked once for all sessions that want the
+same key, and nobody waits for one that is known to be down. A row that was there a moment ago
+and is missing now is no "no such row" yet: its table may just be filled again.
+
+No session ever holds a connection. A query runs in a greenlet of its own, under its own
+time limit, so that whoever waits for it may give up or be ended at any time: the answer
+still comes to the others, and the connection back to the pool of `Database`.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from math import inf
+from time import monotonic
+from traceback import format_exception
+from typing import NamedTuple, Protocol
+
+import gevent
+from gevent.event import AsyncResult
+
+from willi_lib import log
+from willi_lib.config import MysqlSettings
+from willi_lib.routing.route import Answer, HostFacts, LookupFailed, MappingError, MappingFacts, Route
+
+from .last_row import LastRow
+from .mysql import NOBODY, Down, TooSlow
+
+RETRY_INTERVAL = 5.0  # seconds between sessions that wait for a database that is down ...
+QUICK_RETRY = 1.0  # ... and between tries if they cost nobody any time, as with a refused connection ...
+QUICK = 0.2  # ... that is, failed within this
+CONFIRMATION = 60.0  # seconds a row must be missing until that is believed: a restored table lacks rows for a while
+ROW_IS_MISSING = f"A row is missing, it is believed to be gone after {CONFIRMATION:g} s"
+NO_ROW = "Database has shown no row, until it does what no other mapping has is told 451"
+BACK = "Database is back after {:.1f} s"
+GRACE = 0.2  # seconds for a query that has just run into the time limit to say why
+
+
+@dataclass
+class _Outage:
+    """The database is down."""
+
+    why: str
+    since: float
+    next_try: float
+    failed: float  # when it last gave no answer
+    stale_used: bool = False
+
+
+class _Entry(NamedTuple):
+    """An answer that is remembered."""
+
+    route: Route | None
+    since: float
+    missing: float | None = None  # since when, if the row of this route was not found again
+
+
+class Source(Protocol):
+    """Where the answers come from."""
+
+    def ask(self, key: str) -> Route | None:
+        """The route for this key, within a time limit. Raises Down, TooSlow, LookupFailed."""
+
+    def inspect_hosts(self) -> tuple[HostFacts, ...]:
+        """Each, as it answers just now."""
+
+    def close(self) -> None:
+        """Give up all connections."""
+
+
+class CachedMapping:
+    """A mapping whose answers come from a database, slowly or not at all."""
+
+    def __init__(self, settings: MysqlSettings, database: Source, last_row: LastRow | None = None) -> None:
+        """last_row: what the workers share. Without it each "no such row" is believed, as by `willi.py lookup`."""
+        self.name = f"mysql:{settings.name}"
+        self._settings = settings
+        self._database = database
+        self._entries: OrderedDict[str, _Entry] = OrderedDict()  # the one that was used last is the last
+        self._asking: dict[str, AsyncResult[Route | None]] = {}
+        self._last_row = last_row
+        self._no_row_logged = False
+        self._answered = 0.0  # when the database last said anything
+        self._outage: _Outage | None = None
+
+    def find(self, keys: Sequence[str]) -> Iterator[Answer]:
+        """The answers for these keys, all of them within `timeout`. They raise LookupFailed.
+
+        An old "no such row" lets a more general key serve, but never becomes a "no match"
+        as a whole: the client would be told that a recipient does not exist who may be new.
+        """
+        deadline = monotonic() + self._settings.timeout
+        stale = False
+        for number, key in enumerate(keys, 1):
+            answer = self._answer(key, deadline)
+            stale = stale or answer.origin == "stale"
+            if stale and answer.route is None and number == len(keys):
+                raise LookupFailed("the database is down, and no route is remembered", self._outage is not None)
+            if answer.route is None and number == len(keys) and not self._is_confirmed(keys, deadline):
+                answer = Answer(None, "unsure")
+            yield answer
+
+    def close(self) -> None:
+        """At the end of the process: the server's log then has no word about lost connections."""
+        self._database.close()
+
+    def load(self, reload: bool = False) -> bool:
+        """With `reload` ask the database, whatever is known of it. Raises MappingError; passing: it gave no answer."""
+        if not reload:
+            return False
+        try:
+            self._database.ask(NOBODY)
+        except TooSlow:
+            pass
+        except (Down, LookupFailed) as why:
+            passing = isinstance(why, Down) and not why.not_there
+            raise MappingError(f"{self.name}: {why}", passing=passing) from None
+        return False
+
+    def files(self) -> Sequence[str]:
+        return ()
+
+    def facts(self, thorough: bool = False) -> MappingFacts:
+        now = self._outage
+        return MappingFacts(
+            last_error=now.why if now else "",
+            database_up=not now,
+            seen=now.failed if now else self._answered,
+            cache_entries=len(self._entries),
+            hosts=self._database.inspect_hosts() if thorough else (),
+        )
+
+    def _is_confirmed(self, keys: Sequence[str], deadline: float) -> bool:
+        """Look for the row that any worker found last, unless it was seen after all of these keys were not found.
+
+        False: no row is known. Raises LookupFailed: that row is missing, too, so the table is empty or being filled.
+        In both cases the answers for these keys are forgotten.
+        """
+        if self._last_row is None:
+            return True
+        found, seen = self._last_row.read()
+        last = self._entries.get(found)
+        misses = [self._entries[key] for key in keys if key in self._entries]
+        if found and misses and not (last and last.missing) and seen >= max(miss.since for miss in misses):
+            return True
+        is_there = False
+        try:
+            is_there = bool(found) and self._ask(found, deadline).route is not None
+        finally:
+            for key in keys if not is_there else ():
+                self._entries.pop(key, None)
+        if not is_there and not self._no_row_logged:
+            self._no_row_logged = True
+            log.warn(NO_ROW, mapping=self.name)
+        return is_there
+
+    def _answer(self, key: str, deadline: float) -> Answer:
+        now = monotonic()
+        entry = self._entries.get(key)
+        if entry and now - entry.since < self._settings.cache_ttl:
+            self._entries.move_to_end(key)
+            return Answer(entry.route, "cache")
+        if entry and now - entry.since >= self._settings.cache_ttl + self._settings.stale_ttl:
+            entry = None
+        return self._ask(key, deadline, entry)
+
+    def _ask(self, key: str, deadline: float, entry: _Entry | None = None) -> Answer:
+        """entry: an old answer, which serves if there is no new one. Raises LookupFailed."""
+        now = monotonic()
+        asking = self._ask_in_turn(key, now)
+        if entry and self._outage:
+            return self._stale(entry)
+        if asking is None:
+            assert self._outage
+            raise LookupFailed(self._outage.why, logged=True)
+        asking.wait(max(0.0, deadline - now) + GRACE)
+        if asking.successful():
+            return Answer(asking.value, "asked")
+        if entry and (asking.exception is None or isinstance(asking.exception, Down)):
+            return self._stale(entry)
+        raise self._failure(asking)
+
+    def _ask_in_turn(self, key: str, now: float) -> AsyncResult[Route | None] | None:
+        """The query for this key, under way or new. None: the database is down, and it is not our turn to try it."""
+        if self._outage:
+            if now < self._outage.next_try:
+                return None
+            self._outage.next_try = now + self._settings.timeout + RETRY_INTERVAL  # the end of this try says when
+        asking = self._asking.get(key)
+        if asking is None:
+            asking = AsyncResult()
+            gevent.spawn(self._run, key, asking)  # may fail for lack of memory
+            self._asking[key] = asking
+        return asking
+
+    def _run(self, key: str, asking: AsyncResult[Route | None]) -> None:
+        """Ask the database, in a greenlet of its own, and tell all sessions that wait."""
+        began = monotonic()
+        try:
+            route = self._database.ask(key)
+            self._note_up()
+            self._remember(key, route)
+            asking.set(route)
+        except Exception as failure:  # noqa: BLE001 -- the sessions hear of it
+            if isinstance(failure, TooSlow | LookupFailed):
+                self._note_up()
+            elif isinstance(failure, Down) and self._answered < began:  # else others had answers: it is this key
+                self._note_down(str(failure), began)
+            asking.set_exception(failure)
+        finally:
+            if self._asking.get(key) is asking:
+                del self._asking[key]
+
+    def _failure(self, asking: AsyncResult[Route | None]) -> Exception:
+        """A new exception for each session that has no answer."""
+        why = asking.exception
+        if why is None:
+            return LookupFailed(f"no answer within {self._settings.timeout:g} s", self._outage is not None)
+        if isinstance(why, LookupFailed):
+            return LookupFailed(str(why), why.logged)
+        if isinstance(why, Down):
+            return LookupFailed(str(why), self._outage is not None)
+        return RuntimeError("".join(format_exception(why)))  # a bug of ours: the log has its traceback
+
+    def _remember(self, key: str, route: Route | None) -> None:
+        """Raises LookupFailed: there was a row a moment ago, which this worker or another one has found."""
+        now, before = monotonic(), self._entries.get(key)
+        if route is None and self._was_there(key, before):
+            missing = before and before.missing
+            if missing is None:
+                missing = now
+                log.warn(ROW_IS_MISSING, mapping=self.name, error=key)
+            if now - missing < CONFIRMATION:
+                self._put(key, (before or _Entry(None, -inf))._replace(missing=missing))
+                raise LookupFailed(f"the row for {key!r} was there, and is missing", logged=True)
+            if self._last_row:
+                self._last_row.forget(key)
+        self._put(key, _Entry(route, now))
+        if self._last_row and route:
+            self._last_row.note(key, now)
+            self._no_row_logged = False
+
+    def _was_there(self, key: str, before: _Entry | None) -> bool:
+        if before and (before.route or before.missing is not None):
+            return True
+        return self._last_row is not None and self._last_row.read()[0] == key
+
+    def _put(self, key: str, entry: _Entry) -> None:
+        self._entries[key] = entry
+        self._entries.move_to_end(key)
+        if len(self._entries) > self._settings.cache_size:
+            self._entries.popitem(last=False)
+
+    def _stale(self, entry: _Entry) -> Answer:
+        if self._outage and not self._outage.stale_used:
+            self._outage.stale_used = True
+            log.warn("Using remembered answers of the database", mapping=self.name)
+        return Answer(entry.route, "stale")
+
+    def _note_down(self, why: str, began: float) -> None:
+        """An outage begins or goes on. Nobody waits any longer."""
+        now = monotonic()
+        if self._outage is None:
+            self._outage = _Outage(why, now, now, now)
+            log.error("Database is down", mapping=self.name, error=why)
+        self._outage.why, self._outage.failed = why, now
+        self._outage.next_try = now + (QUICK_RETRY if now - began < QUICK else RETRY_INTERVAL)
+        given_up, self._asking = self._asking, {}
+        for asking in given_up.values():
+            asking.set_exception(Down(why))
+
+    def _note_up(self) -> None:
+        self._answered = monotonic()
+        if self._outage:
+            seconds = self._answered - self._outage.since
+            self._outage = None
+            log.info(BACK.format(seconds), mapping=self.name)
