@@ -62,9 +62,6 @@ def at_once(work: Callable[[], Any]) -> Any:
     return work()
 
 
-CsvError = MappingError
-
-
 class Stamp(NamedTuple):
     """Differs when the file does. A write sets both times to the same value."""
 
@@ -111,10 +108,6 @@ class CsvFile:
     def __len__(self) -> int:
         """The number of patterns."""
         return len(self._table.routes) if self._table else 0
-
-    def routes(self) -> list[Route]:
-        """The different routes of the table."""
-        return list(self._table.unique) if self._table else []
 
     def find(self, keys: Sequence[str]) -> Iterator[Answer]:
         if self._table is None:

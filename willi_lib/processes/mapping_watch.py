@@ -7,11 +7,12 @@ from collections.abc import Callable, Sequence
 from collections.abc import Mapping as ByKey
 from dataclasses import dataclass, field
 from time import monotonic
-from typing import Any, TypeVar
+from typing import Any
 
 import gevent
 from gevent.event import AsyncResult
 from gevent.threadpool import ThreadPool
+from gevent.util import wrap_errors
 
 from .. import log
 from ..mappings import csv_file
@@ -21,8 +22,6 @@ from . import news
 
 ANSWERS_LOST = "Reload while a database is down, remembered answers are lost"
 START_LOOK = 0.25  # seconds between looks of a worker that starts
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -55,8 +54,7 @@ class MappingWatch:
         """
         for mapping in self._mappings:
             if not mapping.files():
-                if start.reload:
-                    _ask_before_reload(mapping, start.reload)
+                _load_at_once(mapping, start.reload)
                 continue
             may_be_missing = start.alone and mapping.name in start.held
             try:
@@ -97,18 +95,18 @@ class MappingWatch:
             mapping.close()
 
 
-def _ask_before_reload(mapping: Mapping, reload: news.Reload) -> None:
-    """Raises MappingError: new workers would get no answers, and those that serve have some.
+def _load_at_once(mapping: Mapping, reload: news.Reload) -> None:
+    """Raises MappingError. If a database has no answers in a reload, new workers have none; those that serve have some.
 
-    A database that is gone does not stop a reload that an administrator asks for; one that answers that a name, the
-    password or the query is wrong does.
+    One that is gone does not stop a reload that an administrator asks for; one that answers that a name, the password
+    or the query is wrong does.
     """
     try:
-        mapping.load(reload=True)
+        mapping.load(reload=bool(reload))
     except MappingError as fault:
         if reload == "automatic":
             raise DatabaseDown(str(fault)) from None
-        if reload == "asked" and not fault.passing:
+        if not reload or (reload == "asked" and not fault.passing):
             raise
         log.warn(ANSWERS_LOST, mapping=mapping.name, error=str(fault).removeprefix(f"{mapping.name}: "))
 
@@ -118,27 +116,19 @@ class FileThread:
 
     def __init__(self) -> None:
         self._pool = ThreadPool(1)
-        self._last: AsyncResult[Exception | None] | None = None
+        self._last: AsyncResult[Any] | None = None
 
-    def __call__(self, work: Callable[[], T]) -> T:
+    def __call__(self, work: Callable[[], Any]) -> Any:
         """Raises what the work raises, and OSError if it takes too long; at once, as long as an earlier one hangs."""
-        results: list[T] = []
-
-        def attempt() -> Exception | None:
-            try:
-                results.append(work())
-            except Exception as error:  # noqa: BLE001 -- raised below; gevent would also print it
-                return error
-            return None
-
         if self._last is None or self._last.ready():
             try:
-                self._last = self._pool.spawn(attempt)
+                self._last = self._pool.spawn(wrap_errors((Exception,), work))  # gevent would print what it raises
             except RuntimeError as error:  # the system has no more threads
                 raise OSError(errno.EAGAIN, str(error)) from None
             self._last.wait(csv_file.FILE_TIMEOUT)
             if self._last.ready():
-                if failure := self._last.get():
-                    raise failure
-                return results[0]
+                result = self._last.get()
+                if isinstance(result, Exception):
+                    raise result
+                return result
         raise TimeoutError(errno.ETIMEDOUT, "its file system does not answer")

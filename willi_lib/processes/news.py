@@ -42,19 +42,17 @@ class News:
 
     def take(self, message: Message, worker: int) -> None:
         """Note what a worker (its process id) tells of a table, and log it if it is new."""
+        mapping = message["mapping"]
         if "faults" in message:
-            self._take_faults(message["mapping"], message["text"], message["faults"], worker)
+            text, faults = message["text"], message["faults"]
+            if self._faults.get(mapping) != [text, *faults]:
+                self._faults[mapping], self._faulty[mapping] = [text, *faults], set()
+                for fault in faults:
+                    log.error(text, mapping=mapping, error=fault)
+            self._faulty[mapping].add(worker)
         elif message["held"]:
             version, *others = message["held"]
-            self._take_table(message["mapping"], HeldTable(tuple(version), *others), worker)
-
-    def _take_faults(self, mapping: str, text: str, faults: list[str], worker: int) -> None:
-        if self._faults.get(mapping) == [text, *faults]:
-            self._faulty[mapping].add(worker)
-            return
-        self._faults[mapping], self._faulty[mapping] = [text, *faults], {worker}
-        for fault in faults:
-            log.error(text, mapping=mapping, error=fault)
+            self._take_table(mapping, HeldTable(tuple(version), *others), worker)
 
     def _take_table(self, mapping: str, held: HeldTable, worker: int) -> None:
         known, self.tables[mapping] = self.tables.get(mapping), held
