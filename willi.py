@@ -44,6 +44,7 @@ try:
     from willi_lib import VERSION, log
     from willi_lib.config import ConfigError, Settings, load
     from willi_lib.processes import master
+    from willi_lib.processes.fork import block_signals
     from willi_lib.processes.listeners import CannotBind
     from willi_lib.text import visible
 except ModuleNotFoundError as missing:  # usual after an upgrade of the system: the libraries are for one Python only
@@ -69,7 +70,7 @@ def main() -> int:
         return BAD_USAGE
     if not any(arguments[command] for command in ("check", "lookup", "top")):
         log.hold_standard_descriptors()
-        master.block_signals()
+        block_signals()
     try:
         settings = load(arguments["-c"] or default_file())
         if arguments["top"]:

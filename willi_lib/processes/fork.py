@@ -1,4 +1,4 @@
-"""The first steps of a child, before its own work begins."""
+"""Signals of the master, and the first steps of a child before its own work begins."""
 
 from __future__ import annotations
 
@@ -13,6 +13,12 @@ from .child import Child
 from .process_name import name_process
 
 SIGNALS = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGCHLD)  # that the master blocks and takes one by one
+
+
+def block_signals() -> None:
+    """Keep all signals for the master. To be called first of all: a SIGHUP that comes before would end us."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # ignored, as some parents leave it, it would tell us nothing
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
 
 
 def become(

@@ -50,12 +50,6 @@ class DatabaseDown(Exception):
     """An automatic reload has to wait: new workers remember none of the answers that the old ones have."""
 
 
-def block_signals() -> None:
-    """Keep all signals for `run`. To be called first of all: a SIGHUP that comes before would end us."""
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # ignored, as some parents leave it, it would tell us nothing
-    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-
-
 def run(settings: Settings, read_again: Callable[[], Settings]) -> None:
     """Serve until told to end. read_again: reads the file for a reload.
 
@@ -132,7 +126,7 @@ class Master:
                 child.end()
         if len(self._workers) < len(self._children):
             self._reporter.send(self._current.settings, str(self._listeners), self._workers, self._stopping)
-        self._notify_watchdog()
+        self._notified = systemd.notify_watchdog(self._notified)
         log.flush()
 
     def _stop(self) -> None:
@@ -316,9 +310,9 @@ class Master:
 
     def _fork(self, role: Role, generation: Generation, row: Row, work: Callable[..., int]) -> None:
         """Raises OSError."""
-        settings, master, siblings = generation.settings, os.getpid(), [*self._children]
-        its_work = partial(work, generation, row)
-        start = partial(become, role.name, settings.loglevel, settings.log, master, siblings, its_work)
+        settings, siblings = generation.settings, [*self._children]
+        work = partial(work, generation, row)
+        start = partial(become, role.name, settings.loglevel, settings.log, self._pid, siblings, work)
         self._children.append(Child(role, generation, row, start))
 
     def _run_worker(self, generation: Generation, row: Row, channel: socket.socket) -> int:
@@ -395,12 +389,6 @@ class Master:
                 child.kill()
             if stuck and state is State.SERVING:
                 self._backoff[child.role].died(now - child.started)
-
-    def _notify_watchdog(self) -> None:
-        interval = systemd.watchdog_interval()
-        if interval and monotonic() - self._notified >= interval / 2:
-            self._notified = monotonic()
-            systemd.notify("WATCHDOG=1")
 
 
 def _status_addresses(settings: Settings) -> list[Address]:

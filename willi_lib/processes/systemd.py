@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import socket
-from time import monotonic_ns
+from time import monotonic, monotonic_ns
 
 from .. import log
 
@@ -37,12 +37,14 @@ def notify_reloading() -> None:
     notify("RELOADING=1", f"MONOTONIC_USEC={monotonic_ns() // 1000}")
 
 
-def watchdog_interval() -> float | None:
-    """Seconds without a sign of life after which systemd ends us; None if it wants none."""
-    if os.environ.get("WATCHDOG_PID", str(os.getpid())) != str(os.getpid()):
-        return None
+def notify_watchdog(last: float) -> float:
+    """Twice in the time without a sign of life after which systemd ends us, if it does. last, result: when we did."""
     microseconds = os.environ.get("WATCHDOG_USEC", "")
-    return int(microseconds) / 1e6 if microseconds.isdigit() and int(microseconds) else None
+    is_ours = os.environ.get("WATCHDOG_PID", str(os.getpid())) == str(os.getpid())
+    if not (is_ours and microseconds.isdigit() and int(microseconds)) or monotonic() - last < int(microseconds) / 2e6:
+        return last
+    notify("WATCHDOG=1")
+    return monotonic()
 
 
 def take_sockets() -> list[tuple[str, socket.socket]]:
