@@ -623,7 +623,10 @@ def config(tmp_path: Path, mariadb: Mariadb, upstream: ScriptedUpstream) -> Call
     def write(**settings: Setting) -> Path:
         rows = (("b.example", upstream.server, False), ("nowhere.example", None, None))
         mapping = mariadb.mapping(mariadb.table(*rows), **settings)
-        return write_config(tmp_path / "willi.conf", {"domain": "willi.example", "mappings": {"db": mapping}})
+        listen = f"{HOST}:{free_port()}"
+        return write_config(
+            tmp_path / "willi.conf", {"listen": listen, "domain": "willi.example", "mappings": {"db": mapping}}
+        )
 
     return write
 
