@@ -25,7 +25,7 @@ CHECKED := $(wildcard willi.py demo.py release.py) willi_lib bench tests
 
 help:
 	@echo "make demo    two upstream servers and Willi in between: see mail being routed (Ctrl-C ends it)"
-	@echo "make check   ruff, mypy --strict and the unit tests: seconds"
+	@echo "make check   ruff (rules and format), mypy --strict and the unit tests: seconds"
 	@echo "make test    everything, with real servers; as root it installs those that are missing; MINUTES=60: an hour at most"
 	@echo "make e2e     the tests with whole Willis alone; what is missing is left out, with the reason"
 	@echo "make test-pythons"
@@ -67,7 +67,7 @@ demo: $(VENV)/demo
 	@$(BIN)/python demo.py
 
 check: venv
-	@$(BIN)/ruff check $(CHECKED)
+	@$(BIN)/ruff check $(CHECKED) && $(BIN)/ruff format --check --quiet $(CHECKED)
 	@$(BIN)/mypy --strict $(CHECKED) & types=$$!; \
 	$(TESTS) --minutes $(MINUTES) --quiet --ignore=tests/e2e --ignore=tests/fuzz --ignore=tests/chaos; tests=$$?; \
 	wait $$types && exit $$tests
@@ -75,7 +75,7 @@ check: venv
 # In the order of tests/runner/plugin.py: the files that take longest come first.
 test: venv
 	@tests/install-packages.sh tests/e2e/packages.txt
-	@$(BIN)/ruff check $(CHECKED)
+	@$(BIN)/ruff check $(CHECKED) && $(BIN)/ruff format --check --quiet $(CHECKED)
 	@$(BIN)/mypy --strict $(CHECKED) & types=$$!; \
 	CHAOS_SECONDS=60 WILLI_THOROUGH=1 $(TESTS) --minutes $(MINUTES) --no-loadscope-reorder $(PYTEST); tests=$$?; \
 	wait $$types && exit $$tests

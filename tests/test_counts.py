@@ -218,9 +218,7 @@ def reporter_of(counts: Counts, links: Links, files: tuple[str, ...] = (), mappi
     settings = Settings(
         path="willi.conf", mappings=(), tls_cert=files, tls_key=files, status_listen=Address("127.0.0.1", 8025)
     )
-    tables = [
-        Static(StaticSettings(f"{'x' * 200}{number}", Policy(), (Server("a"),))) for number in range(mappings)
-    ]
+    tables = [Static(StaticSettings(f"{'x' * 200}{number}", Policy(), (Server("a"),))) for number in range(mappings)]
     return reporter.Reporter(settings, tables, counts, links, lambda: {"max_connections_per_ip": 3}, lambda _: ([], ""))
 
 

@@ -90,8 +90,7 @@ def test_a_mapping_of_the_example_has_the_defaults_without_its_hashes(tmp_path, 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 DOCS = {path.name: path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs").glob("*.md"))}
 MANUAL = {"README": README} | {
-    name: DOCS[name]
-    for name in ("install.md", "configure.md", "operate.md", "from-the-go-program.md", "developing.md")
+    name: DOCS[name] for name in ("install.md", "configure.md", "operate.md", "from-the-go-program.md", "developing.md")
 }
 ALL_PAGES = "\n".join(MANUAL.values())
 CHANGES = (ROOT / "CHANGES.md").read_text(encoding="utf-8")

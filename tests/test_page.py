@@ -124,9 +124,7 @@ def test_each_text_is_shown_escaped_wherever_it_is_shown(kind: type, name: str):
 
 
 def test_texts_in_lists_are_escaped_too():
-    alien = replace(
-        overviews.healthy(), listen=(ALIEN,), certificates=(CertificateState("f", (ALIEN,), NOW),)
-    )
+    alien = replace(overviews.healthy(), listen=(ALIEN,), certificates=(CertificateState("f", (ALIEN,), NOW),))
     assert page.render(alien, None).count(ALIEN_SHOWN) == 2
 
 

@@ -259,9 +259,7 @@ def test_what_is_wrong_is_told(totals: Totals, report: dict[str, Any], problem: 
     assert problems(totals) == [problem]
 
 
-@pytest.mark.parametrize(
-    "report", [master(connections=79), worker(certificates=[certificate(NOW + 14 * DAY + 1)])]
-)
+@pytest.mark.parametrize("report", [master(connections=79), worker(certificates=[certificate(NOW + 14 * DAY + 1)])])
 def test_what_is_just_well_is_no_problem(totals: Totals, report: dict[str, Any]):
     totals.take_in(report, NOW)
     assert problems(totals) == []

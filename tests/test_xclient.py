@@ -111,9 +111,7 @@ def test_a_value_that_is_255_octets_as_xtext_is_sent(helo):
 
 @pytest.mark.parametrize("helo", ["+" * 86, "=" * 255, "+" * 85 + "a"])
 def test_a_value_that_is_longer_as_xtext_is_left_out_and_the_address_is_still_sent(helo):
-    assert lines(client(helo, "c.example")) == [
-        b"XCLIENT PROTO=ESMTP NAME=c.example PORT=65535 ADDR=IPV6:2001:db8::1"
-    ]
+    assert lines(client(helo, "c.example")) == [b"XCLIENT PROTO=ESMTP NAME=c.example PORT=65535 ADDR=IPV6:2001:db8::1"]
 
 
 @given(st.text(st.characters(min_codepoint=33, max_codepoint=126), min_size=1, max_size=MAX_VALUE), st.integers(1, 253))

@@ -114,9 +114,7 @@ def comparison(
         lacking = frozenset(LACKING) - features(port)
         comparable = {n: s if "PIPELINING" not in lacking else one_by_one(s) for n, s in SESSIONS.items()}
         asked = {n: s for n, s in comparable.items() if can_be_asked(request.param, s, lacking - {"PIPELINING"})}
-        yield Comparison(
-            request.param, lacking, play_all(asked, port, server), play_all(SESSIONS, willi.port, server)
-        )
+        yield Comparison(request.param, lacking, play_all(asked, port, server), play_all(SESSIONS, willi.port, server))
 
 
 @pytest.mark.parametrize("session", SESSIONS)

@@ -121,9 +121,7 @@ def test_an_upstream_that_restarts_between_two_messages_is_not_noticed(
 
 
 @pytest.mark.parametrize("verb", [b"MAIL", b"RSET"], ids=bytes.decode)
-def test_a_kept_connection_that_answers_421_is_replaced_silently(
-    verb: bytes, willi: Willi, upstream: ScriptedUpstream
-):
+def test_a_kept_connection_that_answers_421_is_replaced_silently(verb: bytes, willi: Willi, upstream: ScriptedUpstream):
     upstream.answers[verb] = [reply(OK), reply(BUSY)] if verb == b"MAIL" else [reply(BUSY)]
     with greeted(willi) as client:
         assert say_together(client, MAIL, BOB, b"RSET") == [SENDER_KEPT, OK, "250 2.0.0 Ok"]

@@ -342,9 +342,7 @@ def test_why_willi_cannot_start_is_told_once_where_both_are_the_same(tmp_path: P
         "listen": f"{HOST}:{free_port()}", "mappings": {"all": {"type": "csv", "file": "map.csv"}},
     })  # fmt: skip
     command = [PYTHON, str(ROOT / "willi.py"), "-c", str(config)]
-    done = subprocess.run(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=60, check=False
-    )
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=60, check=False)
     assert done.returncode == 1
     assert done.stdout.count("map.csv:2: no server") == 1
 

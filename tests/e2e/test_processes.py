@@ -321,9 +321,7 @@ def test_a_worker_that_still_starts_ends_with_its_master(tmp_path: Path):
     wait_until(lambda: not any(map(is_there, workers)), "the end of the worker")
 
 
-def start_by_hand(
-    directory: Path, table: Path, launcher: Sequence[str] = ()
-) -> tuple[subprocess.Popen[bytes], Path]:
+def start_by_hand(directory: Path, table: Path, launcher: Sequence[str] = ()) -> tuple[subprocess.Popen[bytes], Path]:
     """Without waiting until it is ready: the process, and the file that lists its children."""
     config = write_config(
         directory / "willi.conf",
@@ -466,6 +464,7 @@ def test_a_closed_stdout_is_not_taken_for_a_client(start_willi: StartWilli, upst
     command = ["/bin/sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh", PYTHON, str(ROOT / "willi.py"), "-c", str(config)]
     process = subprocess.Popen(command)
     try:
+
         def is_served() -> bool:
             with suppress(ConnectionError), Client(port) as client:
                 return client.read_reply().code == 220

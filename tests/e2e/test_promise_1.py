@@ -137,9 +137,7 @@ def test_chunks_end_where_the_client_ended_them(willi: Willi, upstream: Scripted
 
 @pytest.mark.parametrize("garbage", NO_VERDICTS.values(), ids=NO_VERDICTS.keys())
 @pytest.mark.parametrize("verb", [b"DATA", b"BDAT"])
-def test_what_is_no_verdict_is_never_a_250(
-    verb: bytes, garbage: bytes, willi: Willi, upstream: ScriptedUpstream
-):
+def test_what_is_no_verdict_is_never_a_250(verb: bytes, garbage: bytes, willi: Willi, upstream: ScriptedUpstream):
     willi.tolerate("Upstream failed")
     upstream.answers[b"BDAT 21 LAST"] = upstream.answers[VERDICT] = garbage
     client = in_data(willi) if verb == b"DATA" else in_envelope(willi)

@@ -150,9 +150,7 @@ def test_nothing_is_said_behind_a_data_that_was_not_answered_yet(
 
 
 @pytest.mark.parametrize("command", [b"QUIT", b"RSET", b"EHLO d.example", b"HELO d.example"])
-def test_chunks_without_a_last_one_are_given_up_without_quit(
-    command: bytes, willi: Willi, upstream: ScriptedUpstream
-):
+def test_chunks_without_a_last_one_are_given_up_without_quit(command: bytes, willi: Willi, upstream: ScriptedUpstream):
     with in_envelope(willi) as client:
         assert chunk(client, b"half\r\n") == "250 2.0.0 ok"
         assert client.command(command).code in (221, 250)
@@ -224,7 +222,7 @@ def test_a_message_may_have_the_largest_size_and_not_one_octet_more(
             client = in_envelope(willi)
             client.send(b"BDAT %d LAST\r\n" % size + octets)
         reply = str(client.read_reply())
-        assert (reply.startswith("250 ") if size == 100_000 else reply == TOO_BIG), (size, reply)
+        assert reply.startswith("250 ") if size == 100_000 else reply == TOO_BIG, (size, reply)
         assert say(client, b"NOOP", b"QUIT") == ["250 2.0.0 Ok", "221 2.0.0 Bye"]
     ends = upstream.wait_for_ends()
     assert ends[0] is Ended.QUIT and set(ends[1:]) <= {Ended.EOF, Ended.RESET}
@@ -246,9 +244,7 @@ def test_the_sizes_of_chunks_add_up(start_willi: StartWilli, upstream: ScriptedU
 
 
 @pytest.mark.parametrize("last", [True, False])
-def test_a_chunk_of_any_announced_size_is_no_message(
-    last: bool, start_willi: StartWilli, upstream: ScriptedUpstream
-):
+def test_a_chunk_of_any_announced_size_is_no_message(last: bool, start_willi: StartWilli, upstream: ScriptedUpstream):
     willi = start_willi(server=upstream.server)
     client = in_envelope(willi)
     client.send(b"BDAT 99999999999999999999%s\r\nx\r\n.\r\nQUIT\r\n" % (b" LAST" if last else b""))

@@ -177,9 +177,7 @@ def test_nobody_new_is_let_in(willi: Willi):
     assert willi.wait() == 0
 
 
-def test_drain_timeout_ends_what_takes_longer_and_delivers_no_half(
-    start_willi: StartWilli, upstream: ScriptedUpstream
-):
+def test_drain_timeout_ends_what_takes_longer_and_delivers_no_half(start_willi: StartWilli, upstream: ScriptedUpstream):
     willi = start_willi(server=upstream.server, drain_timeout="1s")
     message = b"Subject: x\r\n\r\nhalf of it\r\n"
     in_message, in_chunks, envelope = in_data(willi), in_envelope(willi), in_envelope(willi)

@@ -198,6 +198,7 @@ def test_a_client_that_does_not_read_one_reply_is_given_up(start_willi: StartWil
 
 def test_an_upstream_that_drips_runs_into_its_limits(start_willi: StartWilli):
     """One that lets its reply drip, a line in seconds, is as bad as a silent one."""
+
     def refuse(where: bytes) -> None:
         upstream = ScriptedUpstream()
         upstream.extensions = ()

@@ -128,9 +128,7 @@ def test_an_upstream_that_does_not_know_ehlo_gets_helo(start_willi: StartWilli, 
 
 
 @pytest.mark.parametrize("hello", [b"EHLO", b"HELO"], ids=bytes.decode)
-def test_a_host_that_refuses_helo_has_failed(
-    hello: bytes, start_willi: StartWilli, start_upstream: StartUpstream
-):
+def test_a_host_that_refuses_helo_has_failed(hello: bytes, start_willi: StartWilli, start_upstream: StartUpstream):
     bad, good = start_upstream(), start_upstream()
     bad.answers[b"HELO"] = reply("550 5.7.1 no HELO from you")
     if hello == b"EHLO":

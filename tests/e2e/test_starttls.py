@@ -130,9 +130,7 @@ def test_a_failed_handshake_ends_the_connection_only(octets: bytes, willi: Willi
 
 def test_an_old_version_is_refused(start_willi: StartWilli, upstream: ScriptedUpstream, pairs: list[Pair]):
     pair = pairs[0]
-    willi = start_willi(
-        server=upstream.server, tls_cert=str(pair.cert), tls_key=str(pair.key), tls_min_version="1.3"
-    )
+    willi = start_willi(server=upstream.server, tls_cert=str(pair.cert), tls_key=str(pair.key), tls_min_version="1.3")
     for version, works in ((ssl.TLSVersion.TLSv1_2, False), (ssl.TLSVersion.TLSv1_3, True)):
         context = ssl.create_default_context()
         context.check_hostname, context.verify_mode = False, ssl.CERT_NONE

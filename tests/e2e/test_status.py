@@ -524,9 +524,7 @@ def test_our_names_and_addresses_are_answered_and_no_others(willi: Willi, status
     ("GET http://localhost/nowhere HTTP/1.0", [], 404),
     ("GET http://evil.example/healthz HTTP/1.0", [], 421),
 ])  # fmt: skip
-def test_a_request_names_its_host_once(
-    willi: Willi, status: Status, request_line: str, hosts: list[str], code: int
-):
+def test_a_request_names_its_host_once(willi: Willi, status: Status, request_line: str, hosts: list[str], code: int):
     lines = [request_line, *(f"Host: {host}" for host in hosts), "", ""]
     with Client(status.port) as client:
         client.send("\r\n".join(lines).encode())
@@ -653,5 +651,3 @@ def test_lookup_says_so_if_no_worker_answers(start_willi: StartWilli, upstream: 
     finally:
         os.kill(worker, signal.SIGCONT)
     assert upstream.server in status.lookup("bob@b.example")
-
-

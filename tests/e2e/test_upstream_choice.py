@@ -79,9 +79,7 @@ def test_no_upstream_hears_of_a_message_without_a_mapping(
 @pytest.mark.parametrize(
     "answer", ["550 5.7.1 go away / 5.7.1 and stay there", "451 4.7.1 greylisted", "452 4.3.1 full", "550"]
 )
-def test_a_refusal_of_mail_is_the_answer_to_rcpt_word_for_word(
-    answer: str, willi: Willi, upstream: ScriptedUpstream
-):
+def test_a_refusal_of_mail_is_the_answer_to_rcpt_word_for_word(answer: str, willi: Willi, upstream: ScriptedUpstream):
     upstream.answers[b"MAIL"] = reply(answer)
     refusal = str(reply(answer))
     with greeted(willi) as client:
@@ -119,9 +117,7 @@ def test_an_upstream_without_pipelining_hears_no_recipient_after_a_refused_mail(
     assert upstream.commands == [b"EHLO willi.example", MAIL, b"QUIT"]
 
 
-def test_after_a_refused_mail_another_route_is_tried(
-    willi: Willi, upstream: ScriptedUpstream, other: ScriptedUpstream
-):
+def test_after_a_refused_mail_another_route_is_tried(willi: Willi, upstream: ScriptedUpstream, other: ScriptedUpstream):
     upstream.answers[MAIL] = reply("550 5.7.1 not you")
     with greeted(willi) as client:
         expected = [SENDER_KEPT, "550 5.7.1 not you", OK, GO_ON]
@@ -175,9 +171,7 @@ def test_a_refused_data_reaches_the_client_word_for_word(answer: str, willi: Wil
 
 
 @pytest.mark.parametrize("say_it", [say, say_together], ids=["one by one", "in a group"])
-def test_a_552_to_mail_is_a_554_at_rcpt(
-    say_it: Callable[..., list[str]], willi: Willi, upstream: ScriptedUpstream
-):
+def test_a_552_to_mail_is_a_554_at_rcpt(say_it: Callable[..., list[str]], willi: Willi, upstream: ScriptedUpstream):
     """There it would mean too many recipients, and the message would come again for days (RFC 5321 §4.5.3.1.10)."""
     upstream.answers[MAIL] = reply("552 5.3.4 too big / 5.3.4 by far")
     with greeted(willi) as client:

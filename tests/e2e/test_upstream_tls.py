@@ -86,9 +86,7 @@ def test_tls_is_used_as_the_setting_says(
     start_willi: StartWilli, upstream: ScriptedUpstream, secure: ScriptedUpstream, pair: Pair,
 ):  # fmt: skip
     target = secure if offered else upstream
-    willi = start_willi(
-        server=target.server, upstream_tls=upstream_tls, tls_cert=str(pair.cert), tls_key=str(pair.key)
-    )
+    willi = start_willi(server=target.server, upstream_tls=upstream_tls, tls_cert=str(pair.cert), tls_key=str(pair.key))
     willi.tolerate("STARTTLS is required and not offered")
     assert sends(willi, client_tls) == (NO_ANSWER if used is None else QUEUED)
     if used is None:

@@ -123,9 +123,7 @@ def test_a_client_of_which_nothing_is_known_is_deferred_where_its_address_must_b
 
 
 @pytest.mark.parametrize("address", [b"IPV6:::ffff:192.0.2.7", b"IPV6:::FFFF:C000:207", b"192.0.2.7"])
-def test_an_ipv4_client_is_one_however_its_address_is_written(
-    address: bytes, willi: Willi, upstream: ScriptedUpstream
-):
+def test_an_ipv4_client_is_one_however_its_address_is_written(address: bytes, willi: Willi, upstream: ScriptedUpstream):
     with greeted(willi, source=TRUSTED) as client:
         assert say(client, b"XCLIENT PORT=4711 ADDR=" + address) == [BANNER]
         say(client, EHLO)

@@ -343,9 +343,7 @@ def test_names_are_cached(start_willi: StartWilli, upstream: ScriptedUpstream, d
     "refusal",
     [*(f"{code} 5.5.1 no" for code in range(500, 505)), "550 5.7.0 Error: insufficient authorization"],
 )
-def test_a_refusal_of_ourselves_is_logged_and_the_mail_goes_on(
-    refusal: str, willi: Willi, upstream: ScriptedUpstream
-):
+def test_a_refusal_of_ourselves_is_logged_and_the_mail_goes_on(refusal: str, willi: Willi, upstream: ScriptedUpstream):
     upstream.answers[b"XCLIENT"] = reply(refusal)
     willi.tolerate("XCLIENT refused")
     with greeted(willi) as client:
@@ -358,7 +356,10 @@ def test_a_refusal_of_ourselves_is_logged_and_the_mail_goes_on(
 @pytest.mark.parametrize(
     "refusal",
     [
-        "550 5.7.1 your client is blocked", "554 5.7.1 no", "421 4.7.0 go", "450 4.7.1 x",
+        "550 5.7.1 your client is blocked",
+        "554 5.7.1 no",
+        "421 4.7.0 go",
+        "450 4.7.1 x",
         "550 5.7.1 Client host [127.0.0.1] is not authorized to send mail here; see https://rbl.example",
         "550 5.7.1 your network has insufficient authorization, says rbl.example",
     ],

@@ -49,9 +49,7 @@ class Pair:
 class Authority:
     """A root or intermediate certificate (`ca`) and what it signs. A name may be an address."""
 
-    def __init__(
-        self, directory: Path, signed_by: Authority | None = None, begins: int = 0, ends: int = 7
-    ) -> None:
+    def __init__(self, directory: Path, signed_by: Authority | None = None, begins: int = 0, ends: int = 7) -> None:
         """signed_by: None for a root. begins, ends: days from now."""
         directory.chmod(0o755)  # Postfix reads some of it after giving up root
         self._directory = directory

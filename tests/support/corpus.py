@@ -219,9 +219,7 @@ SESSIONS: dict[str, Session] = {
     "a group with a refused sender": session(
         EHLO, Together(b"MAIL FROM:<mail-5@a.example>", BOB, DATA), END, needs="PIPELINING"
     ),
-    "RSET, MAIL, RCPT in a group": session(
-        EHLO, Together(MAIL, BOB, RSET, MAIL, BEN, DATA), END, needs="PIPELINING"
-    ),
+    "RSET, MAIL, RCPT in a group": session(EHLO, Together(MAIL, BOB, RSET, MAIL, BEN, DATA), END, needs="PIPELINING"),
     # BDAT
     "a message in one chunk": in_chunks(HELLO),
     "a message in three chunks": in_chunks(HELLO[:20], HELLO[20:], b"more\r\n"),
@@ -249,7 +247,11 @@ SESSIONS: dict[str, Session] = {
         EHLO, "MAIL FROM:<jörg@a.example> SMTPUTF8".encode(), BOB, DATA, END, needs="SMTPUTF8"
     ),
     "a header in UTF-8": session(
-        EHLO, UTF8 + b" BODY=8BITMIME", BOB, DATA, Message("Subject: Grüße\r\n".encode() + HELLO + b".\r\n"),
+        EHLO,
+        UTF8 + b" BODY=8BITMIME",
+        BOB,
+        DATA,
+        Message("Subject: Grüße\r\n".encode() + HELLO + b".\r\n"),
         needs="SMTPUTF8",
     ),
     # Bodies

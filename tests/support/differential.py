@@ -208,5 +208,3 @@ def exchanges(direct: Outcome, through: Outcome) -> Iterator[Exchange]:
     for one_line, other_line in zip(direct.received, through.received, strict=False):
         for word, other_word in zip(one_line.split(), other_line.split(), strict=False):
             yield Exchange(RECEIVED, word, other_word, ())
-
-

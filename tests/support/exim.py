@@ -178,9 +178,7 @@ def _acls(domains: Sequence[str]) -> str:
 
 def _parse(octets: bytes) -> Stored:
     """Take off what this Exim put on top: Return-path, Envelope-to and Received, folded if they are long."""
-    found = re.match(
-        rb"Return-path: <(.*)>\nEnvelope-to: (.*\n(?:[ \t].*\n)*)(Received: .*\n(?:[ \t].*\n)*)", octets
-    )
+    found = re.match(rb"Return-path: <(.*)>\nEnvelope-to: (.*\n(?:[ \t].*\n)*)(Received: .*\n(?:[ \t].*\n)*)", octets)
     assert found, f"not what Exim stores: {octets[:500]!r}"
     sender, recipients, received = (" ".join(part.decode().split()) for part in found.groups())
     return Stored(sender, recipients, received, octets[found.end() :])

@@ -71,8 +71,10 @@ class OpenSmtpd:
             f"listen on {HOST} port {self.port} {options}",
             f"listen on {HOST} port {self.proxy_port} proxy-v2 {options}",
             f'action "store" maildir "{self.home}/mailbox" virtual <catch-all>',
-            *(f'action "{domain}" relay host "smtp://{HOST}:{port}" src {source} helo mx.example'
-              for domain, port in relays.items()),
+            *(
+                f'action "{domain}" relay host "smtp://{HOST}:{port}" src {source} helo mx.example'
+                for domain, port in relays.items()
+            ),
             *(f'match from any for domain "{domain}" action "store"' for domain in domains),
             *(f'match from any for domain "{domain}" action "{domain}"' for domain in relays),
         ]

@@ -71,7 +71,6 @@ class Limits:
         self._row.take_back_recent(client)
         return False
 
-
     def take_peaks(self) -> dict[str, int]:
         """The most that one client had since the last time, by the name of the limit."""
         taken, self._peaks = self._peaks, {OPEN: 0, RATE: 0}

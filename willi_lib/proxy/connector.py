@@ -150,9 +150,7 @@ class Connector:
                 return upstream
         raise UpstreamFailed("; ".join(failures) or f"{server}: no time was left for it")
 
-    def _hosts(
-        self, route: Route, failures: list[str], loops: list[str], origins: Set[str]
-    ) -> Iterator[Server]:
+    def _hosts(self, route: Route, failures: list[str], loops: list[str], origins: Set[str]) -> Iterator[Server]:
         """The route's servers, with `mx:domain` replaced by its MX hosts."""
         for server in route.servers:
             if not server.mx:

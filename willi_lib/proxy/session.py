@@ -75,9 +75,7 @@ class Session:
         self.may_xclient = may_xclient
         self.stage = Stage.START
         self.transaction: Transaction | None = None
-        self.dispatch = Dispatch(
-            sid, self.settings, service.mappings, service.connector, wire, client, service.counts
-        )
+        self.dispatch = Dispatch(sid, self.settings, service.mappings, service.connector, wire, client, service.counts)
         self.errors = 0  # of the client's own, since its last message
         self.junk = self.deferrals = 0  # since then, too
         self.closing = False  # after the reply that is about to be written

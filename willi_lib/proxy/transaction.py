@@ -267,9 +267,7 @@ class Dispatch:
         except TimeLimit as limit:
             raise LookupFailed(str(limit)) from None
 
-    def _may_share(
-        self, transaction: Transaction, route: Route, recipient: Path, deadline: float = FOREVER
-    ) -> bool:
+    def _may_share(self, transaction: Transaction, route: Route, recipient: Path, deadline: float = FOREVER) -> bool:
         """Whether a later recipient may go to the upstream of the first one. Raises NoRoute, LookupFailed.
 
         While none is accepted, one whose own upstream has refused MAIL or failed must not be asked of another.
