@@ -12,7 +12,7 @@ from tests.conftest import StartUpstream, StartWilli
 from tests.support.certificates import Authority
 from tests.support.daemon import Setting, Willi
 from tests.support.dns import DnsServer, Fault
-from tests.support.loopback import HOST, need, wait_until
+from tests.support.loopback import HOST, need
 from tests.support.network import Host
 from tests.support.promise import greeted, in_data, in_envelope, rcpt
 from tests.support.talk import BOB, CARL, LOST, MAIL, NO_ANSWER, QUEUED, SENDER_KEPT, chunk, content, deliver, say
@@ -210,22 +210,6 @@ def test_without_a_local_port_no_host_is_marked_as_down(
         assert (len(first.messages), other.connections) == (1, [])
     finally:
         machine.stop()
-
-
-def test_without_a_descriptor_for_it_a_client_is_told_421_at_once(tmp_path: Path, upstream: ScriptedUpstream):
-    settings: dict[str, Setting] = {
-        "mappings": {"all": {"type": "static", "server": upstream.server, "tls_verify": False}}
-    }
-    willi = Willi(tmp_path / "willi", settings, prefix=("prlimit", "--nofile=64:64"))
-    clients = [willi.connect(greeting=False) for _ in range(80)]
-    said = [client.read_to_end() if number > 70 else b"" for number, client in enumerate(clients)]
-    assert set(said[71:]) == {b"421 4.3.2 Too many connections, try again later\r\n"}
-    willi.wait_for_log(msg="Connection refused, no file descriptors left")
-    for client in clients:
-        client.close()
-    wait_until(lambda: willi.connect(greeting=False).read_reply().code == 220, "a descriptor")
-    assert deliver(greeted(willi)) == QUEUED
-    willi.end()
 
 
 def test_a_chunk_for_nobody_is_read_to_its_end_all_the_same(broken: Willi, upstream: ScriptedUpstream):
