@@ -31,7 +31,7 @@ LOCK = ROOT / "wheels.sha256"  # as sha256sum writes it
 # What a host needs, if it is committed.
 PACKED = {
     "willi.py", "willi_lib", "etc", "docs", "install.sh", "requirements.txt", "README.md", "CHANGES.md",
-    "SECURITY.md", "LICENSE",
+    "SECURITY.md", "CONTRIBUTING.md", "LICENSE",
 }  # fmt: skip
 
 # The wheels that a tarball carries, by machine and CPython. Others get theirs from the network.

@@ -151,9 +151,9 @@ def test_a_hundred_sessions_at_once_ask_one_question(server, resolver):
 def test_a_failure_is_not_asked_again_by_the_next_session(server, resolver):
     server.zone[reverse(CLIENT)] = Fault.SILENCE
     assert resolver.start_name_of(CLIENT)() == TEMPUNAVAIL
-    asked = len(server.queries)
+    gevent.idle()  # the first question has ended, too
+    server.host("c.example", CLIENT)  # it would answer now; and counting queries would count late repetitions
     assert resolver.start_name_of(CLIENT)() == TEMPUNAVAIL
-    assert len(server.queries) == asked
 
 
 def test_sessions_do_not_wait_for_each_others_names(server, resolver):
