@@ -12,7 +12,8 @@ class Files(LoadFileScheduling):  # type: ignore[misc]
     When a worker dies, the original (3.8.0) gives all its files to the others again: also the test that killed it,
     which kills the next one, and those files of which nothing is left to be done. Who gets such a file is sent no test,
     never answers, and is given nothing more: the run stands for ever. And while the next process still looks for its
-    tests, the death of another one has it sent some, which ends the run.
+    tests, the death of another one has it sent some, which ends the run. And a process keeps the last test that it has
+    until it has another one, or knows that there is none: a replacement that was sent one test stood for ever.
     """
 
     def remove_node(self, node: WorkerController) -> str | None:
@@ -37,3 +38,7 @@ class Files(LoadFileScheduling):  # type: ignore[misc]
     def _reschedule(self, node: WorkerController) -> None:
         if node in self.registered_collections:  # otherwise its turn comes when it knows its tests
             super()._reschedule(node)
+            while self.workqueue and not node.shutting_down and self._pending_of(self.assigned_work[node]) < 2:
+                self._assign_work_unit(node)
+            if not self.workqueue and not node.shutting_down:
+                node.shutdown()  # when it has run what it has
