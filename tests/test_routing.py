@@ -260,11 +260,12 @@ def test_keys_of_anything_are_one_two_or_three_and_lower_case(recipient, delimit
 
 NAMES = st.from_regex(r"[a-z0-9ü]([a-z0-9ü-]{0,10}[a-z0-9ü])?", fullmatch=True)
 DOMAINS = st.lists(NAMES, min_size=1, max_size=4).map(".".join)
-LOCAL_PARTS = st.from_regex(r"[a-zA-Z0-9ßÄ!#$%&'*+/=?^_`{|}~-]+(\.[a-z0-9]+)*", fullmatch=True).filter(
-    lambda part: part != "*"
-)
+LOCAL_PARTS = st.from_regex(r"[a-zA-Z0-9ßÄ!#$%&'*+/=?^_`{|}~-]+(\.[a-z0-9]+)*", fullmatch=True)
 QUOTED = st.from_regex(r'"([ !#-\[\]-~À-ÿ]|\\[ -~])*"', fullmatch=True)
-ADDRESSES = st.builds("{}@{}".format, LOCAL_PARTS | QUOTED, DOMAINS | DOMAINS.map(str.upper))
+# `*@domain` as a pattern is refused, since it is meant for a whole domain; "*"@domain has the same key.
+ADDRESSES = st.builds("{}@{}".format, LOCAL_PARTS | QUOTED, DOMAINS | DOMAINS.map(str.upper)).filter(
+    lambda address: not keys_of(address)[0].startswith("*@")
+)
 
 
 @given(ADDRESSES)

@@ -36,8 +36,9 @@ class SharedWillis:
             willi = willis.pop()
         else:
             willi = start()
-            self._at_first[willi] = willi.children, willi.sockets
+            sockets = willi.sockets  # perhaps one of its start, too; and after the probe perhaps one of that
             willi.probe()
+            self._at_first[willi] = willi.children, min(sockets, willi.sockets)
         willi.forget_log()
         return willi
 
