@@ -350,7 +350,7 @@ class Master:
 
     def _log_exit(self, child: Child, status: int) -> None:
         """Say so, unless it was to be expected, and have it replaced later."""
-        if child.role is STATUS:
+        if child.role is STATUS and child.state is not State.DRAINING:  # at a reload `since` is when that began
             self._status_since = monotonic()
         ended = f"ended with signal {-status}" if status < 0 else f"ended with {status}"
         if child.state is State.KILLED or (child.state is State.DRAINING and status == 0):
