@@ -47,7 +47,12 @@ def lose_a_worker(willi: Willi) -> None:
     os.kill(willi.workers[0], signal.SIGKILL)
 
 
-@pytest.mark.parametrize("happen", [reload, lose_a_worker, Willi.kill, Willi.stop])
+def kill(willi: Willi) -> None:
+    willi.tolerate("The master is dead")  # by a worker, if it is not killed before
+    willi.kill()
+
+
+@pytest.mark.parametrize("happen", [reload, lose_a_worker, kill, Willi.stop])
 def test_a_willi_to_which_something_has_happened_does_not(
     happen: Callable[[Willi], None], willis: SharedWillis, start: Callable[[], Willi]
 ):
