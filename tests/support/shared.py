@@ -19,6 +19,7 @@ HARMLESS = {
     "Message accepted", "Message rejected", "RCPT refused", "Too many errors", "Hanging up", "TLS failed",
     "Upstream failed", "Badly framed reply to a message",
 }  # fmt: skip
+LOOKS = 100  # at its sockets, of which the least count: for a moment it may have one more, of its start or the probe's
 LEFT_OPEN = 1.0  # seconds for what a test left open; then Willi is ended, which waits for it, too
 
 
@@ -36,9 +37,8 @@ class SharedWillis:
             willi = willis.pop()
         else:
             willi = start()
-            sockets = willi.sockets  # perhaps one of its start, too; and after the probe perhaps one of that
             willi.probe()
-            self._at_first[willi] = willi.children, min(sockets, willi.sockets)
+            self._at_first[willi] = willi.children, min(willi.sockets for _ in range(LOOKS))
         willi.forget_log()
         return willi
 
