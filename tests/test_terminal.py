@@ -13,7 +13,7 @@ import struct
 import subprocess
 import termios
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -180,6 +180,16 @@ def test_another_program_at_that_address_is_told_as_such(server: StatusServer, t
     assert "\x1b" not in done.stderr
 
 
+@contextmanager
+def served(answer: Callable[[], None]) -> Iterator[None]:
+    """The answers come from a thread, which has ended at the end."""
+    thread = threading.Thread(target=answer, daemon=True)
+    thread.start()
+    yield
+    thread.join(60)
+    assert not thread.is_alive()
+
+
 @pytest.mark.parametrize("octets", [b"", b"HTTP/1.1 200 OK\r\n"], ids=["silent", "stops in the middle"])
 def test_a_server_that_does_not_go_on_is_given_up(octets: bytes, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(top, "PATIENCE", 0.3)
@@ -192,12 +202,8 @@ def test_a_server_that_does_not_go_on_is_given_up(octets: bytes, monkeypatch: py
                 while connection.recv(1000):
                     pass
 
-        thread = threading.Thread(target=answer, daemon=True)
-        thread.start()
-        with pytest.raises(top.Unanswered, match=r"no answer within|timed out"):
+        with served(answer), pytest.raises(top.Unanswered, match=r"no answer within|timed out"):
             top.fetch(Address(HOST, silent.getsockname()[1]))
-        thread.join(60)
-        assert not thread.is_alive()
 
 
 def test_an_answer_that_drips_is_given_up_although_no_octet_is_late(monkeypatch: pytest.MonkeyPatch):
@@ -213,13 +219,10 @@ def test_an_answer_that_drips_is_given_up_although_no_octet_is_late(monkeypatch:
                     if given_up.wait(0.02):
                         return
 
-        thread = threading.Thread(target=answer, daemon=True)
-        thread.start()
-        with pytest.raises(top.Unanswered, match=r"no answer within 0\.5 s"):
-            top.fetch(Address(HOST, server.getsockname()[1]))
-        given_up.set()
-        thread.join(60)
-        assert not thread.is_alive()
+        with served(answer):
+            with pytest.raises(top.Unanswered, match=r"no answer within 0\.5 s"):
+                top.fetch(Address(HOST, server.getsockname()[1]))
+            given_up.set()
 
 
 def test_who_listens_everywhere_is_asked_here(server: StatusServer):

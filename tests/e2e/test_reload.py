@@ -406,7 +406,9 @@ def test_a_renewed_certificate_needs_no_signal(
     for new, name in ((renewed.cert, cert), (renewed.key, key)):
         Path(shutil.copy(new, tmp_path / "new")).replace(name)
     willi.wait_for_reload()
-    assert willi.lines(msg="A certificate or password has changed")
+    lines = willi.lines(msg="A certificate or password has changed")
+    named = {file for line in lines for file in line["files"].split(",")}
+    assert {key} <= named <= {cert, key}
     assert certificate_of(willi) not in (old, b"")
 
 
@@ -488,7 +490,7 @@ def test_authorities_are_watched_wherever_they_are_named(
     renewed = tmp_path / "renewed.pem"
     renewed.write_bytes(certificates.ca.read_bytes() * 2)
     renewed.replace(authorities)
-    willi.wait_for_log(msg="A certificate or password has changed")
+    assert willi.wait_for_log(msg="A certificate or password has changed")["files"]
 
 
 def test_a_changed_path_of_a_certificate_is_one_reload(

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from willi_lib.net import patch  # isort: skip  # noqa: F401 -- first of all
+from ..net import patch  # isort: skip  # noqa: F401 -- first of all
 
 from collections.abc import Iterator, Sequence
 
-from willi_lib import log
-from willi_lib.config import Settings
-from willi_lib.net.resolver import Resolver
-from willi_lib.net.tls import CertificateError, server_context, upstream_contexts
-from willi_lib.proxy.lookup import show
-from willi_lib.routing.route import MappingError
-from willi_lib.status.finding import Finding
-from willi_lib.text import visible
-
+from .. import log
+from ..config import Settings
+from ..net.resolver import Resolver
+from ..net.tls import CertificateError, server_context, upstream_contexts
+from ..proxy.lookup import show
+from ..routing.route import MappingError
+from ..status.finding import Finding
+from ..text import visible
 from .finding import GOOD, WRONG, faults, report
 from .machine import check_certificates, check_files, check_ports, check_rights
 from .mappings import Destinations, check_mappings, check_postmaster, load_each, load_mappings

@@ -10,8 +10,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 
-from willi_lib.status.finding import Finding
-from willi_lib.text import can_draw, visible, wants_colours
+from ..status.finding import Finding
+from ..text import can_draw, visible, wants_colours
 
 GOOD, WRONG = 0, 1
 COLOURS = {"ok": "\x1b[32m", "warn": "\x1b[33m", "wrong": "\x1b[1;31m"}  # green, yellow, bold red

@@ -18,15 +18,14 @@ from pathlib import Path
 
 import gevent
 
-from willi_lib.config import Address, Certificate, MysqlSettings, Settings
-from willi_lib.config.settings import MappingSettings, keys_of
-from willi_lib.mappings.open import others_can_read
-from willi_lib.net.key_exchange import has_costly_groups
-from willi_lib.net.tls import ANY_STRENGTH, IGNORE_DATES, CertificateError, CertificateFacts, certificate_facts, show
-from willi_lib.processes.listeners import CannotBind, Listeners
-from willi_lib.status.finding import Finding, Level, certificate_level
-from willi_lib.status.words import time_left
-
+from ..config import Address, Certificate, MysqlSettings, Settings
+from ..config.settings import MappingSettings, keys_of
+from ..mappings.open import others_can_read
+from ..net.key_exchange import has_costly_groups
+from ..net.tls import ANY_STRENGTH, IGNORE_DATES, CertificateError, CertificateFacts, certificate_facts, show
+from ..processes.listeners import CannotBind, Listeners
+from ..status.finding import Finding, Level, certificate_level
+from ..status.words import time_left
 from .finding import faults
 
 NO_ISSUER = (2, 20, 21)  # X509_V_ERR_UNABLE_TO_GET_ISSUER_CERT, ..._LOCALLY, ..._VERIFY_LEAF_SIGNATURE

@@ -7,13 +7,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from collections.abc import Mapping as ByKey
 from dataclasses import dataclass, replace
 
-from willi_lib.config import Settings
-from willi_lib.mappings.open import open_mappings
-from willi_lib.routing.route import HostFacts, LookupFailed, Mapping, MappingError, MappingFacts, NoRoute, Route
-from willi_lib.routing.search import find_route
-from willi_lib.status.finding import Finding
-from willi_lib.status.words import several
-
+from ..config import Settings
+from ..mappings.open import open_mappings
+from ..routing.route import HostFacts, LookupFailed, Mapping, MappingError, MappingFacts, NoRoute, Route
+from ..routing.search import find_route
+from ..status.finding import Finding
+from ..status.words import several
 from .finding import faults
 from .rules import is_own
 

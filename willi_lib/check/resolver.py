@@ -9,11 +9,10 @@ import dns.exception
 import dns.inet
 import dns.resolver
 
-from willi_lib.config import Settings
-from willi_lib.net.resolver import DnsFailed, Resolver
-from willi_lib.routing.route import Server
-from willi_lib.status.finding import Finding
-
+from ..config import Settings
+from ..net.resolver import DnsFailed, Resolver
+from ..routing.route import Server
+from ..status.finding import Finding
 from .mappings import Destinations
 
 SEE_RESOLV_CONF = "see /etc/resolv.conf: is a name server there, is it up, and may we reach it?"

@@ -6,10 +6,10 @@ import resource
 from collections.abc import Iterable, Iterator
 from ipaddress import IPv4Network, IPv6Network, ip_address, ip_network
 
-from willi_lib import log
-from willi_lib.config import Settings
-from willi_lib.processes.generation import DESCRIPTORS_PER_SESSION
-from willi_lib.status.finding import Finding
+from .. import log
+from ..config import Settings
+from ..processes.generation import DESCRIPTORS_PER_SESSION
+from ..status.finding import Finding
 
 MINUTE = 60  # seconds
 UNIT_DRAIN = 60  # seconds that etc/willi.service and etc/willi.init leave for a stop

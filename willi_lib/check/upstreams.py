@@ -16,19 +16,18 @@ from math import inf
 
 from gevent.pool import Pool
 
-from willi_lib.config import Settings
-from willi_lib.net.deadline import Clock, WireError
-from willi_lib.net.resolver import NO_ANSWER, Address, Resolver
-from willi_lib.net.tls import CertificateError, CertificateFacts
-from willi_lib.proxy.connector import Connector
-from willi_lib.proxy.upstream import Client, Refused, Upstream, UpstreamFailed, WantsTls, is_not_from_us
-from willi_lib.routing.route import Route
-from willi_lib.smtp import reply as replies
-from willi_lib.smtp import xclient
-from willi_lib.smtp.reply import BadReply, Reject, Reply
-from willi_lib.status.finding import Finding, Level, certificate_level
-from willi_lib.status.words import DAY, several
-
+from ..config import Settings
+from ..net.deadline import Clock, WireError
+from ..net.resolver import NO_ANSWER, Address, Resolver
+from ..net.tls import CertificateError, CertificateFacts
+from ..proxy.connector import Connector
+from ..proxy.upstream import Client, Refused, Upstream, UpstreamFailed, WantsTls, is_not_from_us
+from ..routing.route import Route
+from ..smtp import reply as replies
+from ..smtp import xclient
+from ..smtp.reply import BadReply, Reject, Reply
+from ..status.finding import Finding, Level, certificate_level
+from ..status.words import DAY, several
 from .finding import faults, show_progress
 from .machine import seconds_left
 from .mappings import Destinations

@@ -5,8 +5,7 @@ settings  the table: every key, its default, unit and range, once
 reader    `load`: the file against the table; it collects every fault before it gives up
 """
 
-from willi_lib.hosts import Address
-
+from ..hosts import Address
 from .reader import ConfigError, load
 from .settings import Certificate, CsvSettings, MysqlSettings, Settings, StaticSettings
 

@@ -17,9 +17,8 @@ from typing import Any
 
 from configobj import ConfigObj, ConfigObjError, DuplicateError
 
-from willi_lib.routing.route import Policy
-from willi_lib.text import refuse_invisible, visible
-
+from ..routing.route import Policy
+from ..text import refuse_invisible, visible
 from .settings import ALL_KEYS, MAPPING_KEYS, POLICY_KEYS, QUOTE, TOP_KEYS, TYPE, TYPES, Key, MappingSettings, Settings
 from .values import enumerated
 

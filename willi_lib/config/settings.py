@@ -12,9 +12,8 @@ from ipaddress import IPv4Network, IPv6Network
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from willi_lib.hosts import Address
-from willi_lib.routing.route import Policy, SendProxy, Server, UpstreamTls, Xclient, parse_servers, parse_tls_verify
-
+from ..hosts import Address
+from ..routing.route import Policy, SendProxy, Server, UpstreamTls, Xclient, parse_servers, parse_tls_verify
 from . import values
 from .values import EXTENSIONS, each
 

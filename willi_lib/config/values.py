@@ -13,8 +13,7 @@ from itertools import permutations
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
-from willi_lib.hosts import Address, canonical, is_host_name, parse_ip, parse_port, split_host_port
-
+from ..hosts import Address, canonical, is_host_name, parse_ip, parse_port, split_host_port
 from .cpus import usable_cpus
 
 T = TypeVar("T")

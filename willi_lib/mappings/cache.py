@@ -22,10 +22,9 @@ from typing import NamedTuple, Protocol
 import gevent
 from gevent.event import AsyncResult
 
-from willi_lib import log
-from willi_lib.config import MysqlSettings
-from willi_lib.routing.route import Answer, HostFacts, LookupFailed, MappingError, MappingFacts, Route
-
+from .. import log
+from ..config import MysqlSettings
+from ..routing.route import Answer, HostFacts, LookupFailed, MappingError, MappingFacts, Route
 from .last_row import LastRow
 from .mysql import NOBODY, Down, TooSlow
 

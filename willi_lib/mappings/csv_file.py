@@ -25,8 +25,8 @@ from pathlib import Path
 from time import monotonic, time
 from typing import Any, NamedTuple
 
-from willi_lib.routing.keys import fold_pattern
-from willi_lib.routing.route import (
+from ..routing.keys import fold_pattern
+from ..routing.route import (
     Answer,
     HeldTable,
     LookupFailed,

@@ -21,9 +21,9 @@ import pymysql
 from gevent import ssl
 from gevent.lock import BoundedSemaphore
 
-from willi_lib.config import MysqlSettings
-from willi_lib.hosts import Address
-from willi_lib.routing.route import HostFacts, LookupFailed, Policy, Route, parse_servers, parse_tls_verify
+from ..config import MysqlSettings
+from ..hosts import Address
+from ..routing.route import HostFacts, LookupFailed, Policy, Route, parse_servers, parse_tls_verify
 
 HOST_REST = 60.0  # seconds a host that failed is tried last, as for an upstream
 MAX_IDLE = 60.0  # seconds a connection is kept unused: firewalls forget it after some minutes and tell nobody

@@ -17,14 +17,14 @@ class FileWatch:
     """Some files that are read together. Which, may change with each call."""
 
     def __init__(self) -> None:
-        self._served = ""  # what those that serve have read
-        self._tried = ""  # what was read last, with success or not
-        self._seen = ""  # at the last look
+        self._served: dict[str, str] = {}  # signatures by file: what those that serve have read
+        self._tried: dict[str, str] = {}  # what was read last, with success or not
+        self._seen: dict[str, str] = {}  # at the last look
         self._next_look = self._next_try = 0.0
 
     def will_be_read(self, files: Iterable[str]) -> None:
         """They are about to be read, as they are now, or newer."""
-        self._tried = self._seen = " ".join(map(file_signature, files))
+        self._tried = self._seen = {file: file_signature(file) for file in files}
         self._next_look, self._next_try = monotonic() + INTERVAL, monotonic() + RETRY
 
     def were_read(self) -> None:
@@ -40,10 +40,15 @@ class FileWatch:
         if monotonic() < self._next_look:
             return False
         self._next_look = monotonic() + INTERVAL
-        before, self._seen = self._seen, " ".join(map(file_signature, files))
+        before, self._seen = self._seen, {file: file_signature(file) for file in files}
         if before != self._seen or self._seen == self._served:
             return False
         return self._seen != self._tried or monotonic() >= self._next_try
+
+    @property
+    def changed(self) -> list[str]:
+        """The files that are other ones than those that serve have read."""
+        return [file for file, signature in self._seen.items() if signature != self._served.get(file)]
 
 
 def certificate_files(settings: Settings) -> list[str]:

@@ -208,7 +208,7 @@ class Master:
             return
         files = certificate_files(self._current.settings)
         if self._certificates.have_changed(files):
-            log.info("A certificate or password has changed")
+            log.info("A certificate or password has changed", files=",".join(self._certificates.changed))
             self._wanted = self._wanted or ("overdue" if self._waits_too_long else "automatic")
         if not self._wanted or not self._has_room():
             return

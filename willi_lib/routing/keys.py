@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from unicodedata import name, normalize
 
-from willi_lib.hosts import DOMAIN
-from willi_lib.text import refuse_invisible
+from ..hosts import DOMAIN
+from ..text import refuse_invisible
 
 _DOMAIN = re.compile(DOMAIN)
 _LITERAL = re.compile(r"\[[!-Z^-~]+\]")  # RFC 5321 §4.1.3, whatever the address in it

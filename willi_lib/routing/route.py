@@ -7,9 +7,8 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, Protocol
 
-from willi_lib.hosts import is_host_name, parse_ip, parse_port, split_host_port, with_port
-from willi_lib.text import refuse_invisible
-
+from ..hosts import is_host_name, parse_ip, parse_port, split_host_port, with_port
+from ..text import refuse_invisible
 from .keys import fold_domain, refuse_typeset
 
 DEFAULT_PORT = 25

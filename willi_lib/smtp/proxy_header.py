@@ -13,7 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv6Address
 
-from willi_lib.hosts import canonical
+from ..hosts import canonical
 
 MAX_V1_LINE = 107  # octets with CRLF, section 2.1
 MAX_V2_BLOCK = 2048  # octets after the first 16. The field can say 65,535; addresses and the usual TLVs take under 600

@@ -9,8 +9,7 @@ import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from willi_lib.hosts import canonical, is_host_name, parse_port
-
+from ..hosts import canonical, is_host_name, parse_port
 from . import reply as replies
 from .reply import Reject
 

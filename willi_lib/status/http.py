@@ -23,8 +23,7 @@ from urllib.parse import parse_qs
 import gevent
 from gevent.server import StreamServer
 
-from willi_lib import log
-
+from .. import log
 from . import metrics, page, view
 from .overview import Asked
 from .totals import FRESH, Totals

@@ -11,8 +11,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.core import Metric as Family
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
 
-from willi_lib import VERSION
-
+from .. import VERSION
 from . import counts, view
 from .counts import COUNTER, FOR_PAGE, OTHER, TABLE, Metric
 from .totals import Totals

@@ -7,8 +7,7 @@ from pathlib import Path
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
-from willi_lib.text import visible
-
+from ..text import visible
 from . import charts, words
 from .overview import Asked, Overview
 

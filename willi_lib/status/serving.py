@@ -13,10 +13,9 @@ import gevent
 import gevent.socket
 from gevent.event import AsyncResult, Event
 
-from willi_lib import log
-from willi_lib.config import Settings
-from willi_lib.net.jobs import keep_going
-
+from .. import log
+from ..config import Settings
+from ..net.jobs import keep_going
 from .http import Application, make_servers
 from .overview import Asked, AskedStep
 from .reports import MAX_ANY, Links, parse, send

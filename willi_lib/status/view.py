@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from willi_lib import VERSION
-from willi_lib.status import counts
-
+from .. import VERSION
+from . import counts
 from .finding import RENEW, Finding
 from .overview import Host, Limit, Overview, Table
 from .reports import TableReport

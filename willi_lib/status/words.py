@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from datetime import datetime, timezone
 
-from willi_lib.text import visible
-
+from ..text import visible
 from .finding import Level, certificate_level, limit_level
 from .overview import CertificateState, Event, Host, Limit, Overview, Table
 
