@@ -184,9 +184,10 @@ class Willi:
         """How many the workers have, for clients, upstreams and themselves."""
         count = 0
         for pid in self.workers:
-            with suppress(FileNotFoundError):  # it has ended, or a connection has
+            with suppress(FileNotFoundError):  # it has ended
                 for descriptor in Path(f"/proc/{pid}/fd").iterdir():
-                    count += str(descriptor.readlink()).startswith("socket:")
+                    with suppress(FileNotFoundError):  # this one has, and the others count all the same
+                        count += str(descriptor.readlink()).startswith("socket:")
         return count
 
     def reload(self, settings: Mapping[str, Setting] | None = None) -> None:

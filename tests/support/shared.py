@@ -20,7 +20,7 @@ HARMLESS = {
     "Upstream failed", "Badly framed reply to a message",
 }  # fmt: skip
 LOOKS = 100  # at its sockets, of which the least count: for a moment it may have one more, of its start or the probe's
-LEFT_OPEN = 1.0  # seconds for what a test left open; then Willi is ended, which waits for it, too
+LEFT_OPEN = 3.0  # seconds for what a test left open; then Willi is ended, which waits for it, too
 
 
 class SharedWillis:
