@@ -642,13 +642,16 @@ def test_held_replies_that_the_kernel_does_not_take_go_out_later_in_order(connec
     if secured:
         peer = connect.tls(pair, wire, peer)
     expected = b""
-    while not wire.holds_output:  # until the peer's window is full
-        reply = b"250 %07d " % len(expected) + b"x" * 50_000 + b"\r\n"
-        wire.write(reply)
+    twice = False
+    while not twice:  # until the peer's window is full; the kernel may find room after it had none
+        if not wire.holds_output:
+            reply = b"250 %07d " % len(expected) + b"x" * 50_000 + b"\r\n"
+            wire.write(reply)
+            expected += reply
         wire.send_held()
-        expected += reply
-    wire.send_held()
-    assert wire.holds_output
+        held = wire.holds_output
+        wire.send_held()
+        twice = held and wire.holds_output
     received = connect.thread(lambda: read_exactly(peer, len(expected) + 8))
     wire.write(b"250 Ok\r\n")
     wire.flush()
