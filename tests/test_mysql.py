@@ -14,8 +14,9 @@ from tests.support.daemon import parse_logfmt
 from tests.support.loopback import PATIENCE
 from willi_lib.config import MysqlSettings
 from willi_lib.mappings import cache as module
+from willi_lib.mappings import known_rows
 from willi_lib.mappings.cache import NO_ROW, CachedMapping
-from willi_lib.mappings.last_row import LastRow
+from willi_lib.mappings.known_rows import KnownRows
 from willi_lib.mappings.mysql import Database, Down, NotNow, TooSlow, route_of, statement_of
 from willi_lib.routing.route import Answer, HostFacts, LookupFailed, Policy, Route, parse_servers
 
@@ -74,10 +75,10 @@ class Watched:
 
     def __init__(
         self, table: Table, cache_ttl: float = 60.0, cache_size: int = 1000, stale_ttl: float = 60.0,
-        last_row: LastRow | None = None,
+        rows: KnownRows | None = None,
     ) -> None:  # fmt: skip
         made = settings(timeout=TIMEOUT, cache_ttl=cache_ttl, cache_size=cache_size, stale_ttl=stale_ttl)
-        self.mapping = CachedMapping(made, table, last_row or LastRow())
+        self.mapping = CachedMapping(made, table, rows or KnownRows())
         self.mapping.name = f"mysql:{id(self)}"
 
     def find(self, *keys: str) -> list[Answer]:
@@ -477,8 +478,8 @@ def test_a_no_is_confirmed_once_and_not_beyond_the_end_of_the_last_row_itself(ta
 
 
 def test_a_worker_that_has_found_no_row_is_as_careful_as_the_one_that_has(table: Table, time):
-    last_row = LastRow()
-    watched, other = Watched(table, last_row=last_row), Watched(table, last_row=last_row)
+    known = KnownRows()
+    watched, other = Watched(table, rows=known), Watched(table, rows=known)
     watched.find("b")
     rows, table.routes = table.routes, {}
     for _ in range(2):
@@ -503,8 +504,8 @@ def test_before_the_database_has_shown_a_row_a_no_is_not_definite_and_not_rememb
 
 
 def test_a_row_that_another_worker_has_seen_since_confirms_a_no_without_a_query(table: Table):
-    last_row = LastRow()
-    watched, other = Watched(table, last_row=last_row), Watched(table, last_row=last_row)
+    known = KnownRows()
+    watched, other = Watched(table, rows=known), Watched(table, rows=known)
     watched.find("b")
     other.find("c")
     watched.find("bob@b")
@@ -513,20 +514,55 @@ def test_a_row_that_another_worker_has_seen_since_confirms_a_no_without_a_query(
     assert table.asked == []
 
 
+def test_a_row_that_only_another_worker_has_found_is_no_definite_no_in_a_half_filled_table(table: Table, time):
+    """The row that was found last is there again, the other one not yet."""
+    rows = KnownRows()
+    watched, other = Watched(table, rows=rows), Watched(table, rows=rows)
+    watched.find("b")
+    watched.find("bob@b")
+    row = table.routes.pop("b")
+    for _ in range(2):
+        assert str(other.fails("ann@b", "b")) == "the row for 'b' was there, and is missing"
+        time(20)
+    table.routes["b"] = row
+    assert other.find("ann@b", "b")[-1] == Answer(row, "asked")
+    del table.routes["b"]
+    time(61)
+    other.fails("b")
+    time(61)
+    watched.find("bob@b")
+    assert other.find("b") == [Answer(None, "asked")]
+    assert watched.find("b") == [Answer(None, "asked")], "one worker believes it for all"
+
+
 def test_half_a_write_of_the_last_row_counts_as_none():
-    last_row = LastRow()
-    assert last_row.read() == ("", 0.0)
-    last_row.note("münchen.example", 12.5)
-    assert last_row.read() == ("münchen.example", 12.5)
-    last_row.forget("b.example")
-    assert last_row.read() == ("münchen.example", 12.5)
-    last_row._memory[20:21] = b"?"
-    assert last_row.read() == ("", 0.0)
-    last_row.note("x" * 2000, 1.0)
-    assert last_row.read() == ("", 0.0), "a key that has no room is not noted"
-    last_row.note("b.example", 13.0)
-    last_row.forget("b.example")
-    assert last_row.read()[0] == ""
+    rows = KnownRows()
+    assert rows.last() == ("", 0.0)
+    rows.note("münchen.example", 12.5)
+    assert rows.last() == ("münchen.example", 12.5)
+    rows.forget_last("b.example")
+    assert rows.last() == ("münchen.example", 12.5)
+    rows._last[20:21] = b"?"
+    assert rows.last() == ("", 0.0)
+    rows.note("x" * 2000, 1.0)
+    assert rows.last() == ("", 0.0), "a key that has no room is not noted"
+    rows.note("b.example", 13.0)
+    rows.forget_last("b.example")
+    assert rows.last()[0] == ""
+
+
+def test_all_rows_that_workers_have_found_are_known_and_when_they_were_missed_first(monkeypatch: pytest.MonkeyPatch):
+    rows = KnownRows()
+    assert rows.missing_since("b.example") is None
+    rows.note("b.example", 12.5)
+    rows.note("c.example", 12.5)
+    rows.note_missing("b.example", 13.5)
+    assert [rows.missing_since(key) for key in ("b.example", "c.example", "d.example")] == [13.0, 0.0, None]
+    rows.note("b.example", 14.0)
+    assert rows.missing_since("b.example") == 0.0
+    monkeypatch.setattr(known_rows, "SLOTS", 1)
+    rows.note("e.example", 15.0)
+    assert [rows.missing_since(key) for key in ("c.example", "e.example")] == [None, 0.0], "the newer one is known"
 
 
 def test_a_no_that_cannot_be_confirmed_is_a_failure(table: Table):

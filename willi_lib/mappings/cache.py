@@ -14,7 +14,6 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from math import inf
 from time import monotonic
 from traceback import format_exception
 from typing import NamedTuple, Protocol
@@ -25,7 +24,7 @@ from gevent.event import AsyncResult
 from .. import log
 from ..config import MysqlSettings
 from ..routing.route import Answer, HostFacts, LookupFailed, MappingError, MappingFacts, Route
-from .last_row import LastRow
+from .known_rows import KnownRows
 from .mysql import NOBODY, Down, TooSlow
 
 RETRY_INTERVAL = 5.0  # seconds between sessions that wait for a database that is down ...
@@ -54,7 +53,6 @@ class _Entry(NamedTuple):
 
     route: Route | None
     since: float
-    missing: float | None = None  # since when, if the row of this route was not found again
 
 
 class Source(Protocol):
@@ -73,14 +71,14 @@ class Source(Protocol):
 class CachedMapping:
     """A mapping whose answers come from a database, slowly or not at all."""
 
-    def __init__(self, settings: MysqlSettings, database: Source, last_row: LastRow | None = None) -> None:
-        """last_row: what the workers share. Without it each "no such row" is believed, as by `willi.py lookup`."""
+    def __init__(self, settings: MysqlSettings, database: Source, rows: KnownRows | None = None) -> None:
+        """rows: what the workers share. Without it each "no such row" is believed, as by `willi.py lookup`."""
         self.name = f"mysql:{settings.name}"
         self._settings = settings
         self._database = database
         self._entries: OrderedDict[str, _Entry] = OrderedDict()  # the one that was used last is the last
         self._asking: dict[str, AsyncResult[Route | None]] = {}
-        self._last_row = last_row
+        self._rows = rows
         self._no_row_logged = False
         self._answered = 0.0  # when the database last said anything
         self._outage: _Outage | None = None
@@ -138,12 +136,11 @@ class CachedMapping:
         False: no row is known. Raises LookupFailed: that row is missing, too, so the table is empty or being filled.
         In both cases the answers for these keys are forgotten.
         """
-        if self._last_row is None:
+        if self._rows is None:
             return True
-        found, seen = self._last_row.read()
-        last = self._entries.get(found)
-        misses = [self._entries[key] for key in keys if key in self._entries]
-        if found and misses and not (last and last.missing) and seen >= max(miss.since for miss in misses):
+        found, seen = self._rows.last()
+        misses = [self._entries[key].since for key in keys if key in self._entries]
+        if found and misses and not self._rows.missing_since(found) and seen >= max(misses):
             return True
         is_there = False
         try:
@@ -226,26 +223,25 @@ class CachedMapping:
 
     def _remember(self, key: str, route: Route | None) -> None:
         """Raises LookupFailed: there was a row a moment ago, which this worker or another one has found."""
-        now, before = monotonic(), self._entries.get(key)
-        if route is None and self._was_there(key, before):
-            missing = before and before.missing
-            if missing is None:
-                missing = now
-                log.warn(ROW_IS_MISSING, mapping=self.name, error=key)
-            if now - missing < CONFIRMATION:
-                self._put(key, (before or _Entry(None, -inf))._replace(missing=missing))
-                raise LookupFailed(f"the row for {key!r} was there, and is missing", logged=True)
-            if self._last_row:
-                self._last_row.forget(key)
-        self._put(key, _Entry(route, now))
-        if self._last_row and route:
-            self._last_row.note(key, now)
+        now, rows = monotonic(), self._rows
+        if rows and route:
+            rows.note(key, now)
             self._no_row_logged = False
+        elif rows and self._is_missing(rows, key, now):
+            raise LookupFailed(f"the row for {key!r} was there, and is missing", logged=True)
+        self._put(key, _Entry(route, now))
 
-    def _was_there(self, key: str, before: _Entry | None) -> bool:
-        if before and (before.route or before.missing is not None):
+    def _is_missing(self, rows: KnownRows, key: str, now: float) -> bool:
+        """Whether a row was there and is not yet believed to be gone."""
+        since, before = rows.missing_since(key), self._entries.get(key)
+        if not since and (since is not None or (before and before.route)):
+            log.warn(ROW_IS_MISSING, mapping=self.name, error=key)
+            rows.note_missing(key, now)
+            since = now
+        if since is not None and now - since < CONFIRMATION:
             return True
-        return self._last_row is not None and self._last_row.read()[0] == key
+        rows.forget_last(key)
+        return False
 
     def _put(self, key: str, entry: _Entry) -> None:
         self._entries[key] = entry

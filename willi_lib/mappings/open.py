@@ -14,7 +14,7 @@ from ..config import CsvSettings, MysqlSettings, Settings, StaticSettings
 from ..routing.route import Answer, HeldTable, Mapping, MappingError, MappingFacts, Route
 from .cache import CachedMapping
 from .csv_file import Aside, CsvFile, at_once
-from .last_row import LastRow
+from .known_rows import KnownRows
 from .mysql import Database
 
 READABLE_BY_OTHERS = 0o004  # of a file's mode; the service needs that of the group
@@ -27,7 +27,7 @@ class Surroundings:
     pause: Callable[[], None] = lambda: None  # called now and then while a large file is read, to let others run
     aside: Callable[[], Aside] = lambda: at_once  # makes what does the work with one file
     held: ByKey[str, HeldTable] = field(default_factory=dict)  # the tables of other workers, by mapping
-    last_rows: ByKey[Any, LastRow] = field(default_factory=dict)  # what the workers share, by settings
+    known_rows: ByKey[Any, KnownRows] = field(default_factory=dict)  # what the workers share, by settings
 
 
 def open_mappings(settings: Settings, surroundings: Surroundings | None = None) -> list[Mapping]:
@@ -70,7 +70,7 @@ def _mysql(settings: MysqlSettings, around: Surroundings) -> Mapping:
     if others_can_read(settings.password_file):
         log.warn("Every user of this machine can read the password file", mapping=name, error=settings.password_file)
     try:
-        return CachedMapping(settings, Database(settings, name), around.last_rows.get(settings))
+        return CachedMapping(settings, Database(settings, name), around.known_rows.get(settings))
     except ValueError as fault:
         raise MappingError(f"{name}: {fault}") from None
 

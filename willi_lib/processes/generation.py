@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from .. import log
 from ..config import MysqlSettings, Settings
-from ..mappings.last_row import LastRow
+from ..mappings.known_rows import KnownRows
 from ..net.tls import ServerTls, server_tls
 from .news import News
 from .scoreboard import Scoreboard
@@ -26,7 +26,7 @@ class Generation:
     settings: Settings
     board: Scoreboard
     tls: ServerTls
-    last_rows: Mapping[MysqlSettings, LastRow]
+    known_rows: Mapping[MysqlSettings, KnownRows]
     news: News = field(default_factory=News)
 
     @classmethod
@@ -37,9 +37,9 @@ class Generation:
         """
         tls = server_tls(settings, before.tls if before else None)
         databases = [mapping for mapping in settings.mappings if isinstance(mapping, MysqlSettings)]
-        known = before.last_rows if before else {}
-        last_rows = {database: known.get(database) or LastRow() for database in databases}
-        return cls(settings, _board(settings, before), tls, last_rows, News(before.news.tables if before else None))
+        known = before.known_rows if before else {}
+        known_rows = {database: known.get(database) or KnownRows() for database in databases}
+        return cls(settings, _board(settings, before), tls, known_rows, News(before.news.tables if before else None))
 
     @property
     def remembers(self) -> float:

@@ -16,7 +16,7 @@ from gevent.util import wrap_errors
 
 from .. import log
 from ..mappings import csv_file
-from ..mappings.last_row import LastRow
+from ..mappings.known_rows import KnownRows
 from ..routing.route import HeldTable, Mapping, MappingError
 from . import news
 
@@ -31,7 +31,7 @@ class Start:
     held: ByKey[str, HeldTable] = field(default_factory=dict)  # by mapping: the tables of the workers that serve
     alone: bool = False  # there were such workers, and none is left
     reload: news.Reload = ""
-    last_rows: ByKey[Any, LastRow] = field(default_factory=dict)  # shared by all workers
+    known_rows: ByKey[Any, KnownRows] = field(default_factory=dict)  # shared by all workers
 
 
 class DatabaseDown(MappingError):

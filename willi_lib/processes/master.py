@@ -325,7 +325,7 @@ class Master:
 
         alone = not any(child.state is State.SERVING for child in self._workers)
         reload = self._reload if generation is self._candidate else ""
-        start = Start(self._current.news.tables, alone, reload, generation.last_rows)
+        start = Start(self._current.news.tables, alone, reload, generation.known_rows)
         return worker.run(settings, generation.tls, self._listeners.sockets, row, self._links, channel, start)
 
     def _run_status(self, generation: Generation, row: Row, channel: socket.socket) -> int:

@@ -102,7 +102,7 @@ class Worker:
         """
         resolver = self._resolver = Resolver(settings.dns_timeout)
         resolver.serve_all_sockets()
-        self._mappings = open_mappings(settings, Surroundings(give_way, FileThread, start.held, start.last_rows))
+        self._mappings = open_mappings(settings, Surroundings(give_way, FileThread, start.held, start.known_rows))
         self._mapping_watch = MappingWatch(self._mappings, tell)
         self._mapping_watch.load(start)
         counts = Counts()
