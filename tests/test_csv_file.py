@@ -6,6 +6,7 @@ import csv
 import io
 import os
 import resource
+import tracemalloc
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 
 from tests.test_routing import ADDRESSES, DOMAINS, Table
 from willi_lib.mappings import csv_file as module
-from willi_lib.mappings.csv_file import CALM, CUT_OFF, MAX_FAULTS, PAUSE_LINES, RETRY, CsvFile
+from willi_lib.mappings.csv_file import CALM, CUT_OFF, MAX_FAULTS, MAX_OCTETS, PAUSE_LINES, RETRY, CsvFile
 from willi_lib.routing.keys import fold_pattern
 from willi_lib.routing.route import LookupFailed, MappingError, NoRoute, Policy, Route, parse_servers
 from willi_lib.routing.search import UNSURE, find_route
@@ -323,6 +324,24 @@ def test_a_file_that_cannot_be_read_is_refused_with_the_systems_reason(file, nam
     with pytest.raises(MappingError) as failure:
         CsvFile("csv:map", path, Policy()).read()
     assert str(failure.value) == f"{path}: {why}"
+
+
+def test_a_file_that_is_too_large_is_not_even_read(file, clock):
+    """The memory of this process has no room for it; a worker would be killed."""
+    mapping = read(file, HEADER + "b.example;mx1\n")
+    rename(file, HEADER)
+    os.truncate(file, MAX_OCTETS + 1)
+    assert looks(mapping, clock) is not None
+    tracemalloc.start()
+    with pytest.raises(MappingError, match="has more than 256 MiB") as failure:
+        mapping.read()
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert str(failure.value).startswith(f"{file}: ")
+    assert not failure.value.passing
+    assert peak < MAX_OCTETS
+    assert find(mapping, "b.example") == to("mx1"), "the old table stays"
+    assert looks(mapping, clock) is None, "it is not tried again"
 
 
 def make_pipe(path: Path) -> None:

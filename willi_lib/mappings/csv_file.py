@@ -40,6 +40,8 @@ from ..routing.route import (
 )
 
 HEADER = "pattern;server;tls_verify"
+MAX_OCTETS = 256 << 20  # of one file, six million lines: each worker needs two to four times as much memory for it
+TOO_LARGE = f"has more than {MAX_OCTETS >> 20} MiB, which is too much for the memory of every worker; use type = mysql"
 MAX_FAULTS = 10  # reported of one file
 CALM = 10.0  # seconds a file that is written in place must rest: half of it would have recipients refused
 RETRY = 10.0  # seconds until a file that could not be read is tried again
@@ -202,11 +204,15 @@ class CsvFile:
         return octets
 
     def _read_whole(self) -> tuple[Stamp, bytes, Stamp]:
-        """With the stamps before and after."""
+        """With the stamps before and after. Raises OSError, MappingError."""
         if stat.S_IFMT(Path(self.file).stat().st_mode) not in READABLE:
             raise OSError(errno.ESPIPE, "not a regular file")
         with Path(self.file).open("rb") as file:
-            return Stamp.of(os.fstat(file.fileno())), file.read(), Stamp.of(os.fstat(file.fileno()))
+            before = Stamp.of(os.fstat(file.fileno()))
+            octets = file.read(MAX_OCTETS + 1) if before.size <= MAX_OCTETS else b""
+            if before.size > MAX_OCTETS or len(octets) > MAX_OCTETS:
+                raise MappingError(f"{self.file}: {TOO_LARGE}")
+            return before, octets, Stamp.of(os.fstat(file.fileno()))
 
 
 class _Table:
