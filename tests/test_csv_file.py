@@ -16,8 +16,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.test_routing import ADDRESSES, DOMAINS, Table
+from willi_lib import files
+from willi_lib.files import CALM
 from willi_lib.mappings import csv_file as module
-from willi_lib.mappings.csv_file import CALM, CUT_OFF, MAX_FAULTS, MAX_OCTETS, PAUSE_LINES, RETRY, CsvFile
+from willi_lib.mappings.csv_file import CUT_OFF, MAX_FAULTS, MAX_OCTETS, PAUSE_LINES, RETRY, CsvFile
 from willi_lib.routing.keys import fold_pattern
 from willi_lib.routing.route import LookupFailed, MappingError, NoRoute, Policy, Route, parse_servers
 from willi_lib.routing.search import UNSURE, find_route
@@ -62,7 +64,8 @@ Clock = Callable[[float], None]
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     """The mapping's clock stands still; call it to let seconds pass."""
     now = [1000.0]
-    monkeypatch.setattr(module, "monotonic", lambda: now[0])
+    for clock_user in (files, module):
+        monkeypatch.setattr(clock_user, "monotonic", lambda: now[0])
     return lambda seconds: now.__setitem__(0, now[0] + seconds)
 
 

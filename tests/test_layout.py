@@ -19,7 +19,7 @@ from tests.support.loopback import ROOT
 # A room knows the rooms before it, and itself. All know the log.
 ROOMS = ["log", "smtp", "routing", "config", "net", "mappings", "status", "proxy", "processes", "check"]
 KNOW_ONLY_THEMSELVES = {"smtp", "routing"}  # and two modules that are as pure as they
-ROOM_OF = {"text": "log", "hosts": "log"}
+ROOM_OF = {"text": "log", "hosts": "log", "files": "log"}
 PURE = {
     "text", "hosts",
     "smtp.body", "smtp.syntax", "smtp.reply", "smtp.proxy_header", "smtp.xclient",

@@ -15,6 +15,7 @@ import pytest
 
 from tests.support.dns import DnsServer, Fault
 from tests.support.loopback import HOST, free_port
+from willi_lib import files
 from willi_lib.net import resolver as module
 from willi_lib.net.resolver import MAX_ENTRIES, Cache, DnsFailed, Resolver
 from willi_lib.smtp.xclient import TEMPUNAVAIL, UNAVAILABLE
@@ -287,6 +288,7 @@ def resolv_conf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     file = tmp_path / "resolv.conf"
     monkeypatch.setattr(module, "RESOLV_CONF", file)
     monkeypatch.setattr(module, "RESOLV_CONF_INTERVAL", 0.01)
+    monkeypatch.setattr(files, "CALM", 0.05)
     return file
 
 

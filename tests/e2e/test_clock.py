@@ -31,7 +31,7 @@ KEEP_TIME = (
     "smtp", "net/wire.py", "net/deadline.py", "net/resolver.py", "proxy/upstream.py", "proxy/connector.py",
     "proxy/transaction.py", "proxy/relay.py",
     "proxy/session.py", "mappings/cache.py", "mappings/mysql.py", "processes/limits.py", "processes/scoreboard.py",
-    "processes/admission.py", "processes/worker.py", "processes/child.py", "processes/file_watch.py",
+    "processes/admission.py", "processes/worker.py", "processes/child.py", "files.py",
 )  # fmt: skip
 
 

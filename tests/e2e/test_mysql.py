@@ -229,7 +229,7 @@ def test_an_automatic_reload_waits_for_the_database_and_sighup_says_what_is_lost
 
     renew("old.example")
     mapping = mariadb.mapping(mariadb.table(("b.example", upstream.server, False)))
-    prefix = in_a_hurry(**{"file_watch.INTERVAL": 0.2, "file_watch.RETRY": 1.0})
+    prefix = in_a_hurry(**{"files.INTERVAL": 0.2, "files.RETRY": 1.0})
     willi = start_willi(
         mappings={"db": mapping}, prefix=prefix, **{f"tls_{name}": str(file) for name, file in files.items()}
     )
@@ -294,7 +294,7 @@ def test_a_new_password_in_its_file_needs_no_signal(
     mariadb.query(f"GRANT SELECT ON *.* TO {account}")
     willi = routed(
         ("b.example", upstream.server, False),
-        willi={"prefix": in_a_hurry(**{"file_watch.INTERVAL": 0.2, "file_watch.RETRY": 1.0})},
+        willi={"prefix": in_a_hurry(**{"files.INTERVAL": 0.2, "files.RETRY": 1.0})},
         user="rotated", password="", password_file=str(file), cache_ttl="0s", stale_ttl="0s",
     )  # fmt: skip
     for text in ("mysql:db", RELOAD_WAITS):
@@ -709,7 +709,7 @@ def test_a_password_file_that_everybody_can_read_is_warned_of(
     file.chmod(mode)
     done = run_willi("check", "-c", config(password="", password_file=str(file)))
     assert f"ok     mysql:db: {mariadb.host}: " in done.stdout
-    warning = f"warn   mysql:db: every user of this machine can read {file} -> chmod o= {file}\n"
+    warning = f"warn   {file}: every user of this machine can read this secret -> chmod o= {file}\n"
     assert (warning in done.stdout) == (mode == 0o604)  # in 640 the group is that of the service
     willi = routed(password="", password_file=str(file))
     warned = willi.lines(msg="Every user of this machine can read the password file", lvl="warn", error=str(file))

@@ -249,7 +249,7 @@ ANN = b"RCPT TO:<ann@z.example>"  # whose line is the last one
 def tabled(start_willi: StartWilli, upstream: ScriptedUpstream) -> Willi:
     """One worker, a table of two lines, and quick looks."""
     route = f"127.0.0.1:{upstream.port};false\n"
-    prefix = in_a_hurry(**{"csv_file.CALM": 2.0, "csv_file.RETRY": 0.5, "csv_file.START_PATIENCE": 4.0})
+    prefix = in_a_hurry(**{"files.CALM": 2.0, "csv_file.RETRY": 0.5, "csv_file.START_PATIENCE": 4.0})
     willi = start_willi(csv=f"{HEAD}b.example;{route}z.example;{route}", workers=1, prefix=prefix)
     for text in (FAILED, TABLE_FAULT, NO_TABLE, "Worker ended by itself", "Cannot replace"):
         willi.tolerate(text)
@@ -337,7 +337,7 @@ def test_a_table_whose_file_hangs_stops_no_worker(
 ):
     """As on a dead file server: here it is a pipe that has no writer."""
     line = f"b.example;{upstream.server};false\n"
-    hurry = {"csv_file.CALM": 0.5, "csv_file.RETRY": 0.5, "csv_file.FILE_TIMEOUT": 2.0, "csv_file.START_PATIENCE": 4.0}
+    hurry = {"files.CALM": 0.5, "csv_file.RETRY": 0.5, "csv_file.FILE_TIMEOUT": 2.0, "csv_file.START_PATIENCE": 4.0}
     willi = start_willi(csv=HEAD + line, workers=1, prefix=in_a_hurry(**hurry, **PIPES_HANG))
     for text in (TABLE_FAULT, NO_TABLE, "Worker ended by itself"):
         willi.tolerate(text)
@@ -417,7 +417,7 @@ def test_a_certificate_whose_reload_failed_for_another_reason_is_not_forgotten(
     tmp_path: Path,
 ):  # fmt: skip
     cert, key = copied(postfix_certificate, tmp_path)
-    prefix = in_a_hurry(**{"file_watch.INTERVAL": 0.5, "file_watch.RETRY": 3.0})
+    prefix = in_a_hurry(**{"files.INTERVAL": 0.5, "files.RETRY": 3.0})
     willi = start_willi(
         csv=f"pattern;server\nb.example;{upstream.server};false\n", workers=2, tls_cert=cert, tls_key=key, prefix=prefix
     )
@@ -439,7 +439,7 @@ def test_a_changed_certificate_beside_a_broken_file_is_tried_once_a_minute(
     tmp_path: Path,
 ):  # fmt: skip
     cert, key = copied(postfix_certificate, tmp_path)
-    prefix = in_a_hurry(**{"file_watch.INTERVAL": 0.2, "file_watch.RETRY": 4.0})
+    prefix = in_a_hurry(**{"files.INTERVAL": 0.2, "files.RETRY": 4.0})
     willi = start_willi(server=upstream.server, workers=1, tls_cert=cert, tls_key=key, prefix=prefix)
     willi.tolerate(FAILED)
     good = willi.config.read_text()
@@ -459,7 +459,7 @@ def test_changed_authorities_of_the_system_are_read_again(
 ):
     bundle = tmp_path / "ca-certificates.crt"
     bundle.write_bytes(certificates.ca.read_bytes())
-    prefix = in_a_hurry(**{"file_watch.INTERVAL": 0.2})
+    prefix = in_a_hurry(**{"files.INTERVAL": 0.2})
     environment = {"SSL_CERT_FILE": str(bundle)}
     willi = start_willi(server=upstream.server, workers=1, prefix=prefix, environment=environment)
     bundle.write_text("")
@@ -481,7 +481,7 @@ def test_authorities_are_watched_wherever_they_are_named(
     route = {"type": "static", "server": upstream.server, **(named if where == "a mapping" else {})}
     database = {"type": "mysql", "host": f"{HOST}:{free_port()}", "tls_ca": str(authorities), "query": "SELECT ?"}
     willi = start_willi(
-        prefix=in_a_hurry(**{"file_watch.INTERVAL": 0.2}),
+        prefix=in_a_hurry(**{"files.INTERVAL": 0.2}),
         mappings={"all": route, **({"db": database} if where == "a database" else {})},
         environment={"SSL_CERT_DIR": str(directory)} if where == "a directory" else {},
         **(named if where == "willi.conf" else {}),
@@ -496,7 +496,7 @@ def test_authorities_are_watched_wherever_they_are_named(
 def test_a_changed_path_of_a_certificate_is_one_reload(
     start_willi: StartWilli, upstream: ScriptedUpstream, certificates: Authority, postfix_certificate: Pair
 ):
-    prefix = in_a_hurry(**{"file_watch.INTERVAL": 0.2})
+    prefix = in_a_hurry(**{"files.INTERVAL": 0.2})
     cert, key = postfix_certificate.cert, postfix_certificate.key
     willi = start_willi(server=upstream.server, workers=1, tls_cert=str(cert), tls_key=str(key), prefix=prefix)
     renewed = certificates.issue("another-path.example")

@@ -72,12 +72,12 @@ def run_willi(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
 
 
 # A pipe without a writer stands in for a file on a dead server, if Willi takes it for a file.
-PIPES_HANG: dict[str, object] = {"csv_file.READABLE": (stat.S_IFREG, stat.S_IFIFO)}
+PIPES_HANG: dict[str, object] = {"files.REGULAR": (stat.S_IFREG, stat.S_IFIFO)}
 
 
 def in_a_hurry(**constants: object) -> list[str]:
     """A prefix for the command: changes constants, as `master.TICK`, in the program that is run."""
-    modules = ["from willi_lib.processes import child, file_watch, master"]
+    modules = ["from willi_lib.processes import child, master", "from willi_lib import files"]
     lines = ["import runpy, sys", *modules, "from willi_lib.mappings import csv_file"]
     program = "\n".join([*lines, *(f"{name} = {value}" for name, value in constants.items()), ""])
     run = "sys.argv = sys.argv[2:]; sys.path.insert(0, ''); runpy.run_path(sys.argv[0], run_name='__main__')"

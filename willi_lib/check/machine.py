@@ -18,8 +18,8 @@ from pathlib import Path
 
 import gevent
 
-from ..config import Address, Certificate, MysqlSettings, Settings
-from ..config.settings import MappingSettings, keys_of
+from ..config import Address, Certificate, Settings
+from ..config.settings import paths_of
 from ..mappings.open import others_can_read
 from ..net.key_exchange import has_costly_groups
 from ..net.tls import ANY_STRENGTH, IGNORE_DATES, CertificateError, CertificateFacts, certificate_facts, show
@@ -122,30 +122,17 @@ def _lacks_issuer(pair: Certificate) -> bool:
 def check_files(settings: Settings) -> Iterator[Finding]:
     """Secrets that others can read, files that others can write, and those that the workers cannot read."""
     anybody = "every user of this machine can"
-    for key in settings.tls_key:
-        if others_can_read(key):
-            yield Finding("warn", key, f"{anybody} read this private key", f"chmod o= {key}")
-    databases = [mapping for mapping in settings.mappings if isinstance(mapping, MysqlSettings)]
-    for database in databases:
-        if others_can_read(file := database.password_file):
-            yield Finding("warn", f"mysql:{database.name}", f"{anybody} read {file}", f"chmod o= {file}")
-    if any(database.password for database in databases) and others_can_read(settings.path):
+    for file, key in paths_of(settings):
+        if key.is_secret and others_can_read(file):
+            yield Finding("warn", file, f"{anybody} read this secret", f"chmod o= {file}")
+    if any(getattr(one, "password", "") for one in settings.mappings) and others_can_read(settings.path):
         advice = f"chmod o= {settings.path}, or use password_file"
         yield Finding("warn", settings.path, f"{anybody} read the password in it", advice)
-    files = {file for section in (settings, *settings.mappings) for file in _files(section)}
-    for file in sorted({settings.path, *files}):
+    for file in sorted({settings.path, *(file for file, _ in paths_of(settings))}):
         with suppress(OSError):
             mode = Path(file).stat().st_mode
             if stat.S_ISREG(mode) and mode & stat.S_IWOTH:
                 yield Finding("wrong", file, f"{anybody} change it, and with it where mail goes", f"chmod o-w {file}")
-
-
-def _files(section: Settings | MappingSettings) -> Iterator[str]:
-    """Those that the keys of the whole file, or of a mapping, name."""
-    for name, key in keys_of(type(section)).items():
-        if key.is_path:
-            value = getattr(section, name)
-            yield from value if key.is_list else [value]
 
 
 def check_rights(settings: Settings, files: Iterable[str]) -> Iterator[Finding]:

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import grp
 import pwd
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields
 from ipaddress import IPv4Network, IPv6Network
 from pathlib import Path
@@ -38,6 +38,8 @@ class Key:
     limits: dict[str, Any]  # its other arguments
     is_list: bool = False
     is_path: bool = False  # relative to the directory of the file
+    is_watched: bool = False  # its file is read at a start only: a change needs new workers
+    is_secret: bool = False
 
     def value(self, written: str | list[str], directory: Path) -> Any:
         """Raises ValueError(what is wrong)."""
@@ -53,12 +55,12 @@ class Key:
 
 def key(
     default: str | None, parse: Callable[..., T],
-    secret: bool = False, is_list: bool = False, is_path: bool = False, **limits: Any,
+    is_secret: bool = False, is_list: bool = False, is_path: bool = False, is_watched: bool = False, **limits: Any,
 ) -> T:  # fmt: skip
     """A dataclass field for a `Key`; a type checker sees what its parser returns."""
-    this = Key(default, parse, limits, is_list, is_path)
+    this = Key(default, parse, limits, is_list, is_path or is_watched, is_watched, is_secret)
     optional: Any = {} if default is None else {"default_factory": lambda: this.value(default, Path())}
-    declared: T = field(repr=not secret, metadata={"key": this}, **optional)
+    declared: T = field(repr=not is_secret, metadata={"key": this}, **optional)
     return declared
 
 
@@ -87,8 +89,8 @@ class Settings:
     user: str = key("", values.account, known=pwd.getpwnam)
     group: str = key("", values.account, known=grp.getgrnam)
     workers: int = key("auto", values.worker_count)
-    tls_cert: tuple[str, ...] = key("", each(values.readable), is_path=True, is_list=True)
-    tls_key: tuple[str, ...] = key("", each(values.readable), is_path=True, is_list=True)
+    tls_cert: tuple[str, ...] = key("", each(values.readable), is_watched=True, is_list=True)
+    tls_key: tuple[str, ...] = key("", each(values.readable), is_watched=True, is_secret=True, is_list=True)
     tls_min_version: TlsVersion = key("1.2", values.one_of, words=TlsVersion)
     read_timeout: float = key("5m", values.duration, most="1h")
     write_timeout: float = key("5m", values.duration, most="1h")
@@ -109,7 +111,7 @@ class Settings:
     extensions: frozenset[str] = key(", ".join(EXTENSIONS), values.extension_names, is_list=True)
     strict_8bitmime: bool = key("no", values.yes_no)
     upstream_tls: UpstreamTls = key(POLICY.upstream_tls, values.one_of, words=UpstreamTls)
-    upstream_tls_ca: str = key(POLICY.upstream_tls_ca, values.readable, is_path=True)
+    upstream_tls_ca: str = key(POLICY.upstream_tls_ca, values.readable, is_watched=True)
     xclient: Xclient = key(POLICY.xclient, values.one_of, words=Xclient)
     send_proxy: SendProxy = key(POLICY.send_proxy, values.one_of, words=SendProxy)
     proxy_protocol_hosts: tuple[IPv4Network | IPv6Network, ...] = key("", each(values.network), is_list=True)
@@ -152,10 +154,10 @@ class MysqlSettings:
     port: int = key("3306", values.count, least=1, most=65535)
     unix_socket: str = key("", str, is_path=True)
     user: str = key("", str)
-    password: str = key("", str, secret=True)
-    password_file: str = key("", values.readable, is_path=True)
+    password: str = key("", str, is_secret=True)
+    password_file: str = key("", values.readable, is_watched=True, is_secret=True)
     database: str = key("", str)
-    tls_ca: str = key("", values.readable, is_path=True)
+    tls_ca: str = key("", values.readable, is_watched=True)
     pool_size: int = key("5", values.count, least=1, most=1000)
     timeout: float = key("5s", values.duration, most="1h")
     query: str = key(None, values.lookup_query)
@@ -170,6 +172,18 @@ class MysqlSettings:
 
 
 MappingSettings = StaticSettings | CsvSettings | MysqlSettings
+
+
+def paths_of(settings: Settings) -> Iterator[tuple[str, Key]]:
+    """All files that it names, with their keys."""
+    sections: list[tuple[Any, dict[str, Key]]] = [(settings, TOP_KEYS)]
+    for mapping in settings.mappings:
+        sections += [(mapping, keys_of(type(mapping))), (mapping.policy, POLICY_KEYS)]
+    for section, keys in sections:
+        for name, this in keys.items():
+            value = getattr(section, name) if this.is_path else ""
+            yield from ((path, this) for path in (value if this.is_list else [value]) if path)
+
 
 TYPES: dict[str, type[MappingSettings]] = {"static": StaticSettings, "csv": CsvSettings, "mysql": MysqlSettings}
 TYPE = Key(None, values.one_of, {"words": MappingType})

@@ -10,9 +10,9 @@ import socket
 from collections.abc import Callable, Sequence
 from ipaddress import IPv4Network, IPv6Network, ip_interface
 from itertools import permutations
-from pathlib import Path
 from typing import Any, TypeVar, get_args
 
+from ..files import open_file
 from ..hosts import Address, canonical, is_host_name, parse_ip, parse_port, split_host_port
 from .cpus import usable_cpus
 
@@ -174,7 +174,7 @@ def readable(path: str) -> str:
     """The path of a file that can be opened; it is not read here."""
     if path:
         try:
-            Path(path).open("rb").close()
+            open_file(path).close()
         except OSError as error:
             raise ValueError(f"cannot read {path}: {error.strerror}") from None
     return path

@@ -17,14 +17,13 @@ import errno
 import io
 import os
 import re
-import stat
 from array import array
 from collections.abc import Callable, Iterator, Sequence
-from math import inf
 from pathlib import Path
 from time import monotonic, time
-from typing import Any, NamedTuple
+from typing import Any
 
+from ..files import CALM, FileWatch, Stamp, open_file
 from ..routing.keys import fold_pattern
 from ..routing.route import (
     Answer,
@@ -43,12 +42,10 @@ HEADER = "pattern;server;tls_verify"
 MAX_OCTETS = 256 << 20  # of one file, six million lines: each worker needs two to four times as much memory for it
 TOO_LARGE = f"has more than {MAX_OCTETS >> 20} MiB, which is too much for the memory of every worker; use type = mysql"
 MAX_FAULTS = 10  # reported of one file
-CALM = 10.0  # seconds a file that is written in place must rest: half of it would have recipients refused
 RETRY = 10.0  # seconds until a file that could not be read is tried again
 FILE_TIMEOUT = 30.0  # seconds for the work with a file that may hang; a large one from a slow server takes some
 START_PATIENCE = 30.0  # seconds in which a file must be ready for a worker that starts, if it may wait
 PAUSE_LINES = 2000  # some milliseconds of work
-READABLE = (stat.S_IFREG, stat.S_IFDIR)  # opening a pipe may wait for ever; opening a directory is an error at once
 NO_PATTERNS = "no patterns any more; write a new file beside it and rename that, or take the mapping out of willi.conf"
 CUT_OFF = "has fewer patterns than before and no line end at its end: perhaps a part is missing; else add the line end"
 # Before the first table, these are mistakes in willi.conf; later, and all others, they may be over the next time.
@@ -62,20 +59,6 @@ Aside = Callable[[Callable[[], Any]], Any]  # does work that may hang, as with a
 def at_once(work: Callable[[], Any]) -> Any:
     """Where nothing else would have to wait."""
     return work()
-
-
-class Stamp(NamedTuple):
-    """Differs when the file does. A write sets both times to the same value."""
-
-    device: int
-    inode: int
-    size: int
-    written: int  # nanoseconds
-    changed: int  # also by rename, chmod and the like; nobody can set it back
-
-    @classmethod
-    def of(cls, status: os.stat_result) -> Stamp:
-        return cls(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
 
 
 class CsvFile:
@@ -104,8 +87,9 @@ class CsvFile:
         self.held = held  # the last whole table, ours or that of other workers
         self._unsure_until = 0.0  # monotonic: the first table may be half a file that is just being written
         self._unsure = False
-        self._seen = Stamp(*held.version) if held else None  # the file when we last looked
-        self._due = 0.0  # monotonic: when it is to be read if it stays like this
+        self._watch = FileWatch(0.0, RETRY, lambda path: aside(Path(path).stat))
+        if held:
+            self._watch.seen[file] = Stamp(*held.version)
 
     def __len__(self) -> int:
         """The number of patterns."""
@@ -142,36 +126,32 @@ class CsvFile:
     def changed(self) -> bool:
         """Whether it is time to read the file; to be asked every second or two.
 
-        A new file that took this name by a rename is complete, and read if the next look finds it the same.
-        One that is written in place may be half of what it will be, and cut at a line end it would look
-        perfect: it is read when it has rested for `CALM`. What is wrong with a file is told once, not at every
-        look; what could not be read is tried again.
+        What is wrong with a file is told once, not at every look; what could not be read is tried again.
         """
-        before, self._seen = self._seen, self._look()
-        if self._seen != before:
-            is_complete = self._seen is None or _was_renamed(before, self._seen)
-            self._due = monotonic() + (0.0 if is_complete else CALM)
-            self._unsure = self._unsure or (not is_complete and monotonic() < self._unsure_until)
-            return False
-        return monotonic() >= self._due
+        is_due = self._watch.look((self.file,))
+        self._unsure = self._unsure or (self._watch.is_being_written and monotonic() < self._unsure_until)
+        return is_due
 
     def read(self) -> None:
         """Read the file that `changed` saw; all of it replaces the old table, or, after MappingError, nothing does."""
-        is_first, self._due = self.held is None, monotonic() + RETRY
+        is_first = self.held is None
+        self._watch.failed()  # unless the following succeeds
         try:
             octets = self._octets()
             table = _Table(self.name, self._policy)
             table.read(self.file, octets, self._pause)
-            self.held = self._compared(HeldTable(self._seen or (), len(table.routes), octets.endswith(b"\n")))
+            version = self._watch.seen[self.file] or ()
+            self.held = self._compared(HeldTable(version, len(table.routes), octets.endswith(b"\n")))
         except MemoryError:
             self.fault = f"{self.file}: not enough memory to read it"
             raise MappingError(self.fault, passing=True) from None
         except MappingError as error:
             self.fault = error.faults[0]
-            self._due = self._due if error.passing else inf
+            self._watch.failed(retry=error.passing)
             raise
         self._table = table
-        self.loaded_at, self.fault, self._due = time(), "", inf
+        self._watch.were_read()
+        self.loaded_at, self.fault = time(), ""
         self._unsure, self._unsure_until = not table.routes, monotonic() + CALM if is_first else 0.0
 
     def _compared(self, new: HeldTable) -> HeldTable:
@@ -183,12 +163,6 @@ class CsvFile:
             raise MappingError(f"{self.file}: {CUT_OFF}")
         return new
 
-    def _look(self) -> Stamp | None:
-        try:
-            return Stamp.of(self._aside(Path(self.file).stat))
-        except OSError:
-            return None  # `read` will say why
-
     def _octets(self) -> bytes:
         """All of the file. Raises MappingError."""
         octets: bytes
@@ -198,16 +172,14 @@ class CsvFile:
             subject = f"{self._where}: file: cannot read {self.file}" if self._where else self.file
             passing = self.held is not None or failure.errno not in MISTAKES
             raise MappingError(f"{subject}: {failure.strerror}", passing=passing) from None
-        self._seen = self._seen or stamp
-        if stamp != self._seen or (stamp.size, stamp.written) != (after.size, after.written):  # not of a later rename
+        seen = self._watch.seen[self.file] = self._watch.seen.get(self.file) or stamp
+        if stamp != seen or (stamp.size, stamp.written) != (after.size, after.written):  # not of a later rename
             raise MappingError(f"{self.file}: written while it was read", passing=True)
         return octets
 
     def _read_whole(self) -> tuple[Stamp, bytes, Stamp]:
         """With the stamps before and after. Raises OSError, MappingError."""
-        if stat.S_IFMT(Path(self.file).stat().st_mode) not in READABLE:
-            raise OSError(errno.ESPIPE, "not a regular file")
-        with Path(self.file).open("rb") as file:
+        with open_file(self.file) as file:
             before = Stamp.of(os.fstat(file.fileno()))
             octets = file.read(MAX_OCTETS + 1) if before.size <= MAX_OCTETS else b""
             if before.size > MAX_OCTETS or len(octets) > MAX_OCTETS:
@@ -277,15 +249,6 @@ class _Table:
         route = Route(parse_servers(server), tls_verify, self._policy, self._mapping)
         self._by_text[rest] = self.unique.setdefault(route, route)
         return self._by_text[rest]
-
-
-def _was_renamed(before: Stamp | None, now: Stamp) -> bool:
-    """Whether another file has taken the name, and has not been written to since.
-
-    A file that was removed and is created again is another one, too; but its times are equal.
-    """
-    other = before is None or (before.device, before.inode) != (now.device, now.inode)
-    return other and now.changed != now.written
 
 
 def _fold(pattern: str, rest: str) -> str:

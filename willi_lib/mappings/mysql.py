@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 from time import monotonic
 
 import gevent
@@ -22,6 +21,7 @@ from gevent import ssl
 from gevent.lock import BoundedSemaphore
 
 from ..config import MysqlSettings
+from ..files import open_file, read_file
 from ..hosts import Address
 from ..routing.route import HostFacts, LookupFailed, Policy, Route, parse_servers, parse_tls_verify
 
@@ -314,7 +314,7 @@ def _password(settings: MysqlSettings) -> bytes:
     if not settings.password_file:
         return settings.password.encode()
     try:
-        password = Path(settings.password_file).read_bytes().rstrip(b"\r\n")
+        password = read_file(settings.password_file).rstrip(b"\r\n")
     except OSError as error:
         raise ValueError(f"password_file: cannot read {settings.password_file}: {error.strerror}") from None
     if not password or b"\n" in password:
@@ -327,9 +327,10 @@ def _client_context(settings: MysqlSettings) -> ssl.SSLContext:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname = not settings.unix_socket
     try:
+        open_file(settings.tls_ca).close()
         context.load_verify_locations(settings.tls_ca)
     except OSError as error:
-        raise ValueError(f"tls_ca: {settings.tls_ca}: {getattr(error, 'reason', None) or error}") from None
+        raise ValueError(f"tls_ca: {settings.tls_ca}: {getattr(error, 'reason', None) or error.strerror}") from None
     return context
 
 

@@ -7,6 +7,8 @@ import ssl
 import tempfile
 from pathlib import Path
 
+from ..files import read_file
+
 CERTIFICATE, KEY, LOCKED_KEY, REQUEST, PUBLIC_KEY, PKCS7 = "certificate", "key", "locked", "request", "public", "pkcs7"
 DER_CERTIFICATE, DER_KEY, PKCS12, EMPTY = "der certificate", "der key", "pkcs12", "empty"
 
@@ -42,7 +44,7 @@ _OTHERWISE = {
 
 def fault_of(cert: str, key: str) -> str:
     """What is wrong with the two files, by what they contain; empty: nothing. Raises OSError, which names the file."""
-    in_cert, in_key = contents(Path(cert).read_bytes()), contents(Path(key).read_bytes())
+    in_cert, in_key = contents(read_file(cert)), contents(read_file(key))
     if KEY in in_cert and CERTIFICATE in in_key and CERTIFICATE not in in_cert and KEY not in in_key:
         return f"{cert}: tls_cert is the private key, and tls_key {key} the certificate: exchange the two"
     for setting, file, found, wanted in (("tls_cert", cert, in_cert, CERTIFICATE), ("tls_key", key, in_key, KEY)):
@@ -96,7 +98,7 @@ def mismatch(cert: str, key: str, other_keys: list[str]) -> str:
     for other in other_keys:
         if fits(cert, other):
             return f"{text}; that is {other}: name certificates and keys in the same order"
-    blocks = re.findall(rb"-----BEGIN CERTIFICATE-----.*?-----END CERTIFICATE-----", Path(cert).read_bytes(), re.DOTALL)
+    blocks = re.findall(rb"-----BEGIN CERTIFICATE-----.*?-----END CERTIFICATE-----", read_file(cert), re.DOTALL)
     for block in blocks[1:]:
         with tempfile.NamedTemporaryFile(suffix=".pem") as alone:
             alone.write(block + b"\n")

@@ -28,9 +28,9 @@ from gevent.event import AsyncResult
 from gevent.resolver import ares, cares
 
 from .. import log
+from ..files import FileWatch, read_file
 from ..hosts import is_host_name
 from ..smtp.xclient import TEMPUNAVAIL, UNAVAILABLE
-from .file_signature import file_signature
 
 RESOLV_CONF = Path("/etc/resolv.conf")
 RESOLV_CONF_INTERVAL = 5.0  # seconds between looks at it
@@ -138,7 +138,7 @@ def _first_name_servers() -> list[str]:
     """Without a name server, or a file, this host is one."""
     servers: list[str] = []
     with suppress(OSError):
-        servers = name_servers(RESOLV_CONF.read_text("utf-8", "replace"))
+        servers = name_servers(read_file(RESOLV_CONF).decode("utf-8", "replace"))
     return servers or ["127.0.0.1"]
 
 
@@ -163,7 +163,9 @@ class Resolver:
             options = {"servers": [address], "udp_port": port, "tcp_port": port}
             self._dnspython.port = port
         self._ares = _Ares(tries=ROUNDS, timeout=FIRST_ROUND, **options)
-        self._signature = file_signature(RESOLV_CONF)  # of what has been read
+        self._resolv_conf = FileWatch(interval=0.0, retry=RESOLV_CONF_INTERVAL)
+        self._resolv_conf.note([str(RESOLV_CONF)])
+        self._resolv_conf.were_read()
         self._take_name_servers([server[0]] if server else _first_name_servers())
         self._asking: dict[str, AsyncResult[str]] = {}
 
@@ -184,11 +186,11 @@ class Resolver:
         logged = ""
         while True:
             gevent.sleep(RESOLV_CONF_INTERVAL)
-            signature = file_signature(RESOLV_CONF)
-            if signature == self._signature:
+            if not self._resolv_conf.look([str(RESOLV_CONF)]):
                 continue
+            self._resolv_conf.failed()  # unless the following succeeds
             try:
-                servers = name_servers(RESOLV_CONF.read_text("utf-8", "replace"))
+                servers = name_servers(read_file(RESOLV_CONF).decode("utf-8", "replace"))
                 if not servers:  # it is still being written, or the network is down: the old ones are no worse
                     continue
                 self._ares.read_again()
@@ -197,7 +199,8 @@ class Resolver:
                     log.error("Cannot read resolv.conf, the old name servers stay", error=str(error))
                 logged = str(error)
                 continue
-            self._signature, logged = signature, ""
+            self._resolv_conf.were_read()
+            logged = ""
             self._take_name_servers(servers)
             log.info("resolv.conf read again", name_servers=" ".join(servers))
 

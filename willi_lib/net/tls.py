@@ -9,9 +9,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime, timezone
-from pathlib import Path
 
 from ..config import Certificate, Settings
+from ..files import open_file, read_file
 from .key_exchange import limit_key_exchange
 from .pem_files import fault_of, mismatch, no_passphrase
 
@@ -74,7 +74,7 @@ def server_tls(settings: Settings, before: ServerTls | None = None) -> ServerTls
 def _digest(file: str) -> bytes:
     """Raises CertificateError."""
     try:
-        return hashlib.sha256(Path(file).read_bytes()).digest()
+        return hashlib.sha256(read_file(file)).digest()
     except OSError as error:
         raise CertificateError(f"{file}: {error.strerror}") from None
 
@@ -171,6 +171,8 @@ def client_context(verify: bool, ca_file: str = "") -> ssl.SSLContext:
     of_system = ssl.get_default_verify_paths()
     file, directory = (ca_file, None) if ca_file else (of_system.cafile, of_system.capath)
     try:
+        if file:
+            open_file(file).close()
         if file or directory:  # not load_default_certs: it says nothing if it cannot read them, and leaves an empty set
             context.load_verify_locations(file, directory)
     except OSError as error:

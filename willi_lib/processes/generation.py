@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from .. import log
-from ..config import MysqlSettings, Settings
+from ..config import Settings
+from ..config.settings import MappingSettings
 from ..mappings.known_rows import KnownRows
 from ..net.tls import ServerTls, server_tls
 from .news import News
@@ -26,7 +27,7 @@ class Generation:
     settings: Settings
     board: Scoreboard
     tls: ServerTls
-    known_rows: Mapping[MysqlSettings, KnownRows]
+    known_rows: Mapping[MappingSettings, KnownRows]
     news: News = field(default_factory=News)
 
     @classmethod
@@ -36,16 +37,15 @@ class Generation:
         Raises CertificateError.
         """
         tls = server_tls(settings, before.tls if before else None)
-        databases = [mapping for mapping in settings.mappings if isinstance(mapping, MysqlSettings)]
         known = before.known_rows if before else {}
-        known_rows = {database: known.get(database) or KnownRows() for database in databases}
+        known_rows = {mapping: known.get(mapping) or KnownRows() for mapping in settings.mappings}
         return cls(settings, _board(settings, before), tls, known_rows, News(before.news.tables if before else None))
 
     @property
     def remembers(self) -> float:
         """Seconds for which its workers remember what a database has said."""
-        databases = [one for one in self.settings.mappings if isinstance(one, MysqlSettings)]
-        return max([one.cache_ttl + one.stale_ttl for one in databases], default=0.0)
+        times = ("cache_ttl", "stale_ttl")
+        return max(sum(getattr(mapping, name, 0.0) for name in times) for mapping in self.settings.mappings)
 
 
 def _board(settings: Settings, before: Generation | None) -> Scoreboard:

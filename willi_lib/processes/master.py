@@ -10,18 +10,19 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import ssl
 from collections.abc import Callable
 from functools import partial
 from time import monotonic
 
-from .. import log
+from .. import files, log
 from ..config import Address, ConfigError, Settings
+from ..config.settings import paths_of
 from ..net.tls import CertificateError
 from ..status.reports import Links
 from ..status.words import several
 from . import systemd
 from .child import DATABASE_DOWN, STATUS, TRY_AGAIN, WORKER, Backoff, Child, Role, State
-from .file_watch import FileWatch, certificate_files
 from .fork import SIGNALS, become
 from .generation import GENERATIONS, Generation, raise_descriptor_limit
 from .listeners import CannotBind, Listeners
@@ -64,7 +65,7 @@ class Master:
 
     def __init__(self, settings: Settings, read_again: Callable[[], Settings]) -> None:
         """Raises Unusable, CannotBind."""
-        self._certificates = FileWatch()
+        self._certificates = files.FileWatch(files.INTERVAL, files.RETRY)
         self._current = self._new_generation(settings, None)
         self._candidate: Generation | None = None  # whose workers are starting
         self._read_again = read_again
@@ -146,7 +147,7 @@ class Master:
 
     def _new_generation(self, settings: Settings, before: Generation | None) -> Generation:
         """Raises Unusable."""
-        self._certificates.will_be_read(certificate_files(settings))
+        self._certificates.note(_watched_files(settings))
         try:
             return Generation.of(settings, before)
         except CertificateError as error:
@@ -206,14 +207,14 @@ class Master:
     def _reload_if_asked(self) -> None:
         if self._candidate:
             return
-        files = certificate_files(self._current.settings)
-        if self._certificates.have_changed(files):
+        if self._certificates.look(_watched_files(self._current.settings)):
             log.info("A certificate or password has changed", files=",".join(self._certificates.changed))
             self._wanted = self._wanted or ("overdue" if self._waits_too_long else "automatic")
         if not self._wanted or not self._has_room():
             return
         self._reload, self._wanted = self._wanted, ""
-        self._certificates.will_be_read(files)  # or tried: willi.conf may have a fault
+        self._certificates.note(_watched_files(self._current.settings))
+        self._certificates.failed()  # unless the following succeeds: willi.conf may have a fault
         self._reload_began = monotonic()
         log.info("Reloading")
         systemd.notify_reloading()
@@ -389,6 +390,13 @@ class Master:
                 child.kill()
             if stuck and state is State.SERVING:
                 self._backoff[child.role].died(now - child.started)
+
+
+def _watched_files(settings: Settings) -> list[str]:
+    """Certificates, keys, authorities, and passwords of databases."""
+    of_system = ssl.get_default_verify_paths()
+    named = [path for path, key in paths_of(settings) if key.is_watched]
+    return [*named, *(path for path in (of_system.cafile, of_system.capath) if path)]
 
 
 def _status_addresses(settings: Settings) -> list[Address]:
