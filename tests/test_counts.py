@@ -32,10 +32,10 @@ from willi_lib.status.counts import (
     SESSIONS,
     TABLE,
     Counts,
+    Event,
     HostState,
     Row,
 )
-from willi_lib.status.overview import Event
 from willi_lib.status.reports import MAX_ANY, MAX_DATAGRAM, Links, packed, parse, send
 
 HOST = "mail.example:25"
@@ -61,19 +61,19 @@ def received(reader: socket.socket) -> list[dict[str, Any]]:
 
 def numbers(rows: list[Row]) -> dict[tuple[str, ...], float]:
     """The counters among the rows."""
-    return {tuple(key): value for kind, key, value in rows if kind == module.NUMBER and value}
+    return {(name, *labels): value for name, labels, value in rows if isinstance(value, int | float)}
 
 
 def durations(rows: list[Row]) -> dict[tuple[str, ...], list[float]]:
-    return {tuple(key): value for kind, key, value in rows if kind == module.DURATION}
+    return {(name, *labels): value for name, labels, value in rows if isinstance(value, list)}
 
 
 def states(rows: list[Row]) -> dict[str, HostState]:
-    return {key[0]: HostState(**value) for kind, key, value in rows if kind == module.HOST}
+    return {labels[0]: HostState(**value) for name, labels, value in rows if name == module.HOST}
 
 
 def events(rows: list[Row]) -> list[Event]:
-    return [Event(**value) for kind, _, value in rows if kind == module.EVENT]
+    return [Event(**value) for name, _, value in rows if name == module.EVENT]
 
 
 # Counting
@@ -81,12 +81,12 @@ def events(rows: list[Row]) -> list[Event]:
 
 def test_rows_say_how_much_so_far():
     counts = Counts()
-    counts.sessions += 2
+    counts.add(SESSIONS, number=2)
     counts.add(MESSAGES, "accepted", "csv:/x")
     counts.took(0.2, SESSION_SECONDS)
     for _ in range(2):
         assert numbers(counts.rows()) == {("sessions",): 2, ("messages", "accepted", "csv:/x"): 1}
-    counts.sessions += 1
+    counts.add(SESSIONS)
     counts.took(0.3, SESSION_SECONDS)
     rows = counts.rows()
     assert numbers(rows)["sessions",] == 3
@@ -151,7 +151,6 @@ def test_what_is_counted_together_becomes_all_the_numbers_that_it_stands_for():
         ("upstream_messages", HOST, "accepted"): 2,
         ("upstream_octets", HOST): 110,
         ("upstream_connects", HOST, "opened"): 1,
-        ("upstream_greeting_seconds", HOST): 0.25,
         ("tls", "upstream", "TLSv1.3"): 1,
         ("tls", "client", "none"): 1,
         ("xclient", "accepted"): 1,
@@ -161,6 +160,7 @@ def test_what_is_counted_together_becomes_all_the_numbers_that_it_stands_for():
     assert {key: (sum(row[:-1]), row[-1]) for key, row in durations(rows).items()} == {
         ("session_duration_seconds",): (1, 2.0),
         ("upstream_connect_duration_seconds",): (1, 0.25),
+        ("upstream_greeting_seconds", HOST): (1, 0.25),
         ("lookup_duration_seconds", "csv:a"): (2, 1.0),
     }
 
@@ -293,20 +293,20 @@ def test_a_worker_has_a_report_that_fits_however_much_there_is_to_tell(links: Li
             reports += received(links.reports)
             gevent.sleep(0)
     reports += received(links.reports)
-    assert [table["name"][-1] for table in reports[0]["tables"][:2]] == ["0", "1"]
-    assert min(len(reports[0]["tables"]), len(reports[0]["certificates"])) > 1
+    assert [mapping["name"][-1] for mapping in reports[0]["mappings"][:2]] == ["0", "1"]
+    assert min(len(reports[0]["mappings"]), len(reports[0]["certificates"])) > 1
     assert {report["turn"] for report in reports} == {0}
     rows = [row for report in reports for row in report["rows"]]
     assert len(numbers(rows)) == len(states(rows)) == MAX_HOSTS
 
 
 def test_a_datagram_has_its_limit():
-    rows: list[Row] = [[module.NUMBER, 1, "x" * 1000, str(number)] for number in range(100)]
+    rows: list[Row] = [["x" * 1000, [str(number)], 1] for number in range(100)]
     parts = list(packed(rows))
     assert [row for part in parts for row in part] == rows
     assert len(parts) == 4
     assert list(packed([])) == [[]]
-    assert all(sum(len(row[2]) for row in part) < MAX_DATAGRAM for part in parts)
+    assert all(sum(len(row[0]) for row in part) < MAX_DATAGRAM for part in parts)
 
 
 def test_a_report_that_cannot_be_sent_does_no_harm(links: Links):

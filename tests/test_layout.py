@@ -34,8 +34,8 @@ WORLD = {
 # `check` is a process of its own and patches it as the worker does.
 KNOW_GEVENT = {
     "net", "mappings.mysql", "mappings.cache", "processes.admission", "processes.in_child",
-    "processes.mapping_watch", "processes.status_process", "processes.worker", "check", "status.http",
-    "status.reporter", "status.serving",
+    "processes.mapping_watch", "processes.status_process", "processes.worker", "check",
+    "status.reporter", "status.web",
 }  # fmt: skip
 
 

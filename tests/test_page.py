@@ -14,10 +14,13 @@ from tests.support import overviews
 from tests.support.loopback import ROOT
 from tests.support.overviews import HOSTILE, NOW
 from willi_lib.status import charts, page, words
+from willi_lib.status import overview as state
 from willi_lib.status.charts import Chart, Layer
+from willi_lib.status.counts import Event
 from willi_lib.status.finding import Finding
-from willi_lib.status.last_hour import MINUTES
-from willi_lib.status.overview import Asked, AskedStep, CertificateState, Event, Host, Limit, Minute, Overview, Table
+from willi_lib.status.overview import Asked, AskedStep, Host, Limit, MappingState, Minute, Overview
+from willi_lib.status.reports import CertificateState
+from willi_lib.status.totals import MINUTES
 from willi_lib.text import visible
 
 OVERVIEWS = {
@@ -86,7 +89,7 @@ def test_malice_makes_no_more_elements_than_harmless_text():
             overview, domain="x", version="x", last_reload_error="x",
             problems=tuple(Finding("wrong", "x", "x", f"x{number}") for number in range(len(overview.problems))),
             hosts=tuple(replace(host, name="x", last_error="x") for host in overview.hosts),
-            tables=tuple(replace(table, name="x", kind="x", last_error="x") for table in overview.tables),
+            mappings=tuple(replace(one, name="x", kind="x", last_error="x") for one in overview.mappings),
             certificates=tuple(replace(one, file="x", names=("x",)) for one in overview.certificates),
             events=tuple(replace(event, **calm) for event in overview.events),
         )  # fmt: skip
@@ -99,7 +102,7 @@ def test_malice_makes_no_more_elements_than_harmless_text():
 
 TEXTS = [
     (kind, field.name)
-    for kind in (Overview, Finding, Event, Host, Table, CertificateState, Limit)
+    for kind in (Overview, Finding, Event, Host, MappingState, CertificateState, Limit)
     for field in fields(kind)
     if field.type == "str"
 ]
@@ -109,8 +112,8 @@ TEXTS = [
 def test_each_text_is_shown_escaped_wherever_it_is_shown(kind: type, name: str):
     overview = overviews.troubled()
     where = {
-        Finding: "problems", Event: "events", Host: "hosts", Table: "tables", CertificateState: "certificates",
-        Limit: "limits",
+        Finding: "problems", Event: "events", Host: "hosts", MappingState: "mappings",
+        CertificateState: "certificates", Limit: "limits",
     }  # fmt: skip
     change: dict[str, Any] = {name: ALIEN}
     if kind is not Overview:
@@ -119,7 +122,7 @@ def test_each_text_is_shown_escaped_wherever_it_is_shown(kind: type, name: str):
     html = page.render(overview, None)
     assert "<b" not in html.replace("<bdi", "").replace("<body", "").replace("<button", "")
     assert "\u202e" not in html and "\r" not in html
-    hidden = {(Table, "kind"), (Event, "error_src")}  # these are ours; they choose words and are not shown
+    hidden = {(MappingState, "kind"), (Event, "error_src")}  # these are ours; they choose words and are not shown
     assert ((kind, name) in hidden) or ALIEN_SHOWN in html
 
 
@@ -180,22 +183,22 @@ def test_a_good_day_is_green_and_asks_nothing_of_anybody():
 def test_a_bad_night_names_each_problem_and_what_to_do():
     overview = overviews.troubled()
     root = parsed(overview)
-    state = section(root, "state")
-    assert "6 problems need you" in state
+    told = section(root, "state")
+    assert "6 problems need you" in told
     for problem in overview.problems:
-        assert str(problem) in state
-    assert state.index("What to do") > state.index(str(overview.problems[-1]))
-    hints = words.advice(overview)
+        assert str(problem) in told
+    assert told.index("What to do") > told.index(str(overview.problems[-1]))
+    hints = state.advice(overview)
     assert len(hints) == 6
     for hint in hints:
-        assert hint in state
+        assert hint in told
     assert root.findtext("head/title") == "6 problems need you: mx1.example.org"
 
 
 def test_an_advice_for_several_problems_is_given_once():
     problems = tuple(Finding("wrong", f"{name}:25", "the upstream is down", "Look at it.") for name in "abc")
-    assert words.advice(replace(overviews.healthy(), problems=problems)) == ["Look at it."]
-    assert words.advice(overviews.healthy()) == []
+    assert state.advice(replace(overviews.healthy(), problems=problems)) == ["Look at it."]
+    assert state.advice(overviews.healthy()) == []
 
 
 def test_the_page_refreshes_itself_unless_something_is_asked():
@@ -233,8 +236,8 @@ def test_an_answer_shows_each_key_and_the_route():
         ("hour", ["Sessions", "4,960", "open now", "2,433", "565 by upstreams", "501 by Willi", "87", "30"]),
         ("hosts", ["mail2.example.org:25", "down 12 min", "4.4 ms", "402,991", "22.0 GB", "318", "Connection refused"]),
         ("hosts", ["[2001:db8:0:17::2]:2525"]),
-        ("tables", ["csv:/opt/willi/etc/upstream_servers.csv", "in use", "10,412", "12:33:22", "1,120,400", "69 %"]),
-        ("tables", ["mysql:database", "down", "0.9 ms", "8,211", "83 %", "44", "Can't connect: timed out"]),
+        ("mappings", ["csv:/opt/willi/etc/upstream_servers.csv", "in use", "10,412", "12:33:22", "1,120,400", "69 %"]),
+        ("mappings", ["mysql:database", "down", "0.9 ms", "8,211", "83 %", "44", "Can't connect: timed out"]),
         ("limits", ["max_connections", "4,960 of 5,000", "max_connections_per_ip", "50 of 50", "912"]),
         ("certificates", ["mx1.pem", "mx1.example.org, mx.example.org", "5 days left", "expired 3 d 0 h ago"]),
         ("facts", ["Nov 07", "up 19 d 3 h", "1,904,311", "71.2 GB", "3 of 4, 1 draining", "1 failed", "2.1.0"]),
@@ -332,23 +335,24 @@ def test_a_chart_of_nothing_is_a_base_line():
 )  # fmt: skip
 def test_a_bar_shows_how_near_a_limit_is(used: int, most: int, width: float, level: str):
     limit = Limit("max_connections", used, most, 0)
-    assert words.limit_state(limit) == (level, f"{used} of {most:,}")
+    assert state.limit_state(limit) == (level, f"{used} of {most:,}")
     root = parsed(replace(overviews.healthy(), limits=(limit,)))
     [_, filled] = [bar for svg in root.iter("svg") if svg.get("class") == "bar" for bar in svg.iter("rect")]
     assert (float(filled.get("width", "")), filled.get("class")) == (width, level)
 
 
 def test_a_client_at_its_own_limit_is_no_trouble():
-    assert words.limit_state(Limit("max_connections_per_ip", 50, 50, 900)) == ("warn", "50 of 50")
+    assert state.limit_state(Limit("max_connections_per_ip", 50, 50, 900)) == ("warn", "50 of 50")
 
 
 @pytest.mark.parametrize(
-    ("up", "error", "state"),
+    ("up", "error", "expected"),
     [(True, "", ("ok", "up")), (False, "gone", ("wrong", "down")), (None, "", ("ok", "in use")),
      (None, "map.csv:3: no server", ("warn", "old table"))],
 )  # fmt: skip
-def test_a_mapping_is_in_a_state(up: bool | None, error: str, state: tuple[str, str]):
-    assert words.table_state(replace(overviews.healthy().tables[0], database_up=up, last_error=error)) == state
+def test_a_mapping_is_in_a_state(up: bool | None, error: str, expected: tuple[str, str]):
+    mapping = replace(overviews.healthy().mappings[0], database_up=up, last_error=error)
+    assert state.mapping_state(mapping) == expected
 
 
 @pytest.mark.parametrize(
@@ -376,7 +380,7 @@ def test_a_size_reads(octets: float, text: str):
 )  # fmt: skip
 def test_a_certificate_warns_before_it_ends(left: float, text: str, level: str):
     certificate = CertificateState("f", ("n",), NOW + left)
-    assert words.certificate_state(certificate, NOW) == (level, text)
+    assert state.certificate_state(certificate, NOW) == (level, text)
 
 
 @pytest.mark.parametrize("at", [-1e18, 0, 1e18])

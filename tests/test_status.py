@@ -18,13 +18,12 @@ from prometheus_client.openmetrics.exposition import generate_latest as as_openm
 from prometheus_client.parser import text_string_to_metric_families
 
 from willi_lib.config import Address, Settings
-from willi_lib.status import counts, http, metrics, reports, view
+from willi_lib.status import counts, metrics, overview, reports, web
 from willi_lib.status.counts import ACCEPTED, MAX_HOSTS, TABLE, Counts, HostState
-from willi_lib.status.last_hour import MINUTE, LastHour
-from willi_lib.status.overview import Asked, CertificateState, Host
-from willi_lib.status.reports import Links
-from willi_lib.status.serving import Serving
-from willi_lib.status.totals import FRESH, Totals
+from willi_lib.status.overview import Asked, Host, Minute
+from willi_lib.status.reports import CertificateState, Links
+from willi_lib.status.totals import FRESH, MINUTE, LastHour, Totals
+from willi_lib.status.web import HttpRequest, Serving
 
 NOW = 1_800_000_000.0  # the beginning of a minute
 DAY = 86400.0
@@ -63,11 +62,15 @@ def totals() -> Totals:
 
 
 def problems(totals: Totals, now: float = NOW) -> list[str]:
-    return [str(finding) for finding in view.problems(totals, now)]
+    return [str(finding) for finding in overview.problems(totals, now)]
+
+
+def minutes_of(totals: Totals, now: float) -> tuple[Minute, ...]:
+    return overview.overview(totals, now).minutes
 
 
 def host_of(totals: Totals, now: float) -> Host:
-    [host] = view.overview(totals, now).hosts
+    [host] = overview.overview(totals, now).hosts
     return host
 
 
@@ -117,7 +120,7 @@ def test_another_status_process_begins_at_zero_and_misses_nothing_after_that():
     assert totals.number(counts.SESSIONS) == 20 + 30
     assert sum(totals.durations[counts.VERDICT_SECONDS][()][:-1]) == 2 + 3
     assert [totals.number(counts.REFUSED, f"in turn {turn}") for turn in range(3)] == [1, 2, 2]
-    assert totals.minutes(NOW)[-1].sessions == 50
+    assert minutes_of(totals, NOW)[-1].sessions == 50
 
 
 def test_minutes_are_the_last_sixty_with_those_in_which_nothing_happened(totals: Totals):
@@ -126,7 +129,7 @@ def test_minutes_are_the_last_sixty_with_those_in_which_nothing_happened(totals:
         own.add(counts.SESSIONS)
         own.add(counts.VERDICTS, "failed", number=2)
         totals.take_in(worker(own), NOW + minute * MINUTE)
-    minutes = totals.minutes(NOW + 60 * MINUTE + 59)
+    minutes = minutes_of(totals, NOW + 60 * MINUTE + 59)
     assert [minute.began for minute in minutes] == [NOW + minute * MINUTE for minute in range(1, 61)]
     assert [number for number, minute in enumerate(minutes, 1) if minute.sessions] == [1, 59, 60]
     assert all(minute.failed == 2 * minute.sessions for minute in minutes)
@@ -153,7 +156,7 @@ def test_a_clock_that_is_set_back_leaves_no_gap_and_nothing_that_is_to_come(tota
         hour.add(NOW + minute * MINUTE, number=1, seconds=2.0)
         own.add(counts.SESSIONS)
         totals.take_in(worker(own), NOW + minute * MINUTE)
-    assert [minute.sessions for minute in totals.minutes(NOW + 2 * MINUTE)][-4:] == [0, 1, 1, 1]
+    assert [minute.sessions for minute in minutes_of(totals, NOW + 2 * MINUTE)][-4:] == [0, 1, 1, 1]
     assert totals.peak("max_connections_per_ip", NOW + 2 * MINUTE) == 0
     assert hour.mean(NOW + 2 * MINUTE) == 2.0
 
@@ -174,16 +177,16 @@ def test_a_clock_that_is_set_back_does_not_hide_how_a_host_is_now(
     for second in (1, 2):  # the first worker still says what it has seen
         note(totals, "a:25", before, NOW + second)
         note(totals, "a:25", after, NOW + second, pid=3)
-    assert {host.name: host.up for host in view.overview(totals, NOW + 2).hosts} == {"a:25": up, "b:25": up}
+    assert {host.name: host.up for host in overview.overview(totals, NOW + 2).hosts} == {"a:25": up, "b:25": up}
 
 
 def test_sessions_are_those_of_workers_that_are_there_the_draining_ones_too(totals: Totals):
     totals.take_in(master(workers={"2": "serving", "3": "draining"}), NOW)
     totals.take_in(worker(sessions=4), NOW)
     totals.take_in(worker(pid=3, sessions=5), NOW)
-    assert view.overview(totals, NOW).sessions == 9
+    assert overview.overview(totals, NOW).sessions == 9
     totals.take_in(master(workers={"2": "serving"}), NOW)
-    assert view.overview(totals, NOW).sessions == 4
+    assert overview.overview(totals, NOW).sessions == 4
 
 
 # Hosts
@@ -220,7 +223,7 @@ def test_a_host_is_down_until_a_worker_reaches_it_or_none_has_tried_for_long(tot
     host = host_of(totals, NOW)
     assert (host.up, host.down_since, host.last_error) == (False, NOW - 60, "Connection refused")
     assert problems(totals) == ["a:25: the upstream is down: Connection refused"]
-    assert view.down_since(totals, "a:25", NOW + HOUR) is None
+    assert overview.down_since(totals, "a:25", NOW + HOUR) is None
     note(totals, "a:25", HostState(reached=NOW + 1), NOW + 1, pid=3)
     host = host_of(totals, NOW + 1)
     assert (host.up, host.down_since, host.last_error_at) == (True, None, NOW)
@@ -245,11 +248,11 @@ def test_a_willi_that_is_well_has_none(totals: Totals):
         (worker(certificates=[certificate(NOW + 13.2 * DAY)]), "/c.pem: certificate: 13 days left"),
         (worker(certificates=[certificate(NOW - 1)]), "/c.pem: certificate: expired 1.0 s ago"),
         (
-            worker(tables=[{"name": "csv:/x", "kind": "csv", "patterns": 1, "last_error": "/x:2: no"}]),
+            worker(mappings=[{"name": "csv:/x", "kind": "csv", "patterns": 1, "last_error": "/x:2: no"}]),
             "csv:/x: not read again: /x:2: no",
         ),
         (
-            worker(tables=[{"name": "mysql:x", "kind": "mysql", "database_up": False, "seen": 1, "last_error": "no"}]),
+            worker(mappings=[{"name": "mysql:x", "kind": "mysql", "database_up": False, "last_error": "no"}]),
             "mysql:x: database is down: no",
         ),
     ],
@@ -280,14 +283,14 @@ def test_many_hosts_that_are_down_are_a_few_lines(totals: Totals):
 
 def test_of_a_database_what_was_seen_last_is_shown(totals: Totals):
     def table(pid: int, **facts: Any) -> dict[str, Any]:
-        return worker(pid=pid, tables=[{"name": "mysql:x", "kind": "mysql", **facts}])
+        return worker(pid=pid, mappings=[{"name": "mysql:x", "kind": "mysql", **facts}])
 
     totals.take_in(master(workers={"2": "serving", "3": "serving"}, wanted=2), NOW)
     totals.take_in(table(2, database_up=False, seen=5.0), NOW)
     totals.take_in(table(3, database_up=True, seen=0.0), NOW)  # it has not asked yet
-    assert [one.database_up for one in view.overview(totals, NOW).tables] == [False]
+    assert [one.database_up for one in overview.overview(totals, NOW).mappings] == [False]
     totals.take_in(table(3, database_up=True, seen=6.0), NOW)
-    assert [one.database_up for one in view.overview(totals, NOW).tables] == [True]
+    assert [one.database_up for one in overview.overview(totals, NOW).mappings] == [True]
 
 
 # Metrics
@@ -335,7 +338,7 @@ def test_every_row_of_the_table_is_shown_once_it_has_a_value_and_no_other(totals
         elif metric not in metrics.READ:
             own.add(metric, *metric.labels)
     table = {"name": "csv:a", "kind": "csv", "patterns": 1, "loaded_at": NOW, "database_up": True}
-    totals.take_in(worker(own, tables=[table], certificates=[certificate(NOW)]), NOW)
+    totals.take_in(worker(own, mappings=[table], certificates=[certificate(NOW)]), NOW)
     totals.take_in(master(last_reload=NOW), NOW)
     note(totals, "a:25", HostState(0, NOW - 5, NOW, "no"), NOW)
     shown = {metric.full_name for metric in TABLE.values() if metric.kind != counts.FOR_PAGE}
@@ -352,8 +355,7 @@ def test_a_counter_is_there_before_it_counts_if_its_labels_are_known(totals: Tot
 
 
 def test_a_report_of_another_version_does_no_harm_to_the_metrics(totals: Totals):
-    rows = [[counts.NUMBER, ["unknown", "x"], 1], [counts.NUMBER, ["sessions", "too many"], 1],
-            [counts.DURATION, ["session_duration_seconds"], [1, 2]], ["unknown", ["sessions"], [1]]]  # fmt: skip
+    rows = [["unknown", ["x"], 1], ["sessions", ["too many"], 1], ["session_duration_seconds", [], [1, 2]]]
     totals.take_in(worker(rows=rows), NOW)
     found = samples(totals)
     assert found["willi_sessions_total{}"] == 0
@@ -374,13 +376,13 @@ def test_a_host_that_is_down_has_a_time_and_others_have_none(totals: Totals):
 @pytest.fixture
 def served(totals: Totals, monkeypatch):
     """The port of a server in this process; its time limit is short."""
-    monkeypatch.setattr(http, "TIME_LIMIT", 0.3)
+    monkeypatch.setattr(web, "TIME_LIMIT", 0.3)
     listener = socket.socket()
     listener.bind(("127.0.0.1", 0))
     listener.listen()
     port = listener.getsockname()[1]
-    application = http.Application(totals, lambda address: Asked(address, (), "asked"))
-    [server] = http.make_servers([listener], application)
+    application = web.Application(totals, lambda address: Asked(address, (), "asked"))
+    [server] = web.make_servers([listener], application)
     server.start()
     yield port
     server.close()
@@ -439,10 +441,10 @@ def test_who_asks_for_an_address_has_no_more_time_than_the_connection():
 
 def ask(totals: Totals, path: str, query: str = "") -> tuple[str, str]:
     """Status and body of the bare application."""
-    application = http.Application(totals, lambda address: Asked(address, (), f"asked {address}"))
+    application = web.Application(totals, lambda address: Asked(address, (), f"asked {address}"))
     headers = Message()
     headers["Host"] = "localhost"
-    answer = application.answer("GET", f"{path}?{query}", "HTTP/1.1", headers)
+    answer = application.answer(HttpRequest("GET", f"{path}?{query}", headers))
     return f"{answer.status.value} {answer.status.phrase}", str(answer.body)
 
 
@@ -450,7 +452,7 @@ def ask(totals: Totals, path: str, query: str = "") -> tuple[str, str]:
 def clock(monkeypatch):
     """It is NOW."""
     now = [NOW]
-    monkeypatch.setattr(http, "time", lambda: now[0])
+    monkeypatch.setattr(web, "time", lambda: now[0])
     return now
 
 

@@ -42,7 +42,7 @@ def test_a_new_source_serves_is_read_again_and_shown(
     assert "ok     toy:toy: 1 pattern\n" in willi_says("check")
 
     def tables() -> list[dict[str, object]]:
-        found: list[dict[str, object]] = json.loads(status.get("/status.json").body)["tables"]
+        found: list[dict[str, object]] = json.loads(status.get("/status.json").body)["mappings"]
         return found
 
     wait_until(tables, "a report")

@@ -6,9 +6,11 @@ import math
 from dataclasses import fields, replace
 from typing import TypeVar
 
-from willi_lib.status import view
+from willi_lib.status import overview as advice
+from willi_lib.status.counts import Event
 from willi_lib.status.finding import RENEW, Finding
-from willi_lib.status.overview import Asked, AskedStep, CertificateState, Event, Host, Limit, Minute, Overview, Table
+from willi_lib.status.overview import Asked, AskedStep, Host, Limit, MappingState, Minute, Overview
+from willi_lib.status.reports import CertificateState
 
 NOW = 1795701802.0  # 2026-11-26 14:03:22 UTC
 DAY = 86400
@@ -47,7 +49,7 @@ def healthy() -> Overview:
         reloads=3, reloads_failed=0, last_reload=NOW - 3 * DAY, last_reload_error="", sessions=37,
         sessions_total=1_904_311, accepted_total=1_211_872, rejected_total=402_118, failed_total=212,
         octets_total=71_204_551_020, minutes=tuple(_minute(number) for number in range(60)), hosts=_hosts(),
-        tables=_tables(), certificates=_certificates(), limits=_limits(),
+        mappings=_mappings(), certificates=_certificates(), limits=_limits(),
         events=tuple(_event(number) for number in range(50)),
     )  # fmt: skip
 
@@ -59,7 +61,7 @@ def troubled() -> Overview:
         calm.hosts[1], up=False, down_since=NOW - 760, failures=318,
         last_error="mail2.example.org:25: Connection refused", last_error_at=NOW - 4,
     )  # fmt: skip
-    csv, database = calm.tables
+    csv, database = calm.mappings
     database = replace(
         database, database_up=False, errors=44, last_error="db1.example.org:3306: Can't connect: timed out"
     )
@@ -74,17 +76,17 @@ def troubled() -> Overview:
         calm, workers=3, workers_draining=1, reloads_failed=1, sessions=4_960, failed_total=530, minutes=minutes,
         last_reload_error="/opt/willi/etc/willi.conf:12: read_timeot: unknown key; did you mean 'read_timeout'?",
         problems=(
-            Finding("wrong", "workers", "only 3 of 4 serve", view.READ_LOG),
+            Finding("wrong", "workers", "only 3 of 4 serve", advice.READ_LOG),
             Finding("wrong", "reload", "the last one failed: /opt/willi/etc/willi.conf:12: read_timeot: unknown key",
-                    view.RELOAD_AGAIN),
+                    advice.RELOAD_AGAIN),
             Finding("wrong", DATABASE, "database is down: db1.example.org:3306: Can't connect: timed out",
-                    view.START_DATABASE),
+                    advice.START_DATABASE),
             Finding("wrong", "mail2.example.org:25", "the upstream is down: Connection refused",
-                    view.LOOK_AT_UPSTREAM),
+                    advice.LOOK_AT_UPSTREAM),
             Finding("warn", first.file, "certificate: 5 days left", RENEW),
-            Finding("warn", "max_connections", "4,960 of 5,000 are in use", view.RAISE_LIMIT),
+            Finding("warn", "max_connections", "4,960 of 5,000 are in use", advice.RAISE_LIMIT),
         ),
-        hosts=(calm.hosts[0], lost, *calm.hosts[2:]), tables=(csv, database),
+        hosts=(calm.hosts[0], lost, *calm.hosts[2:]), mappings=(csv, database),
         certificates=(
             replace(first, expires=NOW + 5.4 * DAY),
             replace(calm.certificates[1], expires=NOW - 3 * DAY),
@@ -101,7 +103,7 @@ def hostile() -> Overview:
         bad, domain=HOSTILE[1], version=HOSTILE[0], last_reload_error=HOSTILE[0], listen=HOSTILE[:2],
         problems=tuple(Finding("wrong", text, text, text) for text in HOSTILE),
         hosts=tuple(poisoned(bad.hosts[0], number) for number in range(len(HOSTILE))),
-        tables=tuple(poisoned(bad.tables[1], number) for number in range(len(HOSTILE))),
+        mappings=tuple(poisoned(bad.mappings[1], number) for number in range(len(HOSTILE))),
         certificates=tuple(replace(poisoned(bad.certificates[0], number), names=HOSTILE) for number in range(3)),
         events=tuple(poisoned(bad.events[number % 3], number, at=NOW - number) for number in range(50)),
     )  # fmt: skip
@@ -153,10 +155,10 @@ def _hosts() -> tuple[Host, ...]:
     )  # fmt: skip
 
 
-def _tables() -> tuple[Table, ...]:
+def _mappings() -> tuple[MappingState, ...]:
     return (
-        Table(CSV, "csv", 10_412, NOW - 5_400, 1_611_902, 1_120_400, 0, 0.000004, None, None, None, ""),
-        Table(DATABASE, "mysql", None, None, 491_502, 91_472, 0, 0.0009, True, 8_211, 412_332, ""),
+        MappingState(CSV, "csv", 10_412, NOW - 5_400, 1_611_902, 1_120_400, 0, 0.000004, None, None, None, ""),
+        MappingState(DATABASE, "mysql", None, None, 491_502, 91_472, 0, 0.0009, True, 8_211, 412_332, ""),
     )
 
 

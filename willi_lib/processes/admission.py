@@ -23,7 +23,7 @@ from ..proxy.upstream import Client
 from ..smtp import proxy_header
 from ..smtp import reply as replies
 from ..smtp.reply import Reply
-from ..status.counts import REFUSED
+from ..status.counts import REFUSED, SESSIONS
 from .limits import OPEN, RATE, Limits
 
 ACCEPT_PAUSE = 1.0  # seconds without a descriptor: trying all the time would take the CPU from those who may free one
@@ -172,7 +172,7 @@ class Admission:
         session = Session(sid, self._service, wire, client, may_xclient)
         self.sessions.add(session)
         counts, began = self._counts, monotonic()
-        counts.sessions += 1
+        counts.add(SESSIONS)
         if self._is_draining:
             counts.add(REFUSED, "draining")
             session.drain()

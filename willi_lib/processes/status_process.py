@@ -17,7 +17,7 @@ from gevent.event import Event
 from ..config import Settings
 from ..net.jobs import keep_going
 from ..status.reports import Links
-from ..status.serving import Serving
+from ..status.web import Serving
 from .child import READY
 from .in_child import show_life, wait_for_death
 from .privileges import drop_privileges

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from .last_hour import MINUTES
 from .overview import Minute
+from .totals import MINUTES
 from .words import moment, number
 
 STEP = 4  # units of the picture for a minute, a gap of 1 included
@@ -25,8 +25,6 @@ class Layer(NamedTuple):
 
 
 class Chart:
-    """One of them. name: as in `messages accepted`."""
-
     def __init__(self, name: str, minutes: Sequence[Minute], *layers: Layer) -> None:
         self.name = name
         self.sums = {layer.mark: sum(getattr(minute, layer.field) for minute in minutes) for layer in layers}

@@ -15,15 +15,11 @@ from itertools import pairwise
 from time import monotonic, time
 from typing import Any
 
-from .overview import Event
-
 COUNTER, HISTOGRAM, GAUGE, FOR_PAGE = "counter", "histogram", "gauge", "only shown on the page"
 
 
 @dataclass(frozen=True, eq=False)
 class Metric:
-    """A row of the table."""
-
     name: str  # without willi_, and without _total of a counter
     kind: str
     text: str
@@ -77,7 +73,7 @@ CONNECTS = Metric("upstream_connects", COUNTER, "connections upstream: opened, r
 LOST = Metric("upstream_lost", COUNTER, "connections upstream that failed inside a transaction", ("host",))
 HOST_MESSAGES = Metric("upstream_messages", COUNTER, "lines of the log about this host", ("host", "verdict"))
 HOST_OCTETS = Metric("upstream_octets", COUNTER, "octets of messages to this host", ("host",))
-GREETING_SECONDS = Metric("upstream_greeting_seconds", FOR_PAGE, "the sum of what CONNECT_SECONDS counts", ("host",))
+GREETING_SECONDS = Metric("upstream_greeting_seconds", FOR_PAGE, "what CONNECT_SECONDS counts", ("host",))
 CONNECT_SECONDS = Metric(
     "upstream_connect_duration_seconds", HISTOGRAM, "histogram: from connecting to an upstream to its greeting",
     bounds=(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20),
@@ -120,9 +116,26 @@ MAX_HOSTS = 200  # upstream hosts with a name of their own: there may be a milli
 MAX_TEXT = 300  # characters of what a client or an upstream said
 OTHER = "other"  # the name of all other hosts
 
-Key = tuple[Any, ...]  # a metric, and the values of its labels
-Row = list[Any]  # its kind, its key, and its value, as JSON has them
-NUMBER, DURATION, HOST, EVENT = "number", "duration", "host", "event"
+Row = list[Any]  # name, values of the labels, value: of a metric, or of one of these
+HOST, EVENT = "host", "event"
+
+
+@dataclass(frozen=True)
+class Event:
+    """A line of the log about a message, a refused recipient or a refused connection; key of /status.json."""
+
+    at: float  # seconds since 1970
+    kind: str  # accepted, rejected, refused (a connection)
+    sid: str
+    client: str
+    sender: str
+    recipients: str
+    upstream: str
+    reply: str
+    error: str
+    error_src: str  # client, internal, upstream, or empty
+    octets: int
+    seconds: float
 
 
 @dataclass
@@ -133,15 +146,6 @@ class HostState:
     failing_since: float = 0.0  # the first failure after that
     failed: float = 0.0  # the last failure
     error: str = ""  # its words
-
-    def note_reached(self, now: float) -> None:
-        """It has greeted."""
-        self.reached, self.failing_since = now, 0.0
-
-    def note_failed(self, now: float, error: str) -> None:
-        """It was not to be reached, or was lost."""
-        self.failing_since = self.failing_since or now
-        self.failed, self.error = now, clipped(error)
 
     def merge(self, other: HostState) -> None:
         """Take in what another worker has met."""
@@ -161,21 +165,22 @@ class HostState:
 class Counts:
     """What a process has counted since it began.
 
-    Each session pays for this, so that it does little: what happens together is one entry, durations stay as they are,
-    and only `rows` makes of them all the numbers that they stand for. It must be called every second.
+    Each session pays for this, so it does little: what happens together is one entry, and `rows`, which must be called
+    every second, makes of it all the numbers that it stands for.
     """
 
     def __init__(self) -> None:
         self.began = monotonic()
-        self.sessions = 0  # that began
-        self._numbers: defaultdict[Key, float] = defaultdict(int)
-        self._durations: dict[Key, list[float]] = {}  # how many are in each bucket, how many are longer, and the sum
+        self._numbers: defaultdict[tuple[Any, ...], float] = defaultdict(int)  # by metric and values of its labels
+        self._durations: dict[tuple[Any, ...], list[float]] = {}  # how many are in each bucket or longer, and the sum
         self._hosts: dict[str, HostState] = {}
-        # What is not in these yet
-        self._samples: defaultdict[Key, list[float]] = defaultdict(list)
-        self._messages: defaultdict[tuple[str, str, str, bool], list[int]] = defaultdict(lambda: [0, 0, 0])
+        self._events: deque[tuple[float, str, Mapping[str, Any]]] = deque(maxlen=MAX_EVENTS)
+        # What is not in these yet: durations, and the lines, recipients and octets of messages
+        self._samples: defaultdict[tuple[Any, ...], list[float]] = defaultdict(list)
+        self._ended: defaultdict[str, list[float]] = defaultdict(list)
+        self._looked_up: defaultdict[tuple[str, str], list[float]] = defaultdict(list)
         self._opened: defaultdict[tuple[object, str, str], list[float]] = defaultdict(list)
-        self._events: deque[tuple[float, str, Mapping[str, object]]] = deque(maxlen=MAX_EVENTS)
+        self._messages: defaultdict[tuple[str, str, str, bool], list[int]] = defaultdict(lambda: [0, 0, 0])
 
     def add(self, *key: Any, number: float = 1) -> None:
         """Count something. key: the metric, and the values of its labels."""
@@ -187,11 +192,11 @@ class Counts:
 
     def session_ended(self, seconds: float, tls: str) -> None:
         """After so long."""
-        self._samples[SESSION_SECONDS, tls].append(seconds)
+        self._ended[tls].append(seconds)
 
     def looked_up(self, seconds: float, mapping: str, outcome: str) -> None:
         """A recipient in one mapping."""
-        self._samples[LOOKUP_SECONDS, mapping, outcome].append(seconds)
+        self._looked_up[mapping, outcome].append(seconds)
 
     def message(self, verdict: str, mapping: str, host: str, recipients: int, octets: int, whole: bool = True) -> None:
         """What became of a message; if not `whole`, of a refused recipient. host: empty if it is not known."""
@@ -200,7 +205,7 @@ class Counts:
         row[1] += recipients
         row[2] += octets
 
-    def event(self, kind: str, fields: Mapping[str, object]) -> None:
+    def event(self, kind: str, fields: Mapping[str, Any]) -> None:
         """Keep one of the last messages and refusals. fields: as in the log."""
         self._events.append((time(), kind, fields))
 
@@ -210,24 +215,29 @@ class Counts:
         """It is ready for MAIL. seconds: from connecting to its greeting. tls: version; xclient: outcome."""
         self._opened[server, tls, xclient].append(seconds)
 
+    def refused(self, server: object) -> None:
+        """It answers, and does not want this client, or us."""
+        self.add(CONNECTS, self._reached(server), REFUSED_CLIENT)
+
     def not_opened(self, server: object, error: str) -> None:
         """None of its addresses was of use."""
-        self.add(CONNECTS, self._note_failed(server, error), NOT_OPENED)
+        self.add(CONNECTS, self._failed(server, error), NOT_OPENED)
 
     def lost(self, server: object, error: str) -> None:
         """It was there, and failed inside a transaction."""
-        self.add(LOST, self._note_failed(server, error))
+        self.add(LOST, self._failed(server, error))
 
-    def refused(self, server: object) -> None:
-        """It answers, and does not want this client, or us."""
+    def _reached(self, server: object) -> str:
         name = self._host(server)
-        self.add(CONNECTS, name, REFUSED_CLIENT)
-        self._hosts[name].note_reached(time())
+        self._hosts[name].reached, self._hosts[name].failing_since = time(), 0.0
+        return name
 
-    def _note_failed(self, server: object, error: str) -> str:
-        self._settle_opened()  # they came before
+    def _failed(self, server: object, error: str) -> str:
+        self._settle()  # it was opened before
         name = self._host(server)
-        self._hosts[name].note_failed(time(), error)
+        state, now = self._hosts[name], time()
+        state.failing_since = state.failing_since or now
+        state.failed, state.error = now, clipped(error)
         return name
 
     def _host(self, server: object) -> str:
@@ -244,19 +254,29 @@ class Counts:
     def rows(self) -> list[Row]:
         """How much so far, and the events since the last time."""
         self._settle()
-        events = [[EVENT, [], vars(_event(*event))] for event in self._events]
-        self._events.clear()
+        events, self._events = self._events, deque(maxlen=MAX_EVENTS)
+        counted = [*self._numbers.items(), *self._durations.items()]
         return [
-            *([NUMBER, [metric.name, *labels], number] for (metric, *labels), number in self._numbers.items()),
-            *([DURATION, [metric.name, *labels], row] for (metric, *labels), row in self._durations.items()),
+            *([metric.name, labels, value] for (metric, *labels), value in counted),
             *([HOST, [name], vars(state)] for name, state in self._hosts.items() if name != OTHER),
-            *events,
+            *([EVENT, [], vars(_event(*event))] for event in events),
         ]
 
     def _settle(self) -> None:
         """Make the numbers of what was counted together."""
-        self.add(SESSIONS, number=self.sessions)
-        self.sessions = 0
+        for tls, samples in self._ended.items():
+            self.add(TLS, "client", tls, number=len(samples))
+            self._samples[SESSION_SECONDS,] += samples
+        for (mapping, outcome), samples in self._looked_up.items():
+            self.add(LOOKUPS, mapping, outcome, number=len(samples))
+            self._samples[LOOKUP_SECONDS, mapping] += samples
+        for (server, tls, xclient), samples in self._opened.items():
+            name = self._reached(server)
+            self.add(CONNECTS, name, OPENED, number=len(samples))
+            self.add(TLS, "upstream", tls, number=len(samples))
+            self.add(XCLIENT, xclient, number=len(samples))
+            self._samples[GREETING_SECONDS, name] += samples
+            self._samples[CONNECT_SECONDS,] += samples
         for (verdict, mapping, host, whole), (lines, recipients, octets) in self._messages.items():
             self.add(VERDICTS, verdict, number=lines)
             self.add(RECIPIENTS, verdict, mapping, number=recipients)
@@ -267,36 +287,16 @@ class Counts:
                 name = self._host(host)
                 self.add(HOST_MESSAGES, name, verdict, number=lines)
                 self.add(HOST_OCTETS, name, number=octets)
-        self._messages.clear()
-        self._settle_opened()
-        for (metric, *labels), samples in self._samples.items():
-            if metric is LOOKUP_SECONDS and len(labels) == 2:
-                self.add(LOOKUPS, *labels, number=len(samples))
-                labels.pop()
-            elif metric is SESSION_SECONDS and labels:
-                self.add(TLS, "client", *labels, number=len(samples))
-                labels.pop()
-            self._add_durations(samples, metric, *labels)
-        self._samples.clear()
-
-    def _settle_opened(self) -> None:
-        for (server, tls, xclient), samples in self._opened.items():
-            name, number = self._host(server), len(samples)
-            self._hosts[name].note_reached(time())
-            self.add(CONNECTS, name, OPENED, number=number)
-            self.add(GREETING_SECONDS, name, number=sum(samples))
-            self.add(TLS, "upstream", tls, number=number)
-            self.add(XCLIENT, xclient, number=number)
-            self._add_durations(samples, CONNECT_SECONDS)
-        self._opened.clear()
-
-    def _add_durations(self, samples: list[float], metric: Metric, *labels: str) -> None:
-        row = self._durations.setdefault((metric, *labels), [0] * (len(metric.bounds) + 2))
-        samples.sort()
-        upto = [0, *(bisect_right(samples, bound) for bound in metric.bounds), len(samples)]
-        for bucket, (before, after) in enumerate(pairwise(upto)):
-            row[bucket] += after - before
-        row[-1] += sum(samples)
+        for key, samples in self._samples.items():
+            bounds = key[0].bounds
+            row = self._durations.setdefault(key, [0] * (len(bounds) + 2))
+            samples.sort()
+            upto = [0, *(bisect_right(samples, bound) for bound in bounds), len(samples)]
+            for bucket, (before, after) in enumerate(pairwise(upto)):
+                row[bucket] += after - before
+            row[-1] += sum(samples)
+        for pending in (self._ended, self._looked_up, self._opened, self._messages, self._samples):
+            pending.clear()
 
 
 def _event(at: float, kind: str, fields: Mapping[str, Any]) -> Event:
@@ -311,5 +311,4 @@ def _event(at: float, kind: str, fields: Mapping[str, Any]) -> Event:
 
 
 def clipped(text: str) -> str:
-    """Not longer than MAX_TEXT."""
     return text if len(text) <= MAX_TEXT else text[:MAX_TEXT] + "..."

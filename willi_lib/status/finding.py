@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 ENDS_SOON = 14 * 86400.0  # seconds before a certificate ends: a program that renews it has done so by then
-NEAR = 0.8  # of a limit: look at it before clients are turned away
 RENEW = "Renew the certificate in place: a running Willi takes the new file within 10 seconds."
 
 Level = Literal["ok", "warn", "wrong"]
@@ -29,9 +28,3 @@ def certificate_level(seconds_left: float) -> Level:
     if seconds_left <= 0:
         return "wrong"
     return "warn" if seconds_left < ENDS_SOON else "ok"
-
-
-def limit_level(used: int, most: int) -> Level:
-    if used < NEAR * most or not most:
-        return "ok"
-    return "warn" if used < most else "wrong"

@@ -12,8 +12,9 @@ from prometheus_client.core import Metric as Family
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
 
 from .. import VERSION
-from . import counts, view
+from . import counts
 from .counts import COUNTER, FOR_PAGE, OTHER, TABLE, Metric
+from .overview import down_since, sessions
 from .totals import Totals
 
 CONTENT_TYPE = CONTENT_TYPE_PLAIN_0_0_4
@@ -38,22 +39,23 @@ class Collector:
     def collect(self) -> Iterator[Family]:
         """As prometheus-client asks for them."""
         for metric in TABLE.values():
-            if metric.kind == FOR_PAGE:
-                continue
             if metric.kind == counts.HISTOGRAM:
                 yield self._histogram(metric)
-                continue
-            kind = CounterMetricFamily if metric.kind == COUNTER else GaugeMetricFamily
-            family = kind(metric.full_name, metric.text, labels=metric.labels)
-            read = READ.get(metric)
-            for labels, number in read(self._totals, self._now) if read else self._counted(metric):
-                if number is not None:
-                    family.add_metric(labels, float(number))
-            yield family
+            elif metric.kind != FOR_PAGE:
+                yield self._numbers(metric)
 
-    def _counted(self, metric: Metric) -> Samples:
-        zeros = dict.fromkeys([(value,) for value in metric.values] if metric.labels else [()], 0.0)
-        return {**zeros, **self._totals.numbers[metric]}.items()
+    def _numbers(self, metric: Metric) -> Family:
+        kind = CounterMetricFamily if metric.kind == COUNTER else GaugeMetricFamily
+        family = kind(metric.full_name, metric.text, labels=metric.labels)
+        if metric in READ:
+            samples = READ[metric](self._totals, self._now)
+        else:
+            zeros = dict.fromkeys([(value,) for value in metric.values] if metric.labels else [()], 0.0)
+            samples = {**zeros, **self._totals.numbers[metric]}.items()
+        for labels, number in samples:
+            if number is not None:
+                family.add_metric(labels, float(number))
+        return family
 
     def _histogram(self, metric: Metric) -> Family:
         """Each bucket with all that are shorter, as Prometheus has them."""
@@ -69,28 +71,30 @@ def _single(read: Callable[[Totals], float | None]) -> Callable[[Totals, float],
     return lambda totals, now: [((), read(totals))]
 
 
-def _tables(field: str) -> Callable[[Totals, float], Samples]:
-    return lambda totals, now: [((table.name,), getattr(table, field)) for table in totals.tables()]
+def _limit(name: str) -> Callable[[Totals, float], Samples]:
+    return _single(lambda totals: totals.master.limits.get(name, 0))
 
 
-def _down_since(totals: Totals, now: float) -> Iterator[tuple[tuple[str, ...], float | None]]:
-    for name in totals.busiest_hosts():
-        if name != OTHER:
-            yield (name,), view.down_since(totals, name, now)
+def _mapping(field: str) -> Callable[[Totals, float], Samples]:
+    return lambda totals, now: [((one.name,), getattr(one, field)) for one in totals.mappings()]
+
+
+def _down_since(totals: Totals, now: float) -> Samples:
+    return [((name,), down_since(totals, name, now)) for name in totals.busiest_hosts() if name != OTHER]
 
 
 # What is not counted, but read: the samples of a metric.
 READ: dict[Metric, Callable[[Totals, float], Samples]] = {
-    counts.SESSIONS_OPEN: _single(view.sessions),
+    counts.SESSIONS_OPEN: _single(sessions),
     counts.CONNECTIONS: _single(lambda totals: totals.master.connections),
-    counts.LIMIT_CONNECTIONS: _single(lambda totals: totals.master.limits.get("max_connections", 0)),
-    counts.LIMIT_PER_IP: _single(lambda totals: totals.master.limits.get("max_connections_per_ip", 0)),
-    counts.LIMIT_RATE: _single(lambda totals: totals.master.limits.get("max_connection_rate", 0)),
+    counts.LIMIT_CONNECTIONS: _limit("max_connections"),
+    counts.LIMIT_PER_IP: _limit("max_connections_per_ip"),
+    counts.LIMIT_RATE: _limit("max_connection_rate"),
     counts.UPSTREAM_UP: lambda totals, now: [(name, since is None) for name, since in _down_since(totals, now)],
     counts.DOWN_SINCE: _down_since,
-    counts.PATTERNS: _tables("patterns"),
-    counts.LOADED_AT: _tables("loaded_at"),
-    counts.DATABASE_UP: _tables("database_up"),
+    counts.PATTERNS: _mapping("patterns"),
+    counts.LOADED_AT: _mapping("loaded_at"),
+    counts.DATABASE_UP: _mapping("database_up"),
     counts.EXPIRES: lambda totals, now: [((one.file,), one.expires) for one in totals.certificates()],
     counts.WORKERS: lambda totals, now: [
         ((state,), totals.master.number(state)) for state in ("starting", "serving", "draining")

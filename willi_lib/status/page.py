@@ -8,7 +8,7 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from ..text import visible
-from . import charts, words
+from . import charts, overview, words
 from .overview import Asked, Overview
 
 REFRESH = 10  # seconds
@@ -25,10 +25,10 @@ def _shown(value: object) -> object:
 _environment = Environment(
     autoescape=True, finalize=_shown, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
 )
-_environment.filters |= {name: word for name, word in vars(words).items() if callable(word)}  # {{ size | number }}
+_environment.filters |= vars(overview) | vars(words)  # {{ size | number }}
 _page = _environment.from_string(Path(__file__).with_name("page.html").read_text(encoding="utf-8"))
 
 
-def render(overview: Overview, asked: Asked | None) -> str:
+def render(shown: Overview, asked: Asked | None) -> str:
     """The whole document. asked: what the form was asked; with an empty address the page only stands still."""
-    return _page.render(overview=overview, asked=asked, hour=charts.last_hour(overview.minutes), refresh=REFRESH)
+    return _page.render(overview=shown, asked=asked, hour=charts.last_hour(shown.minutes), refresh=REFRESH)

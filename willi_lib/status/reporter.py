@@ -19,14 +19,12 @@ from ..config import Settings
 from ..net.tls import CertificateError, certificate_facts
 from ..routing.route import Mapping
 from .counts import Counts
-from .overview import CertificateState
-from .reports import MAX_ANY, Links, TableReport, WorkerReport, packed, parse, send
+from .reports import ANSWER_TIMEOUT, MAX_ANY, CertificateState, Links, MappingReport, WorkerReport, packed, parse, send
 
 MAX_NAMES = 100  # of a certificate
 INTERVAL = (0.8, 1.2)  # seconds between reports: at random, since all workers start at the same moment
 PATIENCE = 2.0  # seconds for the parts of a report, since the way has room for ten of them
 RETRY = 0.05  # seconds
-ANSWER_TIMEOUT = 3.0  # seconds after which nobody waits any more for the answer to a question
 
 
 class Reporter:
@@ -68,25 +66,22 @@ class Reporter:
 
     def _send(self, sessions: int) -> None:
         """Wait a moment, not longer, for a reader that does not keep up."""
-        deadline = monotonic() + PATIENCE
-        for part in self._parts(sessions):
-            while not send(self._links.to_reports, worker=part) and monotonic() < deadline:
-                gevent.sleep(RETRY)
-
-    def _parts(self, sessions: int) -> list[WorkerReport]:
-        tables = _first([_table(mapping) for mapping in self._mappings])
+        mappings = _first([_mapping(mapping) for mapping in self._mappings])
         report = WorkerReport(
-            os.getpid(), self._counts.began, next(self._turns), sessions, self._take_peaks(), tables,
+            os.getpid(), self._counts.began, next(self._turns), sessions, self._take_peaks(), mappings,
             self._certificates,
         )  # fmt: skip
-        return [replace(report, rows=rows) for rows in packed(self._counts.rows())]
+        parts = [replace(report, rows=rows) for rows in packed(self._counts.rows())]
+        deadline = monotonic() + PATIENCE
+        for part in parts:
+            while not send(self._links.to_reports, worker=part) and monotonic() < deadline:
+                gevent.sleep(RETRY)
 
     def answer_questions(self) -> None:
         """Of the status process. Any worker that serves takes the next one."""
         if not self._wanted:
             return
-        questions = gevent.socket.socket(fileno=os.dup(self._links.questions.fileno()))
-        with questions:
+        with gevent.socket.socket(fileno=os.dup(self._links.questions.fileno())) as questions:
             while True:
                 question = parse(questions.recv(MAX_ANY))
                 left = float(question.get("asked_at", 0.0)) + ANSWER_TIMEOUT - monotonic()
@@ -107,10 +102,9 @@ def _first(facts: list[Any]) -> list[Any]:
     return next(packed(facts))
 
 
-def _table(mapping: Mapping) -> TableReport:
-    """A mapping as it is now."""
+def _mapping(mapping: Mapping) -> MappingReport:
     facts, kind = mapping.facts(), mapping.name.partition(":")[0]
-    return TableReport(
+    return MappingReport(
         mapping.name, kind, facts.patterns, facts.loaded_at, facts.last_error, facts.database_up, facts.seen,
         facts.cache_entries,
     )  # fmt: skip

@@ -14,16 +14,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .counts import Row
-from .overview import CertificateState
 
 MAX_DATAGRAM = 32 << 10  # octets of what we put together; a system's default for a socket is six times that
 MAX_ANY = 256 << 10  # octets of whatever may come
+ANSWER_TIMEOUT = 3.0  # seconds, after which the answer to a question is not waited for
 
 encode = json.JSONEncoder(default=vars, separators=(",", ":")).encode
 
 
 @dataclass
-class TableReport:
+class MappingReport:
     """A mapping as a worker has it; None: that kind of mapping does not know."""
 
     name: str  # as in the log
@@ -36,6 +36,15 @@ class TableReport:
     cache_entries: int | None = None
 
 
+@dataclass(frozen=True)
+class CertificateState:
+    """Of a worker; and a key of /status.json."""
+
+    file: str
+    names: tuple[str, ...]
+    expires: float  # seconds since 1970
+
+
 @dataclass
 class WorkerReport:
     """What a worker says of itself each second. A long one comes in parts, which differ in their rows."""
@@ -45,15 +54,15 @@ class WorkerReport:
     turn: int = 0  # the same for all parts
     sessions: int = 0  # that are open
     peaks: dict[str, int] = field(default_factory=dict)  # the most that one client had, by the name of the limit
-    tables: list[TableReport] = field(default_factory=list)
+    mappings: list[MappingReport] = field(default_factory=list)
     certificates: list[CertificateState] = field(default_factory=list)
     rows: list[Row] = field(default_factory=list)
 
-
-def worker_report(tables: list[Any], certificates: list[Any], **facts: Any) -> WorkerReport:
-    """As JSON has it."""
-    known = [CertificateState(**{**one, "names": tuple(one["names"])}) for one in certificates]
-    return WorkerReport(**facts, tables=[TableReport(**one) for one in tables], certificates=known)
+    @classmethod
+    def parse(cls, mappings: list[Any], certificates: list[Any], **facts: Any) -> WorkerReport:
+        """As JSON has it."""
+        known = [CertificateState(one["file"], tuple(one["names"]), one["expires"]) for one in certificates]
+        return cls(**facts, mappings=[MappingReport(**one) for one in mappings], certificates=known)
 
 
 @dataclass
@@ -76,9 +85,9 @@ class MasterReport:
     connections: int = 0
     limits: dict[str, int] = field(default_factory=dict)
 
-    def number(self, *states: str) -> int:
-        """How many workers are in one of these states."""
-        return sum(state in states for state in self.workers.values())
+    def number(self, state: str) -> int:
+        """How many workers are in it."""
+        return list(self.workers.values()).count(state)
 
 
 class Links:
@@ -113,7 +122,7 @@ def send(sender: socket.socket, **report: object) -> bool:
 
 
 def packed(rows: Iterable[Any]) -> Iterator[list[Any]]:
-    """As many rows together as a datagram may hold."""
+    """As many rows together as a datagram may hold; at least one list."""
     part: list[Any] = []
     size = 0
     for row in rows:

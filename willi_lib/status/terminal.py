@@ -1,6 +1,6 @@
 """`willi.py top`: the status page in a terminal, drawn from /status.json as it comes.
 
-A line is a list of pieces, text and mark. The texts are as others have said them: only `_drawn` turns a line into what
+A line is a list of pieces, text and mark. The texts are as others have said them: only `drawn` makes of a line what
 the terminal gets, gives a mark its colour, and makes visible what cannot be seen. No control sequence that a client has
 sent gets through.
 """
@@ -24,16 +24,18 @@ from types import FrameType, SimpleNamespace
 from ..config import Settings
 from ..hosts import Address
 from ..text import can_draw, visible, wants_colours
+from . import overview as state
 from . import words
 from .charts import last_hour
-from .last_hour import MINUTES
-from .overview import Event, Overview
+from .counts import Event
+from .overview import Overview
+from .totals import MINUTES
 
 EVERY = 2.0  # seconds
 PATIENCE = 5.0  # seconds for a whole answer
 MOST_OCTETS = 8 << 20  # of an answer; the usual one has some 40 kB
 WIDE = 120  # columns, where the terminal does not say
-HERE = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}  # who listens everywhere is found here
+HERE = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}  # a Willi that listens everywhere is found here
 
 ENTER, LEAVE = "\x1b[?1049h\x1b[?25l", "\x1b[?25h\x1b[?1049l"  # the alternate screen, without a cursor
 COLOURS = {
@@ -44,7 +46,7 @@ PLAIN = "\x1b[0m"
 LEVELS = {"sessions": "", "accepted": "ok", "rejected": "warn", "refused": "warn", "failed": "wrong"}
 BARS, ASCII_BARS = " ▁▂▃▄▅▆▇█", " .:-=+*#@"
 
-Piece = tuple[str, str]  # text, and its mark: ok, warn, wrong, quiet, title, well, ill or nothing
+Piece = tuple[str, str]  # text, and its mark: a key of COLOURS
 Line = Sequence[Piece]
 Row = Sequence[Piece | str]  # of a table
 
@@ -69,16 +71,16 @@ def top(settings: Settings) -> int:
     if not can_draw(sys.stdout, os.environ):
         print("\n".join(line.rstrip() for line in drawn(overview, shutil.get_terminal_size((WIDE, 0)).columns)))
         return 0
-    with suppress(KeyboardInterrupt):  # the usual end
+    with suppress(KeyboardInterrupt), _screen():  # Ctrl-C is the usual end
         _watch(address, overview)
     return 0
 
 
 def fetch(address: Address) -> Overview:
     """Ask for /status.json. Raises Unanswered."""
-    host = HERE.get(address.host, address.host)
-    where = f"http://{Address(host, address.port)}/status.json"
-    connection = http.client.HTTPConnection(host, address.port, timeout=PATIENCE)
+    address = Address(HERE.get(address.host, address.host), address.port)
+    where = f"http://{address}/status.json"
+    connection = http.client.HTTPConnection(address.host, address.port, timeout=PATIENCE)
     try:
         with _time_limit(PATIENCE):
             connection.request("GET", "/status.json")
@@ -123,26 +125,36 @@ def _time_limit(seconds: float) -> Iterator[None]:
 
 
 def _watch(address: Address, overview: Overview) -> None:
-    """Draw and ask again, until q or Ctrl-C. When nobody answers, the last overview stays, and says so."""
+    """Draw and ask again, until q or Ctrl-C. Without an answer the last overview stays, and says so."""
+    keyboard = [sys.stdin] if sys.stdin.isatty() else []
     fault = ""
-    with _screen():
-        while True:
-            _draw(overview, fault)
-            if _key(EVERY) == "q":
-                return
-            try:
-                overview, fault = fetch(address), ""
-            except Unanswered as error:
-                fault = str(error).splitlines()[0]
+    while True:
+        width, height = shutil.get_terminal_size()
+        lines = drawn(overview, width, height, fault, wants_colours(sys.stdout, os.environ))
+        # Each line is cleared before it is written: after the last column this would take a character away.
+        cleared = ["\x1b[K" + line for line in [*lines, *[""] * (height - len(lines))]]
+        sys.stdout.write("\x1b[H" + "\r\n".join(cleared))
+        sys.stdout.flush()
+        ready, _, _ = select.select(keyboard, [], [], EVERY)
+        if ready and os.read(sys.stdin.fileno(), 1) == b"q":
+            return
+        try:
+            overview, fault = fetch(address), ""
+        except Unanswered as error:
+            fault = str(error).splitlines()[0]
 
 
 @contextmanager
 def _screen() -> Iterator[None]:
     """The alternate screen, and keys that are not shown; all is as before at the end, however it comes."""
+
+    def leave(number: int, _frame: FrameType | None) -> None:
+        raise SystemExit(128 + number)
+
     keyboard = sys.stdin.fileno() if sys.stdin.isatty() else None
     before = termios.tcgetattr(keyboard) if keyboard is not None else None
-    signal.signal(signal.SIGTERM, _leave)
-    signal.signal(signal.SIGHUP, _leave)
+    signal.signal(signal.SIGTERM, leave)
+    signal.signal(signal.SIGHUP, leave)
     signal.signal(signal.SIGTSTP, signal.SIG_IGN)  # it would leave the shell in our screen
     try:
         if keyboard is not None:
@@ -156,26 +168,6 @@ def _screen() -> Iterator[None]:
             termios.tcsetattr(keyboard, termios.TCSADRAIN, before)
 
 
-def _leave(number: int, _frame: FrameType | None) -> None:
-    raise SystemExit(128 + number)
-
-
-def _key(seconds: float) -> str:
-    """The key that is pressed within this time, or nothing."""
-    keyboard = [sys.stdin.fileno()] if sys.stdin.isatty() else []
-    ready, _, _ = select.select(keyboard, [], [], seconds)
-    return os.read(ready[0], 1).decode("ascii", "replace") if ready else ""
-
-
-def _draw(overview: Overview, fault: str) -> None:
-    width, height = shutil.get_terminal_size()
-    lines = drawn(overview, width, height, fault, wants_colours(sys.stdout, os.environ))
-    # Each line is cleared before it is written: after the last column this would take a character away.
-    cleared = ["\x1b[K" + line for line in [*lines, *[""] * (height - len(lines))]]
-    sys.stdout.write("\x1b[H" + "\r\n".join(cleared))
-    sys.stdout.flush()
-
-
 # Lines
 
 
@@ -184,17 +176,15 @@ def drawn(
 ) -> list[str]:
     """The lines as the terminal gets them. height: at most so many. fault: why there is no newer overview."""
     bars = BARS if "utf" in (sys.stdout.encoding or "").lower() else ASCII_BARS
-    return [_drawn(line, width, colour) for line in view(overview, height, fault, bars)]
-
-
-def _drawn(line: Line, width: int, colour: bool) -> str:
-    """At most `width` columns."""
-    pieces = []
-    for text, mark in line:
-        shown = cut(visible(text), width)
-        width -= columns(shown)
-        pieces.append(f"{COLOURS[mark]}{shown}{PLAIN}" if colour and mark and shown else shown)
-    return "".join(pieces)
+    lines = []
+    for line in view(overview, height, fault, bars):
+        left, pieces = width, []
+        for text, mark in line:
+            shown = cut(visible(text), left)
+            left -= columns(shown)
+            pieces.append(f"{COLOURS[mark]}{shown}{PLAIN}" if colour and mark and shown else shown)
+        lines.append("".join(pieces))
+    return lines
 
 
 def view(overview: Overview, height: int | None = None, fault: str = "", bars: str = BARS) -> list[Line]:
@@ -205,7 +195,7 @@ def view(overview: Overview, height: int | None = None, fault: str = "", bars: s
         (_problems(overview), 5, 16),
         (_hour(overview, bars), 6, 6),
         (_hosts(overview), 4, 10),
-        (_tables(overview), 3, 8),
+        (_mappings(overview), 3, 8),
         (_limits(overview), 0, 6),
         (_certificates(overview), 0, 6),
         (_events(overview), 8, 1000),
@@ -217,32 +207,30 @@ def view(overview: Overview, height: int | None = None, fault: str = "", bars: s
     for lines, least, most in blocks:
         least = min(len(lines), least)
         more = min(len(lines) - least, most - least, max(room, 0))
-        if least + more > 1:  # a title alone says nothing
+        count = least + more
+        if count > 1:  # a title alone says nothing
             room -= more
-            shown += _first(lines, least + more)
+            shown += lines if count == len(lines) else lines[: count - 1]
+            if hidden := sum(1 for line in lines[count - 1 :] if line and count < len(lines)):
+                shown.append([(f"  … {hidden} more", "quiet")])
     return shown[:height]
-
-
-def _first(lines: Sequence[Line], count: int) -> Sequence[Line]:
-    """The first of them; the last line says how many more there are."""
-    if count >= len(lines):
-        return lines
-    hidden = sum(1 for line in lines[count - 1 :] if line)
-    return [*lines[: count - 1], [(f"  … {hidden} more", "quiet")]]
 
 
 def _head(overview: Overview, fault: str) -> list[Line]:
     now = overview.now
     since = f"up {words.duration(now - overview.started)}, workers {overview.workers} of {overview.workers_wanted}"
-    state = (f" {words.headline(overview)} ", "ill" if overview.problems else "well")
-    name, domain = (f" Willi {overview.version}  ", "quiet"), (words.shorten(overview.domain, 60), "title")
-    first = [state, name, domain, (f"  {words.clock(now, now)} UTC  {since}", "quiet")]
+    first = [
+        (f" {state.headline(overview)} ", "ill" if overview.problems else "well"),
+        (f" Willi {overview.version}  ", "quiet"),
+        (words.shorten(overview.domain, 60), "title"),
+        (f"  {words.clock(now, now)} UTC  {since}", "quiet"),
+    ]
     return [first, [(f" No newer answer: {fault} ", "ill")], []] if fault else [first, []]
 
 
 def _problems(overview: Overview) -> list[Line]:
     problems: list[Line] = [[(f"  {problem.subject}: {problem.what}", problem.level)] for problem in overview.problems]
-    problems += ([(f"  {hint}", "warn")] for hint in words.advice(overview))
+    problems += ([(f"  {hint}", "warn")] for hint in state.advice(overview))
     return [*problems, []] if problems else []
 
 
@@ -271,16 +259,16 @@ def _spark(counts: Sequence[int], bars: str) -> str:
 # Tables
 
 
-def _table(titles: Sequence[str], widths: Sequence[int], rows: Sequence[Row]) -> list[Line]:
-    """widths: in columns; below 0 for what stands at the right, 0 for what has the rest of the line."""
+def _table(columns_: dict[str, int], rows: Sequence[Row]) -> list[Line]:
+    """columns_: title and width; below 0 for what stands at the right, 0 for what has the rest of the line."""
     if not rows:
         return []
-    lines = [[(title, "quiet") for title in titles], *([_piece(cell) for cell in row] for row in rows)]
-    return [*([(_cell(text, w), mark) for (text, mark), w in zip(line, widths, strict=True)] for line in lines), []]
-
-
-def _piece(cell: Piece | str) -> Piece:
-    return (cell, "") if isinstance(cell, str) else cell
+    lines: list[Line] = [[(_cell(title, width), "quiet") for title, width in columns_.items()]]
+    for row in rows:
+        pieces = [(cell, "") if isinstance(cell, str) else cell for cell in row]
+        cells = zip(pieces, columns_.values(), strict=True)
+        lines.append([(_cell(text, width), mark) for (text, mark), width in cells])
+    return [*lines, []]
 
 
 def _cell(text: str, width: int) -> str:
@@ -294,61 +282,65 @@ def _cell(text: str, width: int) -> str:
 
 
 def _hosts(overview: Overview) -> list[Line]:
-    titles = ("UPSTREAM", "STATE", "CONNECT", "ACCEPTED", "REJECTED", "TRAFFIC", "LAST ERROR")
-    now = overview.now
     rows: list[Row] = []
     for host in overview.hosts:
-        level, state = words.host_state(host, now)
-        at = f"{words.clock(host.last_error_at, now)} " if host.last_error_at is not None else ""
+        level, text = state.host_state(host, overview.now)
+        at = f"{words.clock(host.last_error_at, overview.now)} " if host.last_error_at is not None else ""
         rows.append([
-            (host.name, "" if host.up else level), (state, level),
+            (host.name, "" if host.up else level), (text, level),
             words.duration(host.connect_seconds), words.number(host.accepted), words.number(host.rejected),
             words.size(host.octets), (at + host.last_error, "quiet" if host.up else level),
         ])  # fmt: skip
-    return _table(titles, (28, 13, -8, -11, -11, -9, 0), rows)
+    titles = {
+        "UPSTREAM": 28, "STATE": 13, "CONNECT": -8, "ACCEPTED": -11, "REJECTED": -11, "TRAFFIC": -9, "LAST ERROR": 0,
+    }  # fmt: skip
+    return _table(titles, rows)
 
 
-def _tables(overview: Overview) -> list[Line]:
-    titles = ("MAPPING", "STATE", "PATTERNS", "LOOK-UPS", "HITS", "ERRORS", "TIME", "LAST ERROR")
+def _mappings(overview: Overview) -> list[Line]:
     rows: list[Row] = []
-    for table in overview.tables:
-        level, state = words.table_state(table)
+    for mapping in overview.mappings:
+        level, text = state.mapping_state(mapping)
         rows.append([
-            table.name, (state, level), words.number(table.patterns), words.number(table.lookups),
-            words.share(table.hits, table.lookups), words.number(table.errors), words.duration(table.lookup_seconds),
-            (table.last_error, "quiet"),
+            mapping.name, (text, level), words.number(mapping.patterns), words.number(mapping.lookups),
+            words.share(mapping.hits, mapping.lookups), words.number(mapping.errors),
+            words.duration(mapping.lookup_seconds), (mapping.last_error, "quiet"),
         ])  # fmt: skip
-    return _table(titles, (28, 10, -9, -11, -6, -7, -8, 0), rows)
+    titles = {
+        "MAPPING": 28, "STATE": 10, "PATTERNS": -9, "LOOK-UPS": -11, "HITS": -6, "ERRORS": -7, "TIME": -8,
+        "LAST ERROR": 0,
+    }  # fmt: skip
+    return _table(titles, rows)
 
 
 def _limits(overview: Overview) -> list[Line]:
     rows: list[Row] = []
     for limit in overview.limits:
-        level, used = words.limit_state(limit)
+        level, used = state.limit_state(limit)
         rows.append([limit.name, (used, level), words.number(limit.refused)])
-    return _table(("LIMIT", "IN USE", "TURNED AWAY"), (28, -22, -13), rows)
+    return _table({"LIMIT": 28, "IN USE": -22, "TURNED AWAY": -13}, rows)
 
 
 def _certificates(overview: Overview) -> list[Line]:
     rows: list[Row] = []
     for certificate in overview.certificates:
-        level, state = words.certificate_state(certificate, overview.now)
-        rows.append([certificate.file, (state, level), ", ".join(certificate.names)])
-    return _table(("CERTIFICATE", "ENDS", "NAMES"), (34, 20, 0), rows)
+        level, text = state.certificate_state(certificate, overview.now)
+        rows.append([certificate.file, (text, level), ", ".join(certificate.names)])
+    return _table({"CERTIFICATE": 34, "ENDS": 20, "NAMES": 0}, rows)
 
 
 def _events(overview: Overview) -> list[Line]:
-    titles = ("TIME", "SESSION", "WHAT", "FROM AND TO", "REPLY", "CLIENT, UPSTREAM")
-    return _table(titles, (9, 12, 21, 0, 0, 0), [_event(event, overview.now) for event in overview.events])
+    titles = {"TIME": 9, "SESSION": 12, "WHAT": 21, "FROM AND TO": 0, "REPLY": 0, "CLIENT, UPSTREAM": 0}
+    return _table(titles, [_event(event, overview.now) for event in overview.events])
 
 
 def _event(event: Event, now: float) -> Row:
-    reply, reason = words.answer(event)
+    reply, reason = state.answer(event)
     way = "" if event.kind == "refused" else f"{event.sender or '<>'} → {event.recipients}"
-    level = words.event_level(event)
+    level = state.event_level(event)
     return [
         (words.clock(event.at, now)[-8:], "quiet"), (event.sid, "quiet"),
-        (f"{event.kind} {words.refuser(event)}", level), words.shorten(way, 50), (words.shorten(reply, 80), level),
+        (f"{event.kind} {state.refuser(event)}", level), words.shorten(way, 50), (words.shorten(reply, 80), level),
         ("  ".join(filter(None, (event.client, event.upstream, words.shorten(reason, 100)))), "quiet"),
     ]  # fmt: skip
 

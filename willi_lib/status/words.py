@@ -5,11 +5,8 @@ from __future__ import annotations
 from datetime import datetime, timezone
 
 from ..text import visible
-from .finding import Level, certificate_level, limit_level
-from .overview import CertificateState, Event, Host, Limit, Overview, Table
 
 DAY = 86400  # seconds
-FOR_ALL = "max_connections"  # the other limits are for a client each, and one that runs into its own is no trouble
 LAST_SECOND = 253402300799.0  # of the year 9999: datetime knows no later one
 
 
@@ -80,63 +77,3 @@ def time_left(seconds: float) -> str:
     if seconds <= 0:
         return f"expired {duration(-seconds)} ago"
     return f"{several(int(seconds // DAY), 'day')} left" if seconds >= DAY else f"{duration(seconds)} left"
-
-
-# How good something is (a class in page.css, a colour in the terminal), and what that is called.
-
-
-def host_state(host: Host, now: float) -> tuple[Level, str]:
-    return ("ok", "up") if host.down_since is None else ("wrong", f"down {duration(now - host.down_since)}")
-
-
-def certificate_state(certificate: CertificateState, now: float) -> tuple[Level, str]:
-    left = certificate.expires - now
-    return certificate_level(left), time_left(left)
-
-
-def table_state(table: Table) -> tuple[Level, str]:
-    if table.database_up is False:
-        return "wrong", "down"
-    if table.database_up:
-        return "ok", "up"
-    return ("warn", "old table") if table.last_error else ("ok", "in use")
-
-
-def limit_state(limit: Limit) -> tuple[Level, str]:
-    level = limit_level(limit.used, limit.most)
-    used = f"{number(limit.used)} of {number(limit.most)}"
-    return "warn" if level == "wrong" and limit.name != FOR_ALL else level, used
-
-
-def filled(limit: Limit) -> float:
-    """How much of its bar, in percent; one of 5,000 shall be seen."""
-    return min(100.0, max(1.0, 100 * limit.used / limit.most)) if limit.most and limit.used else 0.0
-
-
-def event_level(event: Event) -> Level:
-    """Wrong is only what an administrator may have to correct."""
-    if event.kind == "accepted":
-        return "ok"
-    return "wrong" if event.error_src == "internal" and event.reply.startswith("451") else "warn"
-
-
-def refuser(event: Event) -> str:
-    return {"upstream": "by upstream", "internal": "by Willi", "client": "client lost"}.get(event.error_src, "")
-
-
-def answer(event: Event) -> tuple[str, str]:
-    """What the client was told, and what the log knows besides."""
-    if not event.reply:
-        return event.error, ""
-    return event.reply, "" if event.error == event.reply else event.error
-
-
-def headline(overview: Overview) -> str:
-    if not overview.problems:
-        return "All is well"
-    return several(len(overview.problems), "problem needs you", "problems need you")
-
-
-def advice(overview: Overview) -> list[str]:
-    """What to do, each once."""
-    return list(dict.fromkeys(problem.advice for problem in overview.problems if problem.advice))
