@@ -5,16 +5,15 @@ from __future__ import annotations
 import csv
 import io
 import os
-import resource
 import tracemalloc
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.support.descriptors import Descriptors
 from tests.test_routing import ADDRESSES, DOMAINS, Table
 from willi_lib import files
 from willi_lib.files import CALM
@@ -613,24 +612,6 @@ def test_a_file_that_is_truncated_between_look_and_load_is_not_read(file, clock)
     assert str(failure.value) == f"{file}: written while it was read"
     assert find(mapping, "b.example") == to("mx1")
     assert looks(mapping, clock) == CALM
-
-
-class Descriptors:
-    """All that this process may have are taken."""
-
-    def __enter__(self) -> None:
-        self.limits = resource.getrlimit(resource.RLIMIT_NOFILE)
-        used = max(int(one.name) for one in Path("/proc/self/fd").iterdir())
-        resource.setrlimit(resource.RLIMIT_NOFILE, (used + 1, self.limits[1]))
-        self.taken = []
-        with suppress(OSError):
-            while True:
-                self.taken.append(os.open(os.devnull, os.O_RDONLY))
-
-    def __exit__(self, *_: object) -> None:
-        for descriptor in self.taken:
-            os.close(descriptor)
-        resource.setrlimit(resource.RLIMIT_NOFILE, self.limits)
 
 
 def test_a_file_that_could_not_be_read_just_now_is_tried_again(file, clock):

@@ -17,7 +17,8 @@ from willi_lib.mappings import cache as module
 from willi_lib.mappings import known_rows
 from willi_lib.mappings.cache import NO_ROW, CachedMapping
 from willi_lib.mappings.known_rows import KnownRows
-from willi_lib.mappings.mysql import Database, Down, NotNow, TooSlow, route_of, statement_of
+from willi_lib.mappings.mysql import Database, Down, OwnLack, TooSlow, statement_of
+from willi_lib.mappings.row import WrongColumns, route_of
 from willi_lib.routing.route import Answer, HostFacts, LookupFailed, Policy, Route, parse_servers
 
 TIMEOUT = 1.0  # seconds for a recipient
@@ -370,6 +371,19 @@ def test_a_query_that_the_server_gives_up_ends_an_outage(table: Table, time):
     assert watched.levels == ["error", "info"]
 
 
+def test_what_we_lack_ourselves_is_no_outage_and_a_known_route_serves(table: Table, time):
+    watched = Watched(table)
+    watched.find("b")
+    time(61)
+    table.fault = OwnLack("Too many open files")
+    assert watched.find("b") == [Answer(to("mx1"), "stale")]
+    failure = watched.fails("new@b")
+    assert (str(failure), failure.logged) == ("Too many open files", False), "for the log"
+    assert watched.logged == []
+    table.fault = None
+    assert watched.find("new@b", "b") == [Answer(None, "asked"), Answer(to("mx1"), "asked")]
+
+
 def test_a_known_route_serves_while_the_database_is_down_and_that_is_told_once(table: Table, time):
     watched = Watched(table, stale_ttl=3600)
     watched.find("ann@b", "b")
@@ -656,7 +670,7 @@ def test_a_row_is_a_route_by_the_names_of_its_columns(columns, row, expected):
     ],
 )
 def test_what_is_no_route_is_a_failure_with_a_reason(columns, row, why):
-    with pytest.raises((LookupFailed, NotNow)) as failure:
+    with pytest.raises((LookupFailed, WrongColumns)) as failure:
         route(columns, *row)
     assert why in str(failure.value)
 

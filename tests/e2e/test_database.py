@@ -20,11 +20,12 @@ import pymysql.connections
 import pytest
 
 from tests.support.certificates import Authority
+from tests.support.descriptors import Descriptors
 from tests.support.loopback import HOST, PATIENCE, ROOT, free_port
 from tests.support.mariadb import PASSWORD, QUERY, USER, Mariadb
 from willi_lib.config import MysqlSettings
 from willi_lib.hosts import Address
-from willi_lib.mappings.mysql import Database, Down, TooSlow
+from willi_lib.mappings.mysql import Connection, Database, Down, OwnLack, TooSlow
 from willi_lib.routing.route import LookupFailed, Policy, Route, parse_servers
 
 Open = Callable[..., Database]
@@ -86,7 +87,11 @@ def together(*works: Callable[[], object]) -> list[object]:
 
 def open_connections(database: Database) -> tuple[int, int]:
     """All of them, and the idle ones; with nothing under way they must be the same."""
-    return database._open, len(database._idle)
+    return sum(host.open for host in database._hosts), len(idle_connections(database))
+
+
+def idle_connections(database: Database) -> list[Connection]:
+    return [connection for host in database._hosts for connection, _ in host.idle.queue]
 
 
 # Keys and rows
@@ -121,7 +126,7 @@ def test_of_several_rows_only_the_first_is_sent(mariadb: Mariadb, open_database:
     name = mariadb.table(*((f"{number}.example", f"mx{number}", True) for number in range(100)))
     database = open_database(name, "SELECT server FROM routes WHERE pattern <> ? ORDER BY pattern DESC")
     assert database.ask("x") == to("mx99")
-    connection = database._idle[-1].driver
+    connection = idle_connections(database)[-1]
     assert connection.affected_rows() == 1
 
 
@@ -233,8 +238,8 @@ def test_nobody_ever_gets_the_answer_to_another_key(mariadb: Mariadb, open_datab
             assert isinstance(answer, Down) or answer == to(f"mx{number}")
         late, right = late + downs, right + len(answers) - downs
         seconds *= 1.5 if downs > 30 else 0.75 if downs < 10 else 1.0
-    assert open_connections(database) == (len(database._idle),) * 2
-    assert len(database._idle) <= 8
+    assert open_connections(database) == (len(idle_connections(database)),) * 2
+    assert len(idle_connections(database)) <= 8
 
 
 def test_a_slow_query_ends_at_the_time_limit_and_loses_no_slot(mariadb: Mariadb, open_database: Open):
@@ -294,12 +299,12 @@ def test_a_connection_that_was_idle_for_long_is_not_trusted(
 ):
     database = open_database(mariadb.table(("b.example", "mx1", True)))
     database.ask("b.example")
-    first = database._idle[0].driver.thread_id()
+    first = idle_connections(database)[0].thread_id()
     database.ask("b.example")
-    assert database._idle[0].driver.thread_id() == first
+    assert idle_connections(database)[0].thread_id() == first
     monkeypatch.setattr("willi_lib.mappings.mysql.MAX_IDLE", -1.0)
     database.ask("b.example")
-    assert database._idle[0].driver.thread_id() != first
+    assert idle_connections(database)[0].thread_id() != first
     assert open_connections(database) == (1, 1)
 
 
@@ -432,8 +437,8 @@ def test_the_next_host_is_asked_when_one_fails_and_the_failed_one_last_for_a_whi
     bad, good = request.getfixturevalue(first), Address(HOST, mariadb.port)
     database = open_database(mariadb.table(("b.example", "mx1", True)), host=(bad, good), timeout=6.0)
     assert database.ask("b.example") == to("mx1")
-    for connection in database._idle:
-        connection.driver.close()
+    for connection in idle_connections(database):
+        connection.close()
     began = monotonic()
     assert database.ask("b.example") == to("mx1")
     assert monotonic() - began < 3.0, "less than the first one costs"
@@ -470,6 +475,20 @@ def test_a_host_that_hangs_within_a_query_is_left_for_the_next_one(
             assert monotonic() - began < 3.0
     finally:
         other.remove()
+
+
+@pytest.mark.parametrize("host", [HOST, "localhost"])
+def test_a_lack_of_descriptors_marks_no_host_as_failed(mariadb: Mariadb, open_database: Open, host: str):
+    """The name of a host cannot be looked up without one, either."""
+    name = mariadb.table(("b.example", "mx1", True))
+    database = open_database(name, host=(Address(host, mariadb.port),))
+    with Descriptors(), pytest.raises(OwnLack, match=f"^{host}:{mariadb.port}: Can't connect to MySQL server"):
+        database.ask("b.example")
+    assert not any(host.rests() for host in database._hosts)
+    assert database.ask("b.example") == to("mx1")
+    with Descriptors():
+        assert database.ask("b.example") == to("mx1"), "on the connection that is there"
+        assert together(*[lambda: database.ask("b.example")] * 5) == [to("mx1")] * 5, "one after the other"
 
 
 def test_the_socket_will_do(mariadb: Mariadb, open_database: Open):

@@ -25,7 +25,7 @@ from .. import log
 from ..config import MysqlSettings
 from ..routing.route import Answer, HostFacts, LookupFailed, MappingError, MappingFacts, Route
 from .known_rows import KnownRows
-from .mysql import NOBODY, Down, TooSlow
+from .mysql import NOBODY, Down, OwnLack, TooSlow
 
 RETRY_INTERVAL = 5.0  # seconds between sessions that wait for a database that is down ...
 QUICK_RETRY = 1.0  # ... and between tries if they cost nobody any time, as with a refused connection ...
@@ -56,16 +56,11 @@ class _Entry(NamedTuple):
 
 
 class Source(Protocol):
-    """Where the answers come from."""
+    """Where the answers come from: a `Database`."""
 
-    def ask(self, key: str) -> Route | None:
-        """The route for this key, within a time limit. Raises Down, TooSlow, LookupFailed."""
-
-    def inspect_hosts(self) -> tuple[HostFacts, ...]:
-        """Each, as it answers just now."""
-
-    def close(self) -> None:
-        """Give up all connections."""
+    def ask(self, key: str) -> Route | None: ...
+    def inspect_hosts(self) -> tuple[HostFacts, ...]: ...
+    def close(self) -> None: ...
 
 
 class CachedMapping:
@@ -106,10 +101,9 @@ class CachedMapping:
 
     def load(self, reload: bool = False) -> bool:
         """With `reload` ask the database, whatever is known of it. Raises MappingError; passing: it gave no answer."""
-        if not reload:
-            return False
         try:
-            self._database.ask(NOBODY)
+            if reload:
+                self._database.ask(NOBODY)
         except TooSlow:
             pass
         except (Down, LookupFailed) as why:
@@ -175,9 +169,14 @@ class CachedMapping:
         asking.wait(max(0.0, deadline - now) + GRACE)
         if asking.successful():
             return Answer(asking.value, "asked")
-        if entry and (asking.exception is None or isinstance(asking.exception, Down)):
-            return self._stale(entry)
-        raise self._failure(asking)
+        why = asking.exception or Down(f"no answer within {self._settings.timeout:g} s")
+        if isinstance(why, Down):
+            if entry:
+                return self._stale(entry)
+            raise LookupFailed(str(why), self._outage is not None)
+        if isinstance(why, LookupFailed):
+            raise LookupFailed(str(why), why.logged)
+        raise RuntimeError("".join(format_exception(why)))  # a bug of ours: the log has its traceback
 
     def _ask_in_turn(self, key: str, now: float) -> AsyncResult[Route | None] | None:
         """The query for this key, under way or new. None: the database is down, and it is not our turn to try it."""
@@ -203,23 +202,12 @@ class CachedMapping:
         except Exception as failure:  # noqa: BLE001 -- the sessions hear of it
             if isinstance(failure, TooSlow | LookupFailed):
                 self._note_up()
-            elif isinstance(failure, Down) and self._answered < began:  # else others had answers: it is this key
-                self._note_down(str(failure), began)
+            elif isinstance(failure, Down) and not isinstance(failure, OwnLack) and self._answered < began:
+                self._note_down(str(failure), began)  # else others had answers: it is a matter of this key
             asking.set_exception(failure)
         finally:
             if self._asking.get(key) is asking:
                 del self._asking[key]
-
-    def _failure(self, asking: AsyncResult[Route | None]) -> Exception:
-        """A new exception for each session that has no answer."""
-        why = asking.exception
-        if why is None:
-            return LookupFailed(f"no answer within {self._settings.timeout:g} s", self._outage is not None)
-        if isinstance(why, LookupFailed):
-            return LookupFailed(str(why), why.logged)
-        if isinstance(why, Down):
-            return LookupFailed(str(why), self._outage is not None)
-        return RuntimeError("".join(format_exception(why)))  # a bug of ours: the log has its traceback
 
     def _remember(self, key: str, route: Route | None) -> None:
         """Raises LookupFailed: there was a row a moment ago, which this worker or another one has found."""

@@ -1,34 +1,32 @@
 """Any of several MySQL or MariaDB hosts: connections to them, one query, and the route in its row.
 
-The pool is a list and a semaphore, made for greenlets that run into time limits. It never
-waits for the network while others wait for the pool (DBUtils connects, pings and rolls
-back under its lock, so that one host that hangs stops everybody), and a connection comes
-back only after its answer has been read to the end.
+The pool never waits for the network while others wait for the pool (DBUtils connects, pings and rolls back under its
+lock, so that one host that hangs stops all sessions), and a connection comes back only after its answer has been read
+to the end.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
-from functools import lru_cache
 from time import monotonic
+from typing import TypeAlias
 
 import gevent
 import pymysql
 from gevent import ssl
 from gevent.lock import BoundedSemaphore
+from gevent.queue import Empty, LifoQueue
 
 from ..config import MysqlSettings
 from ..files import open_file, read_file
 from ..hosts import Address
-from ..routing.route import HostFacts, LookupFailed, Policy, Route, parse_servers, parse_tls_verify
+from ..net.own_lack import is_own_lack
+from ..routing.route import HostFacts, LookupFailed, Route
+from .row import WrongColumns, route_of
 
 HOST_REST = 60.0  # seconds a host that failed is tried last, as for an upstream
-MAX_IDLE = 60.0  # seconds a connection is kept unused: firewalls forget it after some minutes and tell nobody
-POLL_INTERVAL = 0.05  # seconds between looks for a free connection when the server takes no more of them
-MAX_ROUTES = 10_000  # different routes kept as one object each
+MAX_IDLE = 60.0  # seconds a connection is kept unused: firewalls forget it after some minutes and tell no one
 # What to do, by the words of PyMySQL, which has neither of its optional packages, and of Python.
 REMEDIES = {
     "'cryptography' package": "logging in with sha2 needs tls_ca or unix_socket",
@@ -62,6 +60,7 @@ NOT_THERE_ERRORS = frozenset((
 PROXY_ERRORS = range(9000, 10000)  # of ProxySQL (9001: no server within its time) and of TiDB
 # Said when the characters of a key do not exist in the character set of the column: illegal mix, cannot convert.
 UNKNOWN_CHARACTER_ERRORS = frozenset((1267, 1270, 1271, 3854))
+TOO_MANY_CONNECTIONS = frozenset((1040, 1203, 1226))  # for the server, or for the account
 
 
 class Down(Exception):
@@ -83,139 +82,125 @@ class TooSlow(NotNow):
     """The server gave up this query: that may be a matter of this key."""
 
 
-class _Lost(Exception):
+class OwnLack(Down):
+    """We have no descriptor, memory or thread for a connection, which says nothing about the server."""
+
+
+class _Lost(Down):
     """A connection ended before the answer came."""
 
 
-@dataclass
-class _Connection:
-    host: Address
-    driver: pymysql.Connection[pymysql.cursors.Cursor]
-    idle_since: float = 0.0
+class _TooMany(Down):
+    """The server takes no more connections."""
 
 
-class Database:
-    """One query, asked on any of the hosts."""
+Connection: TypeAlias = "pymysql.Connection[pymysql.cursors.Cursor]"
+
+
+class _Query:
+    """What is asked, on any connection."""
 
     def __init__(self, settings: MysqlSettings, mapping: str) -> None:
-        """mapping: the name that routes bear.
-
-        Raises ValueError: a query without `?`, or a tls_ca or password_file that cannot be used.
-        """
-        self._settings = settings
-        self._mapping = mapping
-        self._hosts = (Address("", 0),) if settings.unix_socket else settings.hosts
-        self._password = _password(settings)
+        """Raises ValueError: it has no `?`."""
+        self._policy, self._mapping = settings.policy, mapping
         self._statement, self._parameters = statement_of(settings.query)
         self._compares_once = self._parameters == 1 and bool(_EQUALITY.search(settings.query))
-        self._tls = _client_context(settings) if settings.tls_ca else None
-        self._slots = BoundedSemaphore(settings.pool_size)
-        self._idle: list[_Connection] = []  # the one that was used last is the last
-        self._open = 0  # connections, idle ones included
-        self._failed: dict[Address, float] = {}  # and when
-        self._answered: dict[Address, float] = {}  # and when last
 
-    def ask(self, key: str) -> Route | None:
-        """The route in the first row for this key, within `timeout`. Raises Down, TooSlow, LookupFailed.
+    def run(self, connection: Connection, key: str) -> tuple[list[str], tuple[object, ...] | None]:
+        """The names of the columns and the first row. Raises MySQLError."""
+        return _execute(connection, self._statement, (key,) * self._parameters)
 
-        To be called in a greenlet that nobody else ends.
-        """
-        seconds = self._settings.timeout
-        deadline = monotonic() + seconds
-        if not self._slots.acquire(timeout=seconds):
-            raise Down(f"no free connection within {seconds:g} s")
+    def ask(self, connection: Connection, key: str) -> Route | None:
+        """Raises Down, LookupFailed."""
         try:
-            return self._ask_hosts(key, deadline)
-        finally:
-            self._slots.release()
+            names, row = self.run(connection, key)
+            return route_of(self._policy, self._mapping, key, names, row)
+        except WrongColumns as why:
+            raise NotNow(str(why), not_there=True) from None
+        except pymysql.MySQLError as error:
+            # No row can have such a key; but of several comparisons, another one might have found it.
+            if _number(error) in UNKNOWN_CHARACTER_ERRORS and not key.isascii() and self._compares_once:
+                return None
+            raise _failure(error, connection.open) from None
 
-    def _ask_hosts(self, key: str, deadline: float) -> Route | None:
-        """Ask on an idle connection or a new one, host after host. A lost connection is tried again once.
 
-        Hosts that failed come last. The time that is left is divided among those that have not been tried.
-        """
-        untried = sorted(self._hosts, key=self._rests)
-        faults: list[str] = []
-        lost = slow = answered = not_there = False
-        while (seconds := deadline - monotonic()) > 0 and (untried or not answered):
-            connection = self._take_idle(untried[:1] or self._hosts)
-            if connection is None and not untried:
-                if not self._open:
-                    break
-                gevent.sleep(POLL_INTERVAL)  # a server that takes no more connections still answers on the others'
-                continue
-            host = connection.host if connection else untried[0]
-            if host in self._failed:
-                self._failed[host] = monotonic()  # one tries whether it is back, the others need not wait
-            try:
-                return self._ask_host(host, connection, key, seconds / max(1, len(untried)))
-            except (_Lost, Down) as why:
-                faults.append(f"{self._name_of(host)}: {why}")
-                if isinstance(why, _Lost) and not lost:
-                    lost = True
-                    continue
-                not_there = not_there or (isinstance(why, Down) and why.not_there)
-                slow = slow or isinstance(why, TooSlow)
-                answered = answered or isinstance(why, NotNow)
-                if not isinstance(why, TooSlow):
-                    self._failed[host] = monotonic()
-            untried = [other for other in untried if other != host]
-        raise (TooSlow if slow else Down)("; ".join(faults), not_there)
+class _Host:
+    """One server: its connections, and whether it answers."""
 
-    def _ask_host(self, host: Address, connection: _Connection | None, key: str, seconds: float) -> Route | None:
-        """Ask on this connection, or on a new one. Raises Down, _Lost, LookupFailed."""
+    def __init__(self, address: Address, settings: MysqlSettings, password: bytes, tls: ssl.SSLContext | None) -> None:
+        self._address = address
+        self._settings = settings
+        self._password = password
+        self._tls = tls
+        self.name = str(address) if address.host else settings.unix_socket
+        self.idle: LifoQueue[tuple[Connection, float]] = LifoQueue()  # and since when
+        self.open = 0  # connections, idle ones included
+        self._failed = self._answered = float("-inf")  # when last; `_failed` is none after an answer
+
+    def rests(self) -> bool:
+        return monotonic() - self._failed < HOST_REST
+
+    def ask(self, query: _Query, key: str, seconds: float) -> Route | None:
+        """Raises Down, LookupFailed. A lost connection is tried again once."""
         began = monotonic()
+        if self._failed > 0:
+            self._failed = began  # one session tries whether it is back, the others need not wait
         try:
             with gevent.Timeout(seconds):
-                return self._ask_on(connection or self._connect(host), key)
-        except (_Lost, NotNow) as why:
-            if not isinstance(why, TooSlow):
-                self._close_idle(host)
+                try:
+                    return self._ask_on(self._connection(), query, key)
+                except _Lost:
+                    self.close_idle()  # they are no better
+                    return self._ask_on(self._connection(), query, key)
+        except (TooSlow, OwnLack):
+            raise
+        except Down:
+            self._failed = monotonic()
+            self.close_idle()
             raise
         except gevent.Timeout:
-            if self._answered.get(host, 0.0) < began:  # else it is a matter of this key
-                self._close_idle(host)
+            self._failed = monotonic()
+            if self._answered < began:  # else it is a matter of this key
+                self.close_idle()
             raise Down(f"no answer within {seconds:.1f} s") from None
 
-    def _ask_on(self, connection: _Connection, key: str) -> Route | None:
-        """Ask on this connection, and put it back if it may be used again. Raises NotNow, _Lost, LookupFailed."""
-        usable = False
+    def _connection(self) -> Connection:
+        """One that is idle, or a new one, or, if there can be no more, the next one that becomes idle. Raises Down."""
+        with suppress(Empty):
+            connection, since = self.idle.get_nowait()
+            if since > monotonic() - MAX_IDLE:
+                return connection
+            self._close(connection)  # those below have been idle for longer
+            self.close_idle()
         try:
-            names, row = _execute(connection, self._statement, (key,) * self._parameters)
-            usable = True
-        except pymysql.MySQLError as error:
-            number = _number(error)
-            if not connection.driver.open or number in CONNECTION_ERRORS or number in DRIVER_ERRORS:
-                raise _Lost(_text(error)) from None
-            if number in NOT_NOW_ERRORS or number in NOT_THERE_ERRORS or number in PROXY_ERRORS:
-                raise NotNow(_text(error), number in NOT_THERE_ERRORS) from None
-            usable = number >= 1000
-            if number in GAVE_UP_ERRORS:
-                raise TooSlow(_text(error)) from None
-            if number in UNKNOWN_CHARACTER_ERRORS and not key.isascii() and self._compares_once:
-                return None  # no row can have this key; of several comparisons, another one might have found it
-            raise LookupFailed(_text(error)) from None
+            return self._connect()
+        except (_TooMany, OwnLack):
+            if not self.open:
+                raise
+            return self.idle.get()[0]
+
+    def _ask_on(self, connection: Connection, query: _Query, key: str) -> Route | None:
+        """The connection comes back to the pool if it may be used again. Raises Down, LookupFailed."""
+        usable = True
+        try:
+            return query.ask(connection, key)
+        except BaseException as failure:
+            usable = isinstance(failure, TooSlow | LookupFailed)
+            raise
         finally:
             if usable:
-                self._put(connection)
+                self._answered, self._failed = monotonic(), float("-inf")
+                self.idle.put((connection, self._answered))
             else:
                 self._close(connection)
-        return route_of(self._settings.policy, self._mapping, key, names, row)
 
-    # -- connections
-
-    def close(self) -> None:
-        """Take leave of the server on all connections that nobody uses."""
-        while self._idle:
-            self._close(self._idle.pop())
-
-    def _connect(self, host: Address) -> _Connection:
+    def _connect(self) -> Connection:
         """Raises Down."""
         settings = self._settings
         try:
-            driver = pymysql.connect(
-                host=host.host or "localhost",
-                port=host.port,
+            connection = pymysql.connect(
+                host=self._address.host or "localhost",
+                port=self._address.port,
                 unix_socket=settings.unix_socket or None,
                 user=settings.user or None,
                 password=self._password,
@@ -230,83 +215,122 @@ class Database:
                 write_timeout=settings.timeout,
                 program_name="willi",
             )
-        except (pymysql.MySQLError, OSError) as error:
-            raise Down(_remedy(_text(error)), _number(error) in NOT_THERE_ERRORS) from None
-        except RuntimeError as error:
-            raise Down(_remedy(str(error))) from None
         except Exception as error:  # noqa: BLE001 -- PyMySQL reads a greeting without looking where it ends
-            raise Down(f"no greeting of a database: {error!r}") from None
-        self._open += 1
-        return _Connection(host, driver)
+            raise _refusal(error) from None
+        self.open += 1
+        return connection
 
-    def _take_idle(self, hosts: Sequence[Address]) -> _Connection | None:
-        """The one that was used last, to one of these hosts."""
-        while self._idle and self._idle[0].idle_since < monotonic() - MAX_IDLE:
-            self._close(self._idle.pop(0))
-        for connection in reversed(self._idle):
-            if connection.host in hosts:
-                self._idle.remove(connection)
-                return connection
-        return None
-
-    def _put(self, connection: _Connection) -> None:
-        connection.idle_since = self._answered[connection.host] = monotonic()
-        self._failed.pop(connection.host, None)
-        self._idle.append(connection)
-
-    def _close(self, connection: _Connection) -> None:
-        self._open -= 1
+    def _close(self, connection: Connection) -> None:
+        self.open -= 1
         with suppress(pymysql.MySQLError):  # it was closed already
-            connection.driver.close()
+            connection.close()
 
-    def _close_idle(self, host: Address) -> None:
-        """They are not better than the one that has just failed."""
-        dead = [connection for connection in self._idle if connection.host == host]
-        self._idle = [connection for connection in self._idle if connection.host != host]
-        for connection in dead:
-            self._close(connection)
+    def close_idle(self) -> None:
+        while not self.idle.empty():
+            self._close(self.idle.get()[0])
 
-    def _rests(self, host: Address) -> bool:
-        return monotonic() - self._failed.get(host, -HOST_REST) < HOST_REST
-
-    def _name_of(self, host: Address) -> str:
-        """As an administrator calls it."""
-        return str(host) if host.host else self._settings.unix_socket
-
-    # -- for `check`
-
-    def inspect_hosts(self) -> tuple[HostFacts, ...]:
-        """Connect to each, have the server prepare the query, and run it."""
-        return tuple(map(self._inspect, self._hosts))
-
-    def _inspect(self, host: Address) -> HostFacts:
-        name, seconds = self._name_of(host), self._settings.timeout
+    def inspect(self, query: _Query) -> HostFacts:
+        """Connect, have the server prepare the query, and run it, for `check`."""
+        seconds, host = self._settings.timeout, self._address.host
         try:
             with gevent.Timeout(seconds, Down(f"no answer within {seconds:g} s")):
-                connection = self._connect(host)
+                connection = self._connect()
                 try:
                     version = _execute(connection, "SELECT VERSION()")[1]
                     tls = _execute(connection, "SHOW SESSION STATUS LIKE 'Ssl_version'")[1]
                     _execute(connection, "PREPARE willi FROM %s", (self._settings.query,))
-                    names, row = _execute(connection, self._statement, (NOBODY,) * self._parameters)
+                    names, _ = query.run(connection, NOBODY)
+                    query.ask(connection, NOBODY)
                 finally:
                     self._close(connection)
-            route_of(self._settings.policy, self._mapping, NOBODY, names, row)
         except pymysql.MySQLError as error:
-            return HostFacts(name, host.host, fault=_text(error))
+            return HostFacts(self.name, host, fault=_text(error))
         except (Down, LookupFailed) as fault:
-            return HostFacts(name, host.host, fault=str(fault), answered=isinstance(fault, LookupFailed | NotNow))
-        text = f"{version[0] if version else '?'}, {f'{tls[1]}, certificate verified' if tls and tls[1] else 'no TLS'}"
-        return HostFacts(name, host.host, str(tls[1]) if tls else "", f"{text}, columns {', '.join(names)}")
+            answered = isinstance(fault, LookupFailed | NotNow)
+            return HostFacts(self.name, host, fault=str(fault), answered=answered)
+        protection = f"{tls[1]}, certificate verified" if tls and tls[1] else "no TLS"
+        text = f"{version[0] if version else '?'}, {protection}, columns {', '.join(names)}"
+        return HostFacts(self.name, host, str(tls[1]) if tls else "", text)
+
+
+class Database:
+    """One query, asked on any of the hosts."""
+
+    def __init__(self, settings: MysqlSettings, mapping: str) -> None:
+        """mapping: the name that routes bear.
+
+        Raises ValueError: a query without `?`, or a tls_ca or password_file that cannot be used.
+        """
+        self._settings = settings
+        self._query = _Query(settings, mapping)
+        password = _password(settings)
+        tls = _client_context(settings) if settings.tls_ca else None
+        addresses = (Address("", 0),) if settings.unix_socket else settings.hosts
+        self._hosts = [_Host(address, settings, password, tls) for address in dict.fromkeys(addresses)]
+        self._slots = BoundedSemaphore(settings.pool_size)
+
+    def ask(self, key: str) -> Route | None:
+        """The route in the first row for this key, within `timeout`. Raises Down, TooSlow, OwnLack, LookupFailed.
+
+        Hosts that failed come last. The time that is left is divided among those that have not been tried.
+        To be called in a greenlet that nothing else ends.
+        """
+        seconds = self._settings.timeout
+        deadline = monotonic() + seconds
+        if not self._slots.acquire(timeout=seconds):
+            raise Down(f"no free connection within {seconds:g} s")
+        try:
+            hosts = sorted(self._hosts, key=_Host.rests)
+            faults: list[tuple[_Host, Down]] = []
+            for untried, host in zip(range(len(hosts), 0, -1), hosts, strict=True):
+                try:
+                    return host.ask(self._query, key, max(0.0, deadline - monotonic()) / untried)
+                except Down as why:
+                    faults.append((host, why))
+        finally:
+            self._slots.release()
+        kind = next((kind for kind in (OwnLack, TooSlow) if any(isinstance(why, kind) for _, why in faults)), Down)
+        raise kind("; ".join(f"{host.name}: {why}" for host, why in faults), any(why.not_there for _, why in faults))
+
+    def inspect_hosts(self) -> tuple[HostFacts, ...]:
+        """Each, as it answers just now."""
+        return tuple(host.inspect(self._query) for host in self._hosts)
+
+    def close(self) -> None:
+        """Take leave of the servers on all connections that are not in use."""
+        for host in self._hosts:
+            host.close_idle()
 
 
 def _execute(
-    connection: _Connection, statement: str, values: tuple[str, ...] = ()
+    connection: Connection, statement: str, values: tuple[str, ...] = ()
 ) -> tuple[list[str], tuple[object, ...] | None]:
     """The names of the columns and the first row."""
-    with connection.driver.cursor() as cursor:
+    with connection.cursor() as cursor:
         cursor.execute(statement, values)
         return [column[0] for column in cursor.description or ()], cursor.fetchone()
+
+
+def _failure(error: pymysql.MySQLError, is_open: bool) -> Down | LookupFailed:
+    """What the failure of a query means. Of an error without a number, it is unknown what is still to come."""
+    number, text = _number(error), _text(error)
+    if not is_open or number < 1000 or number in CONNECTION_ERRORS or number in DRIVER_ERRORS:
+        return _Lost(text)
+    if number in NOT_NOW_ERRORS or number in NOT_THERE_ERRORS or number in PROXY_ERRORS:
+        return NotNow(text, number in NOT_THERE_ERRORS)
+    return TooSlow(text) if number in GAVE_UP_ERRORS else LookupFailed(text)
+
+
+def _refusal(error: Exception) -> Down:
+    """What the failure of a connection means."""
+    if not isinstance(error, pymysql.MySQLError | OSError | RuntimeError | MemoryError):
+        return Down(f"no greeting of a database: {error!r}")
+    text = _text(error)
+    text = next((f"{text}: {remedy}" for words, remedy in REMEDIES.items() if words in text), text)
+    if is_own_lack(getattr(error, "original_exception", error)):
+        return OwnLack(text)
+    number = _number(error)
+    return _TooMany(text) if number in TOO_MANY_CONNECTIONS else Down(text, number in NOT_THERE_ERRORS)
 
 
 def _password(settings: MysqlSettings) -> bytes:
@@ -345,13 +369,6 @@ def _number(error: Exception) -> int:
     return error.args[0] if error.args and isinstance(error.args[0], int) else 0
 
 
-def _remedy(text: str) -> str:
-    """What a failed connection says, and what to do if that is not in it."""
-    return next((f"{text}: {remedy}" for words, remedy in REMEDIES.items() if words in text), text)
-
-
-# The query and its rows
-
 _EQUALITY = re.compile(r"=\s*(?:\w+\s*\(\s*)*\?|\?\s*=")  # as in `pattern = LOWER(?)`, not `? IN (a, b)`
 _TOKEN = re.compile(
     r"""'(?:[^'\\]|\\.|'')*' | "(?:[^"\\]|\\.|"")*" | `[^`]*` | --\s[^\n]* | \#[^\n]* | /\*(?!!).*?\*/ | \? """,
@@ -374,37 +391,3 @@ def statement_of(query: str) -> tuple[str, int]:
     if not parameters:
         raise ValueError("query: has no ? outside quotation marks, which stands for the address or domain to look up")
     return "".join([*parts, query[at:].replace("%", "%%")]), parameters
-
-
-def route_of(
-    policy: Policy, mapping: str, key: str, names: Sequence[str], row: Sequence[object] | None
-) -> Route | None:
-    """None if there is no row, or no server in it. Raises LookupFailed, and NotNow for other columns."""
-    columns = [name.lower() for name in names]
-    if sorted(columns) not in (["server"], ["server", "tls_verify"]):
-        found = ", ".join(names) or "none"
-        text = f"the query must return the columns server and, if you like, tls_verify, not: {found}"
-        if not names:  # a procedure may give nothing for some keys, and rows for others
-            raise LookupFailed(text)
-        raise NotNow(text, not_there=True)  # of a `SELECT *` whose table has been altered, say
-    values = dict(zip(columns, row or (), strict=False))
-    try:
-        server, tls_verify = _column_text(values.get("server")), _column_text(values.get("tls_verify"))
-        return _route(server, parse_tls_verify(tls_verify or "true"), policy, mapping) if server else None
-    except ValueError as fault:
-        raise LookupFailed(f"the row for {key!r}: {fault}") from None
-
-
-@lru_cache(MAX_ROUTES)
-def _route(server: str, tls_verify: bool, policy: Policy, mapping: str) -> Route:
-    """Equal routes are one object, which saves memory. Raises ValueError."""
-    return Route(parse_servers(server), tls_verify, policy, mapping)
-
-
-def _column_text(value: object) -> str:
-    """Text, whatever the type of the column; empty for NULL. Raises ValueError."""
-    if value is None:
-        return ""
-    if isinstance(value, bytes):  # BIT, BINARY or BLOB
-        return str(value[0]) if value in (b"\0", b"\1") else value.decode().strip()
-    return str(value).strip()
