@@ -13,6 +13,7 @@ import gevent
 import gevent.socket
 import pytest
 
+from tests.support.descriptors import Descriptors
 from tests.support.dns import DnsServer, Fault
 from tests.support.loopback import HOST, free_port
 from willi_lib import files
@@ -42,6 +43,10 @@ def reverse(address: str) -> str:
 
 def questions(server: DnsServer, kind: str) -> list[str]:
     return [name for name, asked in server.queries if asked == kind]
+
+
+def mx_hosts(resolver: Resolver, domain: str) -> list[str]:
+    return [host for _, host in resolver.mx_of(domain)]
 
 
 # A client's name
@@ -157,6 +162,18 @@ def test_a_failure_is_not_asked_again_by_the_next_session(server, resolver):
     assert resolver.start_name_of(CLIENT)() == TEMPUNAVAIL
 
 
+def test_without_a_descriptor_a_failure_is_not_kept_and_called_what_it_is(server):
+    server.host("c.example", CLIENT)
+    server.zone["b.example"] = {"MX": ["10 c.example."]}
+    resolver = Resolver(TIMEOUT, (server.address, server.port))
+    with Descriptors():
+        assert resolver.start_name_of(CLIENT)() == TEMPUNAVAIL
+        for look in (resolver.addresses_of, resolver.mx_of):
+            with pytest.raises(DnsFailed, match="no descriptor is left to ask a name server"):
+                look("b.example")
+    assert resolver.start_name_of(CLIENT)() == "c.example"
+
+
 def test_sessions_do_not_wait_for_each_others_names(server, resolver):
     server.zone[reverse("192.0.2.9")] = Fault.SILENCE
     server.host("c.example", CLIENT)
@@ -232,8 +249,8 @@ def test_a_host_of_one_label_in_willi_conf_is(with_search_list):
 def test_an_mx_host_of_one_label_is_not(server, with_search_list):
     server.zone["b.example"] = {"MX": ["10 mail."]}
     server.zone["bare"] = {"A": ["192.0.2.1"]}
-    assert with_search_list.mx_hosts_of("b.example") == ["mail."]
-    assert with_search_list.mx_hosts_of("bare") == ["bare."]
+    assert mx_hosts(with_search_list, "b.example") == ["mail."]
+    assert mx_hosts(with_search_list, "bare") == ["bare."]
     with pytest.raises(DnsFailed):
         with_search_list.addresses_of("mail.")
 
@@ -246,7 +263,7 @@ def test_the_name_of_a_client_is_not(server, with_search_list, name):
 
 def test_mx_is_not(with_search_list):
     with pytest.raises(DnsFailed, match=r"no MX for mx\.example: "):
-        with_search_list.mx_hosts_of("mx.example")
+        mx_hosts(with_search_list, "mx.example")
 
 
 def test_other_sockets_of_the_process_keep_to_the_same_rules(server, with_search_list):
@@ -340,7 +357,7 @@ def test_mx_works_while_two_of_three_name_servers_are_silent(server, resolver):
     ports = [*(other.port for other in silent), server.port]
     servers = [dns.nameserver.Do53Nameserver(HOST, port) for port in ports]
     resolver._dnspython.nameservers = servers
-    assert resolver.mx_hosts_of("b.example") == ["mx.b.example"]
+    assert mx_hosts(resolver, "b.example") == ["mx.b.example"]
     assert [len(other.queries) for other in silent] == [1, 1]
     for other in silent:
         other.stop()
@@ -348,27 +365,27 @@ def test_mx_works_while_two_of_three_name_servers_are_silent(server, resolver):
 
 def test_mx_hosts_come_in_the_order_of_their_preference_and_in_lower_case(server, resolver):
     server.zone["b.example"] = {"MX": ["20 mx2.b.example.", "5 MX0.b.example.", "10 mx1.b.example."]}
-    assert resolver.mx_hosts_of("b.example") == ["mx0.b.example", "mx1.b.example", "mx2.b.example"]
+    assert mx_hosts(resolver, "b.example") == ["mx0.b.example", "mx1.b.example", "mx2.b.example"]
 
 
 def test_mx_hosts_of_one_preference_share_the_load(server):
     server.zone["b.example"] = {"MX": ["10 mx1.b.example.", "10 mx2.b.example.", "20 mx3.b.example."]}
     seen = set()
     for _ in range(50):
-        seen.add(tuple(Resolver(TIMEOUT, (server.address, server.port)).mx_hosts_of("b.example")))
+        seen.add(tuple(mx_hosts(Resolver(TIMEOUT, (server.address, server.port)), "b.example")))
     assert {hosts[:2] for hosts in seen} == {("mx1.b.example", "mx2.b.example"), ("mx2.b.example", "mx1.b.example")}
     assert {hosts[2:] for hosts in seen} == {("mx3.b.example",)}
 
 
 def test_a_domain_without_mx_is_its_own_host(server, resolver):
     server.zone["b.example"] = {"A": ["192.0.2.1"]}
-    assert resolver.mx_hosts_of("b.example") == ["b.example"]
+    assert mx_hosts(resolver, "b.example") == ["b.example"]
 
 
 def test_a_domain_with_a_null_mx_takes_no_mail(server, resolver):
     server.zone["b.example"] = {"MX": ["0 ."]}
     with pytest.raises(DnsFailed, match=r"b\.example takes no mail \(null MX\)"):
-        resolver.mx_hosts_of("b.example")
+        mx_hosts(resolver, "b.example")
 
 
 @pytest.mark.parametrize("fault", Fault)
@@ -376,19 +393,19 @@ def test_a_domain_that_does_not_exist_or_cannot_be_asked_for_is_a_failure(server
     server.zone["b.example"] = fault
     began = time.monotonic()
     with pytest.raises(DnsFailed, match=r"no MX for b\.example: "):
-        resolver.mx_hosts_of("b.example")
+        mx_hosts(resolver, "b.example")
     assert time.monotonic() - began < 3 * TIMEOUT
 
 
 @pytest.mark.parametrize("domain", ["x" * 64 + ".example", "a..example", ".".join(["x" * 60] * 5)])
 def test_a_domain_that_dns_cannot_hold_is_a_failure(server, resolver, domain):
     with pytest.raises(DnsFailed, match="no MX for "):
-        resolver.mx_hosts_of(domain)
+        mx_hosts(resolver, domain)
 
 
 def test_mx_hosts_are_kept_for_a_while(server, resolver):
     server.zone["b.example"] = {"MX": ["10 mx.b.example."]}
-    assert resolver.mx_hosts_of("b.example") == resolver.mx_hosts_of("b.example")
+    assert mx_hosts(resolver, "b.example") == mx_hosts(resolver, "b.example")
     assert questions(server, "MX") == ["b.example"]
 
 

@@ -15,6 +15,7 @@ import random
 import socket
 from collections.abc import Callable
 from contextlib import suppress
+from operator import itemgetter
 from pathlib import Path
 from time import monotonic
 from typing import Any, Generic, TypeVar
@@ -24,13 +25,14 @@ import dns.inet
 import dns.resolver
 import dns.reversename
 import gevent
-from gevent.event import AsyncResult
 from gevent.resolver import ares, cares
+from gevent.util import wrap_errors
 
 from .. import log
 from ..files import FileWatch, read_file
-from ..hosts import is_host_name
+from ..hosts import is_host_name, parse_ip
 from ..smtp.xclient import TEMPUNAVAIL, UNAVAILABLE
+from .own_lack import can_open_socket
 
 RESOLV_CONF = Path("/etc/resolv.conf")
 RESOLV_CONF_INTERVAL = 5.0  # seconds between looks at it
@@ -82,7 +84,7 @@ class Cache(Generic[T]):
 
 
 class _Channel(cares.channel):
-    """gevent's, for failures that c-ares tells before its call returns, as when nobody listens at the name server.
+    """gevent's, for failures that c-ares tells before its call returns, as when no name server listens.
 
     gevent would wake up the waiting greenlet from itself; it may only be woken by the hub.
     """
@@ -134,14 +136,6 @@ def name_servers(resolv_conf: str) -> list[str]:
     return [address for address in found if dns.inet.is_address(address)]
 
 
-def _first_name_servers() -> list[str]:
-    """Without a name server, or a file, this host is one."""
-    servers: list[str] = []
-    with suppress(OSError):
-        servers = name_servers(read_file(RESOLV_CONF).decode("utf-8", "replace"))
-    return servers or ["127.0.0.1"]
-
-
 def absolute(name: str) -> str:
     """A name that the DNS has told, as a host to look for: one of a single label gets a dot."""
     return name if "." in name else f"{name}."
@@ -157,17 +151,20 @@ class Resolver:
         """
         self._timeout = timeout
         self._dnspython = dns.resolver.Resolver(configure=False)
-        options: dict[str, Any] = {}
-        if server:
-            address, port = server
-            options = {"servers": [address], "udp_port": port, "tcp_port": port}
-            self._dnspython.port = port
-        self._ares = _Ares(tries=ROUNDS, timeout=FIRST_ROUND, **options)
+        self._asking: dict[str, gevent.Greenlet[..., str]] = {}
         self._resolv_conf = FileWatch(interval=0.0, retry=RESOLV_CONF_INTERVAL)
         self._resolv_conf.note([str(RESOLV_CONF)])
         self._resolv_conf.were_read()
-        self._take_name_servers([server[0]] if server else _first_name_servers())
-        self._asking: dict[str, AsyncResult[str]] = {}
+        options: dict[str, Any] = {}
+        servers: list[str] = []
+        if server:
+            servers, self._dnspython.port = [server[0]], server[1]
+            options = {"servers": servers, "udp_port": server[1], "tcp_port": server[1]}
+        else:
+            with suppress(OSError):
+                servers = name_servers(read_file(RESOLV_CONF).decode("utf-8", "replace"))
+        self._ares = _Ares(tries=ROUNDS, timeout=FIRST_ROUND, **options)
+        self._take_name_servers(servers or ["127.0.0.1"])  # without a name server, or a file, this host is one
 
     def _take_name_servers(self, addresses: list[str]) -> None:
         """For dnspython, and with no answer of others kept."""
@@ -214,26 +211,22 @@ class Resolver:
             return lambda: known
         asking = self._asking.get(address)
         if asking is None:
-            asking = AsyncResult()
-            gevent.spawn(self._find_name, address)  # may fail for lack of memory
-            self._asking[address] = asking
+            asking = self._asking[address] = gevent.spawn(self._find_name, address)
         deadline = monotonic() + self._timeout
-        return lambda: self._wait_for_name(asking, deadline)
 
-    def _wait_for_name(self, asking: AsyncResult[str], deadline: float) -> str:
-        try:
-            return asking.get(timeout=max(0.0, deadline - monotonic())) or TEMPUNAVAIL
-        except gevent.Timeout:
-            return TEMPUNAVAIL
+        def wait() -> str:
+            asking.join(max(0.0, deadline - monotonic()))
+            return asking.value or TEMPUNAVAIL
 
-    def _find_name(self, address: str) -> None:
-        asking = self._asking[address]
-        too_late = name, seconds = TEMPUNAVAIL, FAILURE_TTL
+        return wait
+
+    def _find_name(self, address: str) -> str:
+        too_late = TEMPUNAVAIL, FAILURE_TTL
         try:
             name, seconds = gevent.with_timeout(self._timeout, self._verified_name, address, timeout_value=too_late)
+            return self._names.put(address, name, seconds)
         finally:
             del self._asking[address]
-            asking.set(self._names.put(address, name, seconds))
 
     def _verified_name(self, address: str) -> tuple[str, float]:
         """The PTR name if it is valid and leads back to the address, and how long to keep that."""
@@ -243,7 +236,7 @@ class Resolver:
                 if is_host_name(candidate) and self._leads_to(candidate, address):
                     return candidate, NAME_TTL
         except (OSError, dns.exception.DNSException):
-            return TEMPUNAVAIL, FAILURE_TTL
+            return TEMPUNAVAIL, FAILURE_TTL if can_open_socket() else 0.0
         return UNAVAILABLE, NAME_TTL
 
     def _names_of(self, address: str) -> list[str]:
@@ -264,14 +257,8 @@ class Resolver:
 
         Raises DNSException.
         """
-
-        def resolve() -> dns.resolver.Answer | dns.exception.DNSException:
-            try:
-                return self._dnspython.resolve(name, kind, lifetime=self._timeout)
-            except dns.exception.DNSException as error:
-                return error
-
-        asking = gevent.spawn(resolve)
+        resolve = wrap_errors((dns.exception.DNSException,), self._dnspython.resolve)
+        asking = gevent.spawn(resolve, name, kind, lifetime=self._timeout)
         try:
             answer = asking.get()
         finally:
@@ -296,23 +283,15 @@ class Resolver:
         known = self._addresses.get(host)
         if known is not None:
             return known
-        try:
-            version = ipaddress.ip_address(host).version
-            family = socket.AF_INET if version == 4 else socket.AF_INET6
-            return self._addresses.put(host, [(family, host)], ADDRESS_TTL)
-        except ValueError:  # it is a name
-            pass
+        if parse_ip(host):
+            return self._addresses.put(host, [(socket.AF_INET6 if ":" in host else socket.AF_INET, host)], ADDRESS_TTL)
         try:
             found = self._ares.getaddrinfo(host, 0, socket.AF_UNSPEC, socket.SOCK_STREAM)
         except (OSError, UnicodeError) as error:  # UnicodeError: an MX host that no host can be called
             silent = any(word in str(error) for word in ("ARES_ETIMEOUT", "ARES_ECONNREFUSED", "ARES_ESERVFAIL"))
-            raise DnsFailed(f"no address for {host}: {NO_ANSWER if silent else error.args[-1]}") from None
+            raise DnsFailed(f"no address for {host}: {_no_answer() if silent else error.args[-1]}") from None
         addresses = [(socket.AddressFamily(entry[0]), str(entry[4][0])) for entry in found]
         return self._addresses.put(host, list(dict.fromkeys(addresses)), ADDRESS_TTL)
-
-    def mx_hosts_of(self, domain: str) -> list[str]:
-        """The MX hosts of a domain in the order to try them. Raises as `mx_of` does."""
-        return [host for _, host in self.mx_of(domain)]
 
     def mx_of(self, domain: str) -> list[tuple[int, str]]:
         """Preference and name of a domain's MX hosts, in the order to try them (RFC 5321 §5.1); itself if it has none.
@@ -323,14 +302,19 @@ class Resolver:
         if known is not None:
             return known
         try:
-            answer = self.ask(domain, "MX")
+            records = [(record.preference, str(record.exchange).rstrip(".")) for record in self.ask(domain, "MX")]
         except dns.resolver.NoAnswer:
-            return self._mx.put(domain, [(0, absolute(domain))], MX_TTL)
+            records = [(0, domain)]
         except (dns.exception.Timeout, dns.resolver.NoNameservers):
-            raise DnsFailed(f"no MX for {domain}: {NO_ANSWER}") from None
+            raise DnsFailed(f"no MX for {domain}: {_no_answer()}") from None
         except dns.exception.DNSException as error:
             raise DnsFailed(f"no MX for {domain}: {error}") from None
-        records = sorted((record.preference, random.random(), str(record.exchange).rstrip(".")) for record in answer)
-        if not all(host for _, _, host in records):
+        if not all(host for _, host in records):
             raise DnsFailed(f"{domain} takes no mail (null MX)")
-        return self._mx.put(domain, [(preference, absolute(host.lower())) for preference, _, host in records], MX_TTL)
+        random.shuffle(records)  # those of equal preference share the load
+        hosts = [(preference, absolute(host.lower())) for preference, host in sorted(records, key=itemgetter(0))]
+        return self._mx.put(domain, hosts, MX_TTL)
+
+
+def _no_answer() -> str:
+    return NO_ANSWER if can_open_socket() else "no descriptor is left to ask a name server"
