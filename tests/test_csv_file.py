@@ -8,6 +8,7 @@ import os
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -16,13 +17,16 @@ from hypothesis import strategies as st
 from tests.support.descriptors import Descriptors
 from tests.test_routing import ADDRESSES, DOMAINS, Table
 from willi_lib import files
+from willi_lib.config import CsvSettings
 from willi_lib.files import CALM
 from willi_lib.mappings import csv_file as module
 from willi_lib.mappings.csv_file import CUT_OFF, MAX_FAULTS, MAX_OCTETS, PAUSE_LINES, RETRY, CsvFile
+from willi_lib.mappings.surroundings import Surroundings
 from willi_lib.routing.keys import fold_pattern
 from willi_lib.routing.route import LookupFailed, MappingError, NoRoute, Policy, Route, parse_servers
 from willi_lib.routing.search import UNSURE, find_route
 
+POLICY = Policy()
 HEADER = "pattern;server;tls_verify\n"
 
 
@@ -31,10 +35,19 @@ def file(tmp_path: Path) -> Path:
     return tmp_path / "map.csv"
 
 
+def made(file: Path | str, policy: Policy = POLICY, where: str = "", **around: Any) -> CsvFile:
+    """The mapping of this file, not loaded yet."""
+    return CsvFile(CsvSettings("map", policy, where, str(file)), Surroundings(**around))
+
+
+def patterns(mapping: CsvFile) -> int | None:
+    return mapping.facts().patterns
+
+
 def read(file: Path, content: str | bytes, pause: Callable[[], None] = lambda: None) -> CsvFile:
     """The mapping of a file with this content, loaded."""
     file.write_bytes(content.encode() if isinstance(content, str) else content)
-    mapping = CsvFile(f"csv:{file}", str(file), Policy(), pause)
+    mapping = made(file, pause=pause)
     mapping.read()
     return mapping
 
@@ -89,7 +102,7 @@ def test_the_example_of_the_first_willi_is_understood(file):
         "\n"
         "# Comments and empty lines are ignored\n",
     )
-    assert len(mapping) == 3
+    assert patterns(mapping) == 3
     assert find(mapping, "somedomain.com") == to("mail.somedomain.com")
     assert find(mapping, "user@somedomain.com") == to("mail.other.org:25", False)
     assert find(mapping, "otherdomain.net") == to("mail.other.org:5025")
@@ -98,11 +111,11 @@ def test_the_example_of_the_first_willi_is_understood(file):
 
 def test_a_route_has_the_policy_and_the_name_of_its_mapping(file):
     file.write_text(HEADER + "b.example;mx\n")
-    mapping = CsvFile("csv:map", str(file), Policy(xclient="require"))
+    mapping = made(file, Policy(xclient="require"))
     mapping.read()
     route = find(mapping, "b.example")
     assert route == Route(parse_servers("mx"), True, Policy(xclient="require"))
-    assert route.mapping == "csv:map"
+    assert route.mapping == f"csv:{file}"
 
 
 @pytest.mark.parametrize(
@@ -127,7 +140,7 @@ def test_a_route_has_the_policy_and_the_name_of_its_mapping(file):
 )
 def test_the_form_of_a_line_is_a_matter_of_taste(file, content):
     mapping = read(file, content)
-    assert len(mapping) == 1
+    assert patterns(mapping) == 1
     assert find(mapping, "b.example") == to("mx")
 
 
@@ -158,7 +171,7 @@ def test_tls_verify_is_off_in_many_words(file, field):
 )
 def test_a_pattern_is_stored_as_the_key_that_it_stands_for(file, field, key):
     mapping = read(file, HEADER + field + ";mx\n")
-    assert len(mapping) == 1
+    assert patterns(mapping) == 1
     assert find(mapping, key) == to("mx")
 
 
@@ -187,13 +200,13 @@ def test_equal_routes_are_one_object(file):
 )
 def test_rows_as_a_spreadsheet_writes_them_are_read(file, content):
     mapping = read(file, content)
-    assert len(mapping) == 1
+    assert patterns(mapping) == 1
     assert find(mapping, "b.example") == to("mx")
 
 
 def test_a_header_alone_is_an_empty_mapping(file):
     mapping = read(file, HEADER)
-    assert len(mapping) == 0
+    assert patterns(mapping) == 0
     assert find(mapping, "b.example") is None
 
 
@@ -324,7 +337,7 @@ def test_a_file_that_cannot_be_read_is_refused_with_the_systems_reason(file, nam
     file.touch()
     path = f"{file.parent}/{name}"
     with pytest.raises(MappingError) as failure:
-        CsvFile("csv:map", path, Policy()).read()
+        made(path).read()
     assert str(failure.value) == f"{path}: {why}"
 
 
@@ -357,7 +370,7 @@ def link_to_device(path: Path) -> None:
 @pytest.mark.parametrize("make", [make_pipe, link_to_device])
 def test_what_is_no_regular_file_is_an_error_at_once_and_a_file_in_its_place_is_read(file, make):
     """To open a pipe would wait for a writer, and longer than the pipe has its name."""
-    new = CsvFile("csv:map.csv", str(file), Policy())
+    new = made(file)
     serving = read(file, HEADER + "b.example;mx\n")
     file.unlink()
     make(file)
@@ -374,7 +387,7 @@ def test_what_is_no_regular_file_is_an_error_at_once_and_a_file_in_its_place_is_
 
 def test_before_the_first_load_nothing_is_known_rather_than_refused(file):
     with pytest.raises(LookupFailed) as failure:
-        find(CsvFile("csv:map", str(file), Policy()), "b.example")
+        find(made(file), "b.example")
     assert str(failure.value) == "not read yet"
 
 
@@ -441,7 +454,7 @@ def test_a_new_content_is_noticed_and_replaces_the_old_one(file, clock, write, s
     write(file, HEADER + "b.example;mx2\nc.example;mx2\n")
     assert looks(mapping, clock) == seconds
     mapping.read()
-    assert len(mapping) == 2
+    assert patterns(mapping) == 2
     assert find(mapping, "a.example") is None
     assert find(mapping, "b.example") == to("mx2")
     assert looks(mapping, clock) is None
@@ -460,7 +473,7 @@ def test_a_file_that_is_written_slowly_is_read_when_it_is_complete(file, clock):
         append(file, f"b{number}.example;mx2")
     assert looks(mapping, clock) == CALM
     mapping.read()
-    assert len(mapping) == 4
+    assert patterns(mapping) == 4
 
 
 def test_a_file_that_is_made_anew_and_written_slowly_is_read_when_it_is_complete(file, clock):
@@ -503,7 +516,7 @@ def test_a_bad_line_keeps_the_old_table_and_is_told_once(file, clock):
         mapping.read()
     assert str(failure.value) == f"{file}:3: 'mx2:': the port must be 1 to 65535"
     assert find(mapping, "b.example") == to("mx1")
-    assert len(mapping) == 1
+    assert patterns(mapping) == 1
     assert looks(mapping, clock) is None
     file.write_text(HEADER + "b.example;mx2\n")
     assert looks(mapping, clock) == CALM
@@ -598,7 +611,7 @@ def test_a_file_that_has_become_empty_does_not_replace_a_table(file, clock):
     assert looks(mapping, clock) == CALM
     with pytest.raises(MappingError, match="no patterns any more"):
         mapping.read()
-    assert len(mapping) == 1
+    assert patterns(mapping) == 1
     assert looks(mapping, clock) is None
 
 
@@ -713,8 +726,9 @@ def test_a_first_table_whose_file_is_still_written_says_no_definite_no_before_it
 
 def follow(file: Path, held: CsvFile) -> CsvFile:
     """As such a worker would."""
-    assert held.held
-    return CsvFile(f"csv:{file}", str(file), Policy(), held=held.held)
+    table = held.facts().table
+    assert table
+    return made(file, held={held.name: table})
 
 
 def test_a_file_that_others_hold_is_read_at_once(file, clock):
@@ -757,6 +771,6 @@ def test_a_file_that_has_vanished_is_waited_for_beside_those_that_hold_it(file, 
 
 def test_a_missing_file_is_told_with_the_line_that_names_it(file):
     with pytest.raises(MappingError) as failure:
-        CsvFile("csv:map", str(file), Policy(), where="/etc/willi.conf:7").read()
+        made(file, where="/etc/willi.conf:7").read()
     assert str(failure.value) == f"/etc/willi.conf:7: file: cannot read {file}: No such file or directory"
     assert not failure.value.passing

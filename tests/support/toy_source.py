@@ -14,6 +14,7 @@ from tests.support.daemon import PYTHON
 from tests.support.loopback import ROOT
 from willi_lib.config import StaticSettings
 from willi_lib.mappings import open as sources
+from willi_lib.mappings.surroundings import Surroundings
 from willi_lib.routing.route import Answer, MappingError, MappingFacts, Route
 
 PROGRAM = f"""
@@ -30,7 +31,7 @@ PREFIX = [PYTHON, "-c", PROGRAM]
 class DomainFile:
     """The server is for one domain, which stands in the file that DOMAIN_FILE names."""
 
-    def __init__(self, settings: StaticSettings) -> None:
+    def __init__(self, settings: StaticSettings, _: Surroundings) -> None:
         self.name = f"toy:{settings.name}"
         self._route = Route(settings.server, settings.tls_verify, settings.policy, self.name)
         self._file = Path(os.environ["DOMAIN_FILE"])
@@ -64,4 +65,4 @@ class DomainFile:
 
 
 def register() -> None:
-    sources.KINDS[StaticSettings] = lambda settings, _: DomainFile(settings)
+    sources.KINDS[StaticSettings] = DomainFile

@@ -1,12 +1,11 @@
-"""Routes from a file of lines `pattern;server;tls_verify`.
+"""Routes from a file of lines `pattern;server;tls_verify`; the first line is that header.
 
-The first line is that header. Empty lines and lines that begin with `#` are skipped,
-blanks around a field and empty fields at the end too. `tls_verify` may be missing or empty: true. A field may stand
-in double quotes as in any CSV file, but not go on in the next line. UTF-8, with or
-without a byte order mark.
+Empty lines and lines that begin with `#` are skipped, blanks around a field and empty fields at the end too.
+`tls_verify` may be missing or empty: true. A field may stand in double quotes as in any CSV file, but not go on in the
+next line. UTF-8, with or without a byte order mark.
 
-A pattern that comes again with the same route is no fault, with another one it is:
-mail must not depend on the order of lines that somebody has sorted.
+A pattern that comes again with the same route is no fault, with another one it is: mail must not depend on the order of
+lines that may be sorted.
 """
 
 from __future__ import annotations
@@ -21,8 +20,8 @@ from array import array
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from time import monotonic, time
-from typing import Any
 
+from ..config import CsvSettings
 from ..files import CALM, FileWatch, Stamp, open_file
 from ..routing.keys import fold_pattern
 from ..routing.route import (
@@ -37,6 +36,7 @@ from ..routing.route import (
     parse_servers,
     parse_tls_verify,
 )
+from .surroundings import Surroundings
 
 HEADER = "pattern;server;tls_verify"
 MAX_OCTETS = 256 << 20  # of one file, six million lines: each worker needs two to four times as much memory for it
@@ -53,51 +53,30 @@ MISTAKES = frozenset((
     errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ESPIPE, errno.EACCES, errno.ELOOP, errno.ENAMETOOLONG,
 ))  # fmt: skip
 
-Aside = Callable[[Callable[[], Any]], Any]  # does work that may hang, as with a file on a dead server. Raises OSError
-
-
-def at_once(work: Callable[[], Any]) -> Any:
-    """Where nothing else would have to wait."""
-    return work()
-
 
 class CsvFile:
     """A mapping held in memory as a whole. It answers once `load` has succeeded."""
 
-    def __init__(
-        self, name: str, file: str, policy: Policy,
-        pause: Callable[[], None] = lambda: None, where: str = "", aside: Aside = at_once,
-        held: HeldTable | None = None,
-    ) -> None:  # fmt: skip
-        """name: for the log, "csv:/path".
-
-        pause: called every few milliseconds of a long `read`; `find` answers meanwhile.
-        where: the line of willi.conf that names the file.
-        held: what other workers hold. This one begins under their rules: a file that has changed must have rested.
-        """
-        self.name = name
-        self.file = file
-        self._policy = policy
-        self._pause = pause
-        self._where = where
-        self._aside = aside
-        self._table: _Table | None = None
-        self.loaded_at: float | None = None  # seconds since 1970
-        self.fault = ""  # of the last `read`, if the old table had to stay
-        self.held = held  # the last whole table, ours or that of other workers
+    def __init__(self, settings: CsvSettings, around: Surroundings) -> None:
+        """If other workers hold its table, it begins under their rules: a file that has changed must have rested."""
+        self.name = f"csv:{settings.file}"
+        self._settings = settings
+        self._file = settings.file
+        self._pause = around.pause  # called every few milliseconds of a long `read`; `find` answers meanwhile
+        self._aside = around.aside()
+        self._table = _Table(self.name, settings.policy)
+        self._loaded_at: float | None = None  # seconds since 1970
+        self._fault = ""  # of the last `read`, if the old table had to stay
+        self._held = around.held.get(self.name)  # the last whole table, ours or that of other workers
         self._unsure_until = 0.0  # monotonic: the first table may be half a file that is just being written
         self._unsure = False
-        self._watch = FileWatch(0.0, RETRY, lambda path: aside(Path(path).stat))
-        if held:
-            self._watch.seen[file] = Stamp(*held.version)
-
-    def __len__(self) -> int:
-        """The number of patterns."""
-        return len(self._table.routes) if self._table else 0
+        self._watch = FileWatch(0.0, RETRY, lambda path: self._aside(Path(path).stat))
+        if self._held:
+            self._watch.seen[settings.file] = Stamp(*self._held.version)
 
     def find(self, keys: Sequence[str]) -> Iterator[Answer]:
-        if self._table is None:
-            raise LookupFailed(self.fault or "not read yet", logged=True)
+        if self._loaded_at is None:
+            raise LookupFailed(self._fault or "not read yet", logged=True)
         routes = self._table.routes
         origin: Origin = "unsure" if self._unsure else ""
         for key in keys:
@@ -107,18 +86,18 @@ class CsvFile:
             yield Answer(route, origin)
 
     def files(self) -> Sequence[str]:
-        return (self.file,)
+        return (self._file,)
 
     def facts(self, thorough: bool = False) -> MappingFacts:
-        routes = self._table.unique.keys() if self._table else ()
-        return MappingFacts(routes, False, len(self), self.held, self.loaded_at, self.fault)
+        routes, patterns = self._table.unique.keys(), len(self._table.routes)
+        return MappingFacts(routes, False, patterns, self._held, self._loaded_at, self._fault)
 
     def close(self) -> None:
         pass
 
     def load(self, reload: bool = False) -> bool:
         """Read the file if it is the first time, or if `changed` says so."""
-        is_due = self.changed() or not (self.held or self.fault)
+        is_due = self.changed() or not (self._held or self._fault)
         if is_due:
             self.read()
         return is_due
@@ -128,39 +107,39 @@ class CsvFile:
 
         What is wrong with a file is told once, not at every look; what could not be read is tried again.
         """
-        is_due = self._watch.look((self.file,))
+        is_due = self._watch.look((self._file,))
         self._unsure = self._unsure or (self._watch.is_being_written and monotonic() < self._unsure_until)
         return is_due
 
     def read(self) -> None:
         """Read the file that `changed` saw; all of it replaces the old table, or, after MappingError, nothing does."""
-        is_first = self.held is None
+        is_first = self._held is None
         self._watch.failed()  # unless the following succeeds
         try:
             octets = self._octets()
-            table = _Table(self.name, self._policy)
-            table.read(self.file, octets, self._pause)
-            version = self._watch.seen[self.file] or ()
-            self.held = self._compared(HeldTable(version, len(table.routes), octets.endswith(b"\n")))
+            table = _Table(self.name, self._settings.policy)
+            table.read(self._file, octets, self._pause)
+            version = self._watch.seen[self._file] or ()
+            self._held = self._compared(HeldTable(version, len(table.routes), octets.endswith(b"\n")))
         except MemoryError:
-            self.fault = f"{self.file}: not enough memory to read it"
-            raise MappingError(self.fault, passing=True) from None
+            self._fault = f"{self._file}: not enough memory to read it"
+            raise MappingError(self._fault, passing=True) from None
         except MappingError as error:
-            self.fault = error.faults[0]
+            self._fault = error.faults[0]
             self._watch.failed(retry=error.passing)
             raise
         self._table = table
         self._watch.were_read()
-        self.loaded_at, self.fault = time(), ""
+        self._loaded_at, self._fault = time(), ""
         self._unsure, self._unsure_until = not table.routes, monotonic() + CALM if is_first else 0.0
 
     def _compared(self, new: HeldTable) -> HeldTable:
         """Raises MappingError: it is worse than the one that is held."""
-        held = self.held or HeldTable((), 0, ends_a_line=False)
+        held = self._held or HeldTable((), 0, ends_a_line=False)
         if held.patterns and not new.patterns:
-            raise MappingError(f"{self.file}: {NO_PATTERNS}")
+            raise MappingError(f"{self._file}: {NO_PATTERNS}")
         if new.patterns < held.patterns and held.ends_a_line and not new.ends_a_line:
-            raise MappingError(f"{self.file}: {CUT_OFF}")
+            raise MappingError(f"{self._file}: {CUT_OFF}")
         return new
 
     def _octets(self) -> bytes:
@@ -169,21 +148,22 @@ class CsvFile:
         try:
             stamp, octets, after = self._aside(self._read_whole)
         except OSError as failure:
-            subject = f"{self._where}: file: cannot read {self.file}" if self._where else self.file
-            passing = self.held is not None or failure.errno not in MISTAKES
+            where = self._settings.where
+            subject = f"{where}: file: cannot read {self._file}" if where else self._file
+            passing = self._held is not None or failure.errno not in MISTAKES
             raise MappingError(f"{subject}: {failure.strerror}", passing=passing) from None
-        seen = self._watch.seen[self.file] = self._watch.seen.get(self.file) or stamp
+        seen = self._watch.seen[self._file] = self._watch.seen.get(self._file) or stamp
         if stamp != seen or (stamp.size, stamp.written) != (after.size, after.written):  # not of a later rename
-            raise MappingError(f"{self.file}: written while it was read", passing=True)
+            raise MappingError(f"{self._file}: written while it was read", passing=True)
         return octets
 
     def _read_whole(self) -> tuple[Stamp, bytes, Stamp]:
         """With the stamps before and after. Raises OSError, MappingError."""
-        with open_file(self.file) as file:
+        with open_file(self._file) as file:
             before = Stamp.of(os.fstat(file.fileno()))
             octets = file.read(MAX_OCTETS + 1) if before.size <= MAX_OCTETS else b""
             if before.size > MAX_OCTETS or len(octets) > MAX_OCTETS:
-                raise MappingError(f"{self.file}: {TOO_LARGE}")
+                raise MappingError(f"{self._file}: {TOO_LARGE}")
             return before, octets, Stamp.of(os.fstat(file.fileno()))
 
 

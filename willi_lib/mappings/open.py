@@ -3,31 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from collections.abc import Mapping as ByKey
-from dataclasses import dataclass, field
 from itertools import repeat
 from pathlib import Path
 from typing import Any
 
 from .. import log
 from ..config import CsvSettings, MysqlSettings, Settings, StaticSettings
-from ..routing.route import Answer, HeldTable, Mapping, MappingError, MappingFacts, Route
+from ..routing.route import Answer, Mapping, MappingError, MappingFacts, Route
 from .cache import CachedMapping
-from .csv_file import Aside, CsvFile, at_once
-from .known_rows import KnownRows
+from .csv_file import CsvFile
 from .mysql import Database
+from .surroundings import Surroundings
 
 READABLE_BY_OTHERS = 0o004  # of a file's mode; the service needs that of the group
-
-
-@dataclass(frozen=True)
-class Surroundings:
-    """What a worker gives its mappings; `check` and `lookup` need none of it."""
-
-    pause: Callable[[], None] = lambda: None  # called now and then while a large file is read, to let others run
-    aside: Callable[[], Aside] = lambda: at_once  # makes what does the work with one file
-    held: ByKey[str, HeldTable] = field(default_factory=dict)  # the tables of other workers, by mapping
-    known_rows: ByKey[Any, KnownRows] = field(default_factory=dict)  # what the workers share, by settings
 
 
 def open_mappings(settings: Settings, surroundings: Surroundings | None = None) -> list[Mapping]:
@@ -38,7 +26,7 @@ def open_mappings(settings: Settings, surroundings: Surroundings | None = None) 
 class Static:
     """One route for every recipient: the catch-all at the end of the mappings."""
 
-    def __init__(self, settings: StaticSettings) -> None:
+    def __init__(self, settings: StaticSettings, _: Surroundings | None = None) -> None:
         self.name = f"static:{settings.name}"
         self._route = Route(settings.server, settings.tls_verify, settings.policy, self.name)
 
@@ -58,13 +46,6 @@ class Static:
         return MappingFacts((self._route,), takes_all=True)
 
 
-def _csv(settings: CsvSettings, around: Surroundings) -> Mapping:
-    name = f"csv:{settings.file}"
-    return CsvFile(
-        name, settings.file, settings.policy, around.pause, settings.where, around.aside(), around.held.get(name)
-    )
-
-
 def _mysql(settings: MysqlSettings, around: Surroundings) -> Mapping:
     name = f"mysql:{settings.name}"
     if others_can_read(settings.password_file):
@@ -76,14 +57,14 @@ def _mysql(settings: MysqlSettings, around: Surroundings) -> Mapping:
 
 
 KINDS: dict[type[Any], Callable[[Any, Surroundings], Mapping]] = {
-    StaticSettings: lambda settings, _: Static(settings),
-    CsvSettings: _csv,
+    StaticSettings: Static,
+    CsvSettings: CsvFile,
     MysqlSettings: _mysql,
 }
 
 
 def others_can_read(path: str) -> bool:
-    """Whether every user of this machine may. Of a file that is not there, nobody."""
+    """Whether every user of this machine may. A file that is not there is readable by none."""
     try:
         return bool(path) and bool(Path(path).stat().st_mode & READABLE_BY_OTHERS)
     except OSError:

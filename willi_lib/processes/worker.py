@@ -20,7 +20,8 @@ from gevent.event import Event
 
 from .. import log
 from ..config import Settings
-from ..mappings.open import Surroundings, open_mappings
+from ..mappings.open import open_mappings
+from ..mappings.surroundings import Surroundings
 from ..net.jobs import keep_going
 from ..net.resolver import Resolver
 from ..net.tls import CertificateError, ServerTls
