@@ -549,20 +549,28 @@ def test_a_row_that_only_another_worker_has_found_is_no_definite_no_in_a_half_fi
     assert watched.find("b") == [Answer(None, "asked")], "one worker believes it for all"
 
 
-def test_half_a_write_of_the_last_row_counts_as_none():
+def test_the_last_row_is_the_one_that_was_found_last():
     rows = KnownRows()
     assert rows.last() == ("", 0.0)
     rows.note("münchen.example", 12.5)
     assert rows.last() == ("münchen.example", 12.5)
     rows.forget_last("b.example")
     assert rows.last() == ("münchen.example", 12.5)
-    rows._last[20:21] = b"?"
-    assert rows.last() == ("", 0.0)
-    rows.note("x" * 2000, 1.0)
-    assert rows.last() == ("", 0.0), "a key that has no room is not noted"
-    rows.note("b.example", 13.0)
+    rows.note("x" * 2000, 13.0)
+    assert rows.last() == ("münchen.example", 12.5), "a key that has no room is not noted"
+    rows.note("b.example", 14.0)
     rows.forget_last("b.example")
     assert rows.last()[0] == ""
+
+
+def test_while_two_writes_at_once_have_left_half_a_last_row_no_definite_no_is_said(table: Table):
+    rows = KnownRows()
+    watched = Watched(table, rows=rows)
+    watched.find("bob@b")
+    rows._last[13:14] = b"\xff"
+    assert watched.find("c") == [Answer(None, "unsure")]
+    watched.find("b")
+    assert watched.find("c") == [Answer(None, "asked")]
 
 
 def test_all_rows_that_workers_have_found_are_known_and_when_they_were_missed_first(monkeypatch: pytest.MonkeyPatch):

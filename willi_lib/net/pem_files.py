@@ -9,87 +9,69 @@ from pathlib import Path
 
 from ..files import read_file
 
-CERTIFICATE, KEY, LOCKED_KEY, REQUEST, PUBLIC_KEY, PKCS7 = "certificate", "key", "locked", "request", "public", "pkcs7"
-DER_CERTIFICATE, DER_KEY, PKCS12, EMPTY = "der certificate", "der key", "pkcs12", "empty"
-
+_DER = rb"\A\x30(?:[\x00-\x7f]|\x81.|\x82..|\x83...)"  # a sequence and its length; what stands in it tells the kind
+_KINDS = {
+    "certificate": rb"-----BEGIN (?:X509 |TRUSTED )?CERTIFICATE-----",
+    "key": rb"-----BEGIN (?!ENCRYPTED)(?:[A-Z0-9]+ )*PRIVATE KEY-----(?!\s+Proc-Type: 4,ENCRYPTED)",
+    "locked key": rb"BEGIN ENCRYPTED PRIVATE KEY-----|PRIVATE KEY-----\s+Proc-Type: 4,ENCRYPTED",
+    "request": rb"-----BEGIN (?:NEW )?CERTIFICATE REQUEST-----",
+    "public key": rb"-----BEGIN PUBLIC KEY-----",
+    "PKCS#7": rb"-----BEGIN PKCS7-----|" + _DER + rb"\x06\x09",
+    "PKCS#12": _DER + rb"\x02\x01\x03",
+    "DER key": _DER + rb"\x02\x01[\x00\x01]",
+    "DER certificate": _DER + rb"\x30",
+    "empty file": rb"\A\s*\Z",
+}
 _ADVICE = {  # {new}: a file that does not exist yet
     "tls_cert": {
-        EMPTY: "is empty",
-        KEY: "is a private key: tls_cert takes the certificate, and tls_key this file",
-        LOCKED_KEY: "is a private key: tls_cert takes the certificate",
-        REQUEST: "is a request for a certificate: name the file that the authority has issued for it",
-        PUBLIC_KEY: "is a public key: name the certificate",
-        PKCS7: "is a PKCS#7 file, PEM is needed: openssl pkcs7 -print_certs -in {file} -out {new}",
-        PKCS12: "is a PKCS#12 file, PEM is needed: openssl pkcs12 -in {file} -nokeys -out {new}",
-        DER_CERTIFICATE: "is in DER, PEM is needed: openssl x509 -inform DER -in {file} -out {new}",
-        DER_KEY: "is a private key in DER: tls_cert takes the certificate",
+        "key": "is a private key: tls_cert takes the certificate, and tls_key this file",
+        "locked key": "is a private key: tls_cert takes the certificate",
+        "request": "is a request for a certificate: name the file that the authority has issued for it",
+        "public key": "is a public key: name the certificate",
+        "PKCS#7": "is a PKCS#7 file, PEM is needed: openssl pkcs7 -print_certs -in {file} -out {new}",
+        "PKCS#12": "is a PKCS#12 file, PEM is needed: openssl pkcs12 -in {file} -nokeys -out {new}",
+        "DER key": "is a private key in DER: tls_cert takes the certificate",
+        "DER certificate": "is in DER, PEM is needed: openssl x509 -inform DER -in {file} -out {new}",
+        "empty file": "is empty",
+        "": "has no certificate in PEM, which begins with -----BEGIN CERTIFICATE-----",
     },
     "tls_key": {
-        EMPTY: "is empty",
-        LOCKED_KEY: "has a passphrase, and Willi never asks for one: openssl pkey -in {file} -out {new}, and chmod 640",
-        CERTIFICATE: "is a certificate: tls_key takes its private key, and tls_cert this file",
-        REQUEST: "is a request for a certificate: name the private key that it was made with",
-        PUBLIC_KEY: "is a public key: name the private key",
-        PKCS7: "is a PKCS#7 file, which has no private key",
-        PKCS12: "is a PKCS#12 file, PEM is needed: openssl pkcs12 -in {file} -nocerts -nodes -out {new}, and chmod 640",
-        DER_CERTIFICATE: "is a certificate in DER: tls_key takes the private key",
-        DER_KEY: "is in DER, PEM is needed: openssl pkey -inform DER -in {file} -out {new}, and chmod 640",
+        "locked key": "has a passphrase, and Willi never asks for one:"
+        " openssl pkey -in {file} -out {new}, and chmod 640",
+        "certificate": "is a certificate: tls_key takes its private key, and tls_cert this file",
+        "request": "is a request for a certificate: name the private key that it was made with",
+        "public key": "is a public key: name the private key",
+        "PKCS#7": "is a PKCS#7 file, which has no private key",
+        "PKCS#12": "is a PKCS#12 file, PEM is needed:"
+        " openssl pkcs12 -in {file} -nocerts -nodes -out {new}, and chmod 640",
+        "DER key": "is in DER, PEM is needed: openssl pkey -inform DER -in {file} -out {new}, and chmod 640",
+        "DER certificate": "is a certificate in DER: tls_key takes the private key",
+        "empty file": "is empty",
+        "": "has no private key in PEM, which begins with -----BEGIN PRIVATE KEY----- or the like",
     },
-}
-_OTHERWISE = {
-    "tls_cert": "has no certificate in PEM, which begins with -----BEGIN CERTIFICATE-----",
-    "tls_key": "has no private key in PEM, which begins with -----BEGIN PRIVATE KEY----- or the like",
 }
 
 
 def fault_of(cert: str, key: str) -> str:
     """What is wrong with the two files, by what they contain; empty: nothing. Raises OSError, which names the file."""
-    in_cert, in_key = contents(read_file(cert)), contents(read_file(key))
-    if KEY in in_cert and CERTIFICATE in in_key and CERTIFICATE not in in_cert and KEY not in in_key:
+    in_cert, in_key = _contents(cert), _contents(key)
+    if "key" in in_cert - in_key and "certificate" in in_key - in_cert:
         return f"{cert}: tls_cert is the private key, and tls_key {key} the certificate: exchange the two"
-    for setting, file, found, wanted in (("tls_cert", cert, in_cert, CERTIFICATE), ("tls_key", key, in_key, KEY)):
+    for setting, file, found, wanted in (
+        ("tls_cert", cert, in_cert, "certificate"), ("tls_key", key, in_key, "key"),
+    ):  # fmt: skip
         if wanted not in found:
-            advice = _ADVICE[setting]
-            text = next((advice[one] for one in advice if one in found), _OTHERWISE[setting])
-            return f"{file}: {setting} {text.format(file=file, new=_new_name(file))}"
+            text = next(text for kind, text in _ADVICE[setting].items() if kind in found)
+            new = Path(file).with_suffix(".pem")
+            new = new.with_suffix(".new.pem") if new.exists() else new
+            return f"{file}: {setting} {text.format(file=file, new=new)}"
     return ""
 
 
-def _new_name(file: str) -> str:
-    new = Path(file).with_suffix(".pem")
-    return str(new if not new.exists() else new.with_suffix(".new.pem"))
-
-
-def contents(octets: bytes) -> set[str]:
-    """What can be recognised."""
-    labels = [label.decode() for label in re.findall(rb"-----BEGIN ([A-Z0-9 ]+)-----", octets)]
-    if not octets.strip():
-        return {EMPTY}
-    if not labels:
-        return {_kind_of_der(octets)} if octets[:1] == b"\x30" else set()
-    found = set()
-    for label in labels:
-        if label.endswith("PRIVATE KEY"):
-            locked = label.startswith("ENCRYPTED") or b"\nProc-Type: 4,ENCRYPTED" in octets
-            found.add(LOCKED_KEY if locked else KEY)
-        elif label.endswith("CERTIFICATE"):
-            found.add(CERTIFICATE)
-        elif label.endswith("CERTIFICATE REQUEST"):
-            found.add(REQUEST)
-        elif label in ("PUBLIC KEY", "PKCS7"):
-            found.add(PUBLIC_KEY if label == "PUBLIC KEY" else PKCS7)
-    return found
-
-
-def _kind_of_der(octets: bytes) -> str:
-    """By the first element inside of the outermost one."""
-    length_octets = octets[1] & 0x7F if len(octets) > 1 and octets[1] & 0x80 else 0
-    inside = octets[2 + length_octets :]
-    if inside.startswith(b"\x02\x01\x03"):
-        return PKCS12
-    if inside.startswith((b"\x02\x01\x00", b"\x02\x01\x01")):
-        return DER_KEY
-    return PKCS7 if inside.startswith(b"\x06\x09") else DER_CERTIFICATE
+def _contents(file: str) -> set[str]:
+    """The kinds that can be recognised. Raises OSError."""
+    octets = read_file(file)
+    return {"", *(kind for kind, pattern in _KINDS.items() if re.search(pattern, octets, re.DOTALL))}
 
 
 def mismatch(cert: str, key: str, other_keys: list[str]) -> str:

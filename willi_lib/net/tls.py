@@ -64,19 +64,14 @@ def server_tls(settings: Settings, before: ServerTls | None = None) -> ServerTls
 
     Raises CertificateError.
     """
-    files = dict.fromkeys((*settings.tls_cert, *settings.tls_key))
-    made_of = (settings.certificates, settings.tls_min_version, *map(_digest, files))
+    try:
+        digests = [hashlib.sha256(read_file(file)).digest() for file in (*settings.tls_cert, *settings.tls_key)]
+    except OSError as error:
+        raise CertificateError(f"{error.filename}: {error.strerror}") from None
+    made_of = (settings.certificates, settings.tls_min_version, *digests)
     if before and before.made_of == made_of:
         return before
     return ServerTls(server_context(settings.certificates, settings.tls_min_version), made_of)
-
-
-def _digest(file: str) -> bytes:
-    """Raises CertificateError."""
-    try:
-        return hashlib.sha256(read_file(file)).digest()
-    except OSError as error:
-        raise CertificateError(f"{file}: {error.strerror}") from None
 
 
 def server_context(certificates: Sequence[Certificate], oldest: str) -> ssl.SSLContext | None:
