@@ -670,7 +670,7 @@ def test_any_text_is_settings_or_faults_of_one_line_each(lines):
 
 
 @pytest.mark.parametrize(("groups", "files", "quota"), [
-    # version 2: any level may have one, the smallest counts
+    # any level may have one, the smallest counts
     ("0::/a/b", {"a/b/cpu.max": "150000 100000"}, 1.5),
     ("0::/a/b", {"cpu.max": "max 100000", "a/cpu.max": "50000 100000", "a/b/cpu.max": "400000 100000"}, 0.5),
     ("0::/a", {"a/cpu.max": "max 100000", "b/cpu.max": "1 100000"}, inf),
@@ -678,15 +678,10 @@ def test_any_text_is_settings_or_faults_of_one_line_each(lines):
     ("0::/", {"cpu.max": "200000 100000"}, 2),
     ("0::/../x", {"cpu.max": "200000 100000"}, 2),
     ("0::/docker/1", {"cpu.max": "200000 100000"}, 2),
-    # version 1, alone and beside version 2
-    ("4:cpu,cpuacct:/a\n3:memory:/b",
-     {"cpu,cpuacct/a/cpu.cfs_quota_us": "300000", "cpu,cpuacct/a/cpu.cfs_period_us": "100000"}, 3),
-    ("2:cpu:/docker/1\n0::/docker/1", {"cpu/cpu.cfs_quota_us": "100000", "cpu/cpu.cfs_period_us": "50000"}, 2),
-    ("2:cpu:/a", {"cpu/a/cpu.cfs_quota_us": "-1", "cpu/a/cpu.cfs_period_us": "100000"}, inf),
-    ("2:cpuacct:/a", {"cpuacct/a/cpu.cfs_quota_us": "1", "cpuacct/a/cpu.cfs_period_us": "100000"}, inf),
     # nonsense and nothing
     ("0::/a", {}, inf),
     ("nonsense", {"cpu.max": "1 100000"}, inf),
+    ("4:cpu,cpuacct:/a\n3:memory:/b", {"cpu.max": "1 100000"}, inf),
     ("0::/a", {"a/cpu.max": "nonsense"}, inf),
     ("0::/a", {"a/cpu.max": "0 0"}, inf),
 ])  # fmt: skip

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator
+import re
 from pathlib import Path
 
 
@@ -15,34 +15,25 @@ def usable_cpus() -> int:
 
 
 def cpu_quota(groups: Path, mounted: Path) -> float:
-    """The smallest quota of its groups and of all above them, in CPUs; infinity if there is none.
+    """The smallest quota of its control group and of all above it (cgroups(7), version 2), in CPUs; inf: none.
 
-    groups: the file that names them. mounted: where they are.
+    groups: the file that names the group. mounted: where the groups are.
     """
     quotas = [math.inf]
     try:
-        for line in groups.read_text().splitlines():  # cgroups(7): 4:cpu,cpuacct:/path, or 0::/path of version 2
-            _, controllers, path = line.split(":", 2)
-            if not controllers:
-                quotas += _quotas(mounted, path)
-            elif "cpu" in controllers.split(","):
-                quotas += _quotas(mounted / controllers, path)
-    except (OSError, ValueError):
+        named = re.search("^0::/(.*)$", groups.read_text(), re.MULTILINE)
+        if named is None:
+            return math.inf
+        group = mounted / named[1]
+        if ".." in group.parts or not group.is_dir():  # seen from a container, in which the top is the group itself
+            group = mounted
+        for level in (group, *group.parents):
+            file = level / "cpu.max"  # "max 100000" or "150000 100000"; the top has none
+            quota, period = file.read_text().split() if file.exists() else ("max", "")
+            if quota != "max":
+                quotas.append(int(quota) / int(period))
+            if level == mounted:
+                break
+    except (OSError, ValueError, ZeroDivisionError):
         pass  # no control groups, or others than we know: then there is only the affinity
     return min(quotas)
-
-
-def _quotas(top: Path, path: str) -> Iterator[float]:
-    """Of each level from that path up to the top."""
-    group = top / path.lstrip("/")
-    if ".." in group.parts or not group.is_dir():  # seen from a container, in which the top is the group itself
-        group = top
-    levels = [group, *group.parents]
-    for level in levels[: levels.index(top) + 1]:
-        # cpu.max is "max 100000" or "150000 100000"; cpu.cfs_quota_us may be -1.
-        for names in (("cpu.max",), ("cpu.cfs_quota_us", "cpu.cfs_period_us")):
-            files = [level / name for name in names]
-            if all(file.exists() for file in files):
-                quota, period = " ".join(file.read_text() for file in files).split()
-                if quota.isdigit() and int(quota) and int(period):
-                    yield int(quota) / int(period)
