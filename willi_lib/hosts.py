@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv6Address, ip_address
 
 MAX_HOST_NAME = 253  # characters, RFC 1035 §2.3.4 without length octets
+EVERYWHERE = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}  # to listen at; and where this machine finds it
 _LABEL = r"(?!-)[a-z0-9_-]{1,63}(?<!-)"  # RFC 1123 §2.1, and the underscore that some names have
 DOMAIN = rf"{_LABEL}(?:\.{_LABEL})*"  # in lower case
 _HOST_NAME = re.compile(DOMAIN, re.ASCII | re.IGNORECASE)
@@ -23,6 +24,11 @@ class Address:
 
     def __str__(self) -> str:
         return with_port(self.host, self.port)
+
+    @property
+    def here(self) -> Address:
+        """Where a program on this machine finds what listens at it."""
+        return Address(EVERYWHERE.get(self.host, self.host), self.port)
 
 
 def with_port(host: str, port: int) -> str:

@@ -1,4 +1,4 @@
-"""Text of a file, a client or an upstream as it may be shown: by the log, `check`, `lookup`, `top` and the page."""
+"""Text of a file, a client or an upstream: as it may be shown (log, `check`, `top`, page), and what it may not have."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ _UNSEEN = re.compile(
     "[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u2800\u3164\ufe00-\ufe0f\uffa0\U000e0000-\U000e0fff]"
 )
 _JOINERS = "\u200c\u200d"
+_TRUTH = dict.fromkeys(("true", "t", "yes", "on", "1"), True) | dict.fromkeys(("false", "f", "no", "off", "0"), False)
 _NEVER_MEANT = ("Cc", "Cf", "Zs", "Zl", "Zp")  # categories: controls, marks for the direction and the like, blanks
 
 
@@ -54,6 +55,14 @@ def refuse_invisible(text: str) -> None:
         if is_unseen and not (character in _JOINERS and not before.isascii() and not after.isascii()):
             code = f"U+{ord(character):04X} {name(character, '')}".strip()
             raise ValueError(f"{text[:80]!r}: has the invisible character {code}: delete it")
+
+
+def is_true(text: str, wrong: str = "must be yes or no") -> bool:
+    """yes or no, true or false, on or off, t or f, 1 or 0 in any case. Raises ValueError(what is wrong)."""
+    truth = _TRUTH.get(text.strip().lower())
+    if truth is None:
+        raise ValueError(f"{text[:80]!r}: {wrong}")
+    return truth
 
 
 def can_draw(stream: TextIO, environ: Mapping[str, str]) -> bool:

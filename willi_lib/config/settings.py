@@ -14,6 +14,7 @@ from typing import Any, Literal, TypeVar
 
 from ..hosts import Address
 from ..routing.route import Policy, SendProxy, Server, UpstreamTls, Xclient, parse_servers, parse_tls_verify
+from ..text import is_true
 from . import values
 from .values import EXTENSIONS, each
 
@@ -109,7 +110,7 @@ class Settings:
     mixed_recipients: MixedRecipients = key("first", values.one_of, words=MixedRecipients)
     bare_newline: BareNewline = key("normalize", values.one_of, words=BareNewline)
     extensions: frozenset[str] = key(", ".join(EXTENSIONS), values.extension_names, is_list=True)
-    strict_8bitmime: bool = key("no", values.yes_no)
+    strict_8bitmime: bool = key("no", is_true)
     upstream_tls: UpstreamTls = key(POLICY.upstream_tls, values.one_of, words=UpstreamTls)
     upstream_tls_ca: str = key(POLICY.upstream_tls_ca, values.readable, is_watched=True)
     xclient: Xclient = key(POLICY.xclient, values.one_of, words=Xclient)

@@ -13,7 +13,7 @@ from itertools import permutations
 from typing import Any, TypeVar, get_args
 
 from ..files import open_file
-from ..hosts import Address, canonical, is_host_name, parse_ip, parse_port, split_host_port
+from ..hosts import EVERYWHERE, Address, canonical, is_host_name, parse_ip, parse_port, split_host_port
 from .cpus import usable_cpus
 
 T = TypeVar("T")
@@ -56,13 +56,6 @@ def one_of(text: str, words: Any) -> Any:
     if word not in get_args(words):
         raise wrong(text, f"must be {enumerated(get_args(words))}")
     return word
-
-
-def yes_no(text: str) -> bool:
-    truth = text.lower() in ("yes", "true", "on", "1")
-    if not truth and text.lower() not in ("no", "false", "off", "0"):
-        raise wrong(text, "must be yes or no")
-    return truth
 
 
 def count(text: str, least: int, most: int) -> int:
@@ -128,7 +121,7 @@ def listen_addresses(words: list[str]) -> tuple[Address, ...]:
     addresses = each(socket_address, least=1)(words)
     for one, other in permutations(addresses, 2):
         is_everywhere = one.host in ("", "::" if ":" in other.host else "0.0.0.0")
-        if is_everywhere and one.port == other.port != 0 and other.host not in ("", "0.0.0.0", "::"):
+        if is_everywhere and one.port == other.port != 0 and other.host not in EVERYWHERE:
             raise wrong(str(other), f"is part of {one}, and cannot be had twice: leave one of them out")
     return addresses
 

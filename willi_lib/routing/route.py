@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, Protocol
 
 from ..hosts import is_host_name, parse_ip, parse_port, split_host_port, with_port
-from ..text import refuse_invisible
+from ..text import is_true, refuse_invisible
 from .keys import fold_domain, refuse_typeset
 
 DEFAULT_PORT = 25
@@ -159,15 +159,10 @@ class Mapping(Protocol):
 
 # What an administrator writes
 
-_TRUTH = {"true": True, "t": True, "yes": True, "1": True, "false": False, "f": False, "no": False, "0": False}
-
 
 def parse_tls_verify(text: str) -> bool:
-    """true/false, yes/no, t/f or 1/0 in any case. Raises ValueError with a short reason."""
-    truth = _TRUTH.get(text.strip().lower())
-    if truth is None:
-        raise ValueError(f"{text[:80]!r}: tls_verify must be true or false")
-    return truth
+    """Raises ValueError with a short reason."""
+    return is_true(text, "tls_verify must be true or false")
 
 
 def parse_servers(text: str) -> tuple[Server, ...]:

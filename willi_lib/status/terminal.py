@@ -35,7 +35,6 @@ EVERY = 2.0  # seconds
 PATIENCE = 5.0  # seconds for a whole answer
 MOST_OCTETS = 8 << 20  # of an answer; the usual one has some 40 kB
 WIDE = 120  # columns, where the terminal does not say
-HERE = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}  # a Willi that listens everywhere is found here
 
 ENTER, LEAVE = "\x1b[?1049h\x1b[?25l", "\x1b[?25h\x1b[?1049l"  # the alternate screen, without a cursor
 COLOURS = {
@@ -78,9 +77,8 @@ def top(settings: Settings) -> int:
 
 def fetch(address: Address) -> Overview:
     """Ask for /status.json. Raises Unanswered."""
-    address = Address(HERE.get(address.host, address.host), address.port)
-    where = f"http://{address}/status.json"
-    connection = http.client.HTTPConnection(address.host, address.port, timeout=PATIENCE)
+    where = f"http://{address.here}/status.json"
+    connection = http.client.HTTPConnection(address.here.host, address.port, timeout=PATIENCE)
     try:
         with _time_limit(PATIENCE):
             connection.request("GET", "/status.json")
