@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Iterable, Iterator
+from collections import defaultdict
+from collections.abc import Iterator
 from itertools import accumulate
 
 from prometheus_client import CollectorRegistry
@@ -13,13 +14,11 @@ from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, generate_late
 
 from .. import VERSION
 from . import counts
-from .counts import COUNTER, FOR_PAGE, OTHER, TABLE, Metric
+from .counts import TABLE, Metric
 from .overview import down_since, sessions
-from .totals import Totals
+from .totals import Labels, Totals
 
 CONTENT_TYPE = CONTENT_TYPE_PLAIN_0_0_4
-
-Samples = Iterable[tuple[tuple[str, ...], float | None]]  # values of the labels, number; None: there is none
 
 
 def exposition(totals: Totals, now: float) -> bytes:
@@ -34,27 +33,27 @@ class Collector:
 
     def __init__(self, totals: Totals, now: float) -> None:
         self._totals = totals
-        self._now = now
+        self._read: defaultdict[Metric, dict[Labels, float]] = defaultdict(dict)
+        for metric, labels, number in read(totals, now):
+            if number is not None:
+                self._read[metric][labels] = float(number)
 
     def collect(self) -> Iterator[Family]:
         """As prometheus-client asks for them."""
         for metric in TABLE.values():
             if metric.kind == counts.HISTOGRAM:
                 yield self._histogram(metric)
-            elif metric.kind != FOR_PAGE:
+            elif metric.kind != counts.FOR_PAGE:
                 yield self._numbers(metric)
 
     def _numbers(self, metric: Metric) -> Family:
-        kind = CounterMetricFamily if metric.kind == COUNTER else GaugeMetricFamily
+        kind = GaugeMetricFamily if metric.kind == counts.GAUGE else CounterMetricFamily
         family = kind(metric.full_name, metric.text, labels=metric.labels)
-        if metric in READ:
-            samples = READ[metric](self._totals, self._now)
-        else:
+        zeros = {}
+        if metric.kind == counts.COUNTER:
             zeros = dict.fromkeys([(value,) for value in metric.values] if metric.labels else [()], 0.0)
-            samples = {**zeros, **self._totals.numbers[metric]}.items()
-        for labels, number in samples:
-            if number is not None:
-                family.add_metric(labels, float(number))
+        for labels, number in {**zeros, **self._totals.numbers[metric], **self._read[metric]}.items():
+            family.add_metric(labels, number)
         return family
 
     def _histogram(self, metric: Metric) -> Family:
@@ -66,44 +65,30 @@ class Collector:
         return family
 
 
-def _single(read: Callable[[Totals], float | None]) -> Callable[[Totals, float], Samples]:
-    """Of a metric without labels."""
-    return lambda totals, now: [((), read(totals))]
-
-
-def _limit(name: str) -> Callable[[Totals, float], Samples]:
-    return _single(lambda totals: totals.master.limits.get(name, 0))
-
-
-def _mapping(field: str) -> Callable[[Totals, float], Samples]:
-    return lambda totals, now: [((one.name,), getattr(one, field)) for one in totals.mappings()]
-
-
-def _down_since(totals: Totals, now: float) -> Samples:
-    return [((name,), down_since(totals, name, now)) for name in totals.busiest_hosts() if name != OTHER]
-
-
-# What is not counted, but read: the samples of a metric.
-READ: dict[Metric, Callable[[Totals, float], Samples]] = {
-    counts.SESSIONS_OPEN: _single(sessions),
-    counts.CONNECTIONS: _single(lambda totals: totals.master.connections),
-    counts.LIMIT_CONNECTIONS: _limit("max_connections"),
-    counts.LIMIT_PER_IP: _limit("max_connections_per_ip"),
-    counts.LIMIT_RATE: _limit("max_connection_rate"),
-    counts.UPSTREAM_UP: lambda totals, now: [(name, since is None) for name, since in _down_since(totals, now)],
-    counts.DOWN_SINCE: _down_since,
-    counts.PATTERNS: _mapping("patterns"),
-    counts.LOADED_AT: _mapping("loaded_at"),
-    counts.DATABASE_UP: _mapping("database_up"),
-    counts.EXPIRES: lambda totals, now: [((one.file,), one.expires) for one in totals.certificates()],
-    counts.WORKERS: lambda totals, now: [
-        ((state,), totals.master.number(state)) for state in ("starting", "serving", "draining")
-    ],
-    counts.WORKERS_WANTED: _single(lambda totals: totals.master.wanted),
-    counts.RELOADS: lambda totals, now: [
-        (("ok",), totals.master.reloads), (("failed",), totals.master.reloads_failed)
-    ],
-    counts.LAST_RELOAD: _single(lambda totals: totals.master.last_reload),
-    counts.STARTED: _single(lambda totals: totals.master.started),
-    counts.BUILD: lambda totals, now: [((VERSION, platform.python_version()), 1)],
-}  # fmt: skip
+def read(totals: Totals, now: float) -> Iterator[tuple[Metric, Labels, float | None]]:
+    """What is not counted, but read; None: there is no such number."""
+    master = totals.master
+    yield counts.SESSIONS_OPEN, (), sessions(totals)
+    yield counts.CONNECTIONS, (), master.connections
+    yield counts.LIMIT_CONNECTIONS, (), master.limits.get("max_connections", 0)
+    yield counts.LIMIT_PER_IP, (), master.limits.get("max_connections_per_ip", 0)
+    yield counts.LIMIT_RATE, (), master.limits.get("max_connection_rate", 0)
+    for name in totals.busiest_hosts():
+        if name != counts.OTHER:
+            since = down_since(totals, name, now)
+            yield counts.UPSTREAM_UP, (name,), since is None
+            yield counts.DOWN_SINCE, (name,), since
+    for mapping in totals.mappings():
+        yield counts.PATTERNS, (mapping.name,), mapping.patterns
+        yield counts.LOADED_AT, (mapping.name,), mapping.loaded_at
+        yield counts.DATABASE_UP, (mapping.name,), mapping.database_up
+    for certificate in totals.certificates():
+        yield counts.EXPIRES, (certificate.file,), certificate.expires
+    for state in ("starting", "serving", "draining"):
+        yield counts.WORKERS, (state,), master.number(state)
+    yield counts.WORKERS_WANTED, (), master.wanted
+    yield counts.RELOADS, ("ok",), master.reloads
+    yield counts.RELOADS, ("failed",), master.reloads_failed
+    yield counts.LAST_RELOAD, (), master.last_reload
+    yield counts.STARTED, (), master.started
+    yield counts.BUILD, (VERSION, platform.python_version()), 1
