@@ -11,12 +11,11 @@ from ..config import Settings
 from ..net.resolver import Resolver
 from ..net.tls import CertificateError, server_context, upstream_contexts
 from ..proxy.lookup import show
-from ..routing.route import MappingError
 from ..status.finding import Finding
 from ..text import visible
 from .finding import GOOD, WRONG, faults, report
 from .machine import check_certificates, check_files, check_ports, check_rights
-from .mappings import Destinations, check_mappings, check_postmaster, load_each, load_mappings
+from .mappings import Destinations, check_mappings, check_postmaster, load_mappings
 from .resolver import check_dns
 from .rules import check_settings
 from .upstreams import check_upstreams
@@ -40,7 +39,7 @@ def _try_all(settings: Settings) -> Iterator[Finding]:
         yield from part(settings)
     resolver = Resolver(settings.dns_timeout)
     resolver.serve_all_sockets()
-    mappings, unusable = load_each(settings)
+    mappings, unusable = load_mappings(settings)
     facts = [(mapping.name, mapping.facts(thorough=True)) for mapping in mappings]
     yield from unusable
     yield from check_mappings(facts)
@@ -56,12 +55,11 @@ def _try_all(settings: Settings) -> Iterator[Finding]:
 
 
 def _try_start(settings: Settings) -> Iterator[Finding]:
-    found: list[Finding] = []
+    _, found = load_mappings(settings)
     try:
-        load_mappings(settings)
         server_context(settings.certificates, settings.tls_min_version)
         upstream_contexts(settings)
-    except (MappingError, CertificateError) as error:
+    except CertificateError as error:
         found += faults(str(error))
     found += (finding for finding in check_ports(settings, quick=True) if finding.level != "ok")
     yield from found
@@ -73,19 +71,17 @@ def lookup(settings: Settings, addresses: Sequence[str]) -> int:
     """Show what a session would find for each address; 0 if each has a route."""
     log.silence()
     Resolver(settings.dns_timeout).serve_all_sockets()
-    try:
-        mappings = load_mappings(settings)
-    except MappingError as error:
-        print("\n".join(map(visible, str(error).split("\n"))))
+    mappings, unusable = load_mappings(settings)
+    if unusable:
+        print("\n".join(visible(str(finding)) for finding in unusable))
         return WRONG
     status = GOOD
     for address in addresses:
         steps, result = show(mappings, settings, address)
-        print(visible(address))
+        lines = [address]
         for name, key, answer, seconds in steps:
-            time = f"  ({seconds * 1000:.1f} ms)" if seconds is not None else ""
-            print(visible(f"  {name}  {key}  {answer}{time}"))
-        print(visible(f"  {result}"))
+            lines.append(f"  {name}  {key}  {answer}" + (f"  ({seconds * 1000:.1f} ms)" if seconds is not None else ""))
+        print("\n".join(map(visible, [*lines, f"  {result}"])))
         status = status if result.startswith("route: ") else WRONG
     for mapping in mappings:
         mapping.close()

@@ -26,8 +26,12 @@ def report(findings: Iterable[Finding], as_json: bool = False) -> int:
     for finding in findings:
         found.append(finding)
         if not as_json:
+            level = f"{finding.level:6}"
+            if wants_colours(sys.stdout, os.environ):
+                level = f"{COLOURS[finding.level]}{level}{PLAIN}"
+            advice = f" -> {finding.advice}" if finding.advice else ""
             show_progress("")
-            print(_line(finding), flush=True)
+            print(f"{level} {visible(f'{finding}{advice}')}", flush=True)
     show_progress("")
     if as_json:
         print(json.dumps([asdict(finding) for finding in found], indent=2))
@@ -55,11 +59,3 @@ def _how_to_open(file: str) -> str:
             what = f"{directory} is closed to this user: name a copy beside willi.conf, with group willi and mode 640"
             return f"{what}; /opt/willi/willi.service has the hook for certbot"
     return f"chgrp willi {file}; chmod 640 {file}"
-
-
-def _line(finding: Finding) -> str:
-    level = f"{finding.level:6}"
-    if wants_colours(sys.stdout, os.environ):
-        level = f"{COLOURS[finding.level]}{level}{PLAIN}"
-    advice = f" -> {finding.advice}" if finding.advice else ""
-    return f"{level} {visible(f'{finding}{advice}')}"

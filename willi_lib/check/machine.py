@@ -20,6 +20,7 @@ import gevent
 
 from ..config import Address, Certificate, Settings
 from ..config.settings import paths_of
+from ..hosts import EVERYWHERE
 from ..mappings.open import others_can_read
 from ..net.key_exchange import has_costly_groups
 from ..net.tls import ANY_STRENGTH, IGNORE_DATES, CertificateError, CertificateFacts, certificate_facts, show
@@ -32,7 +33,6 @@ NO_ISSUER = (2, 20, 21)  # X509_V_ERR_UNABLE_TO_GET_ISSUER_CERT, ..._LOCALLY, ..
 RENEW = "renew it: a running Willi reads the new file by itself"
 PATIENCE = 2.0  # seconds for the program that listens on a port to say something
 MAX_GREETING = 200  # octets of what it says that are shown
-EVERYWHERE = {"", "0.0.0.0", "::"}
 MAX_METRICS = 1 << 16  # octets in which Willi would have named one of its own
 
 # -- certificates
@@ -172,7 +172,7 @@ def check_ports(settings: Settings, quick: bool = False) -> Iterator[Finding]:
         finding = replace(finding, level="warn", what=f"{finding.what}: there would be no status for now")
     yield finding
     same_port = [one for one in settings.listen if one.port == status.port != 0]
-    if not quick and any(one.host == status.host or {one.host, status.host} & EVERYWHERE for one in same_port):
+    if not quick and any(one.host == status.host or {one.host, status.host} & EVERYWHERE.keys() for one in same_port):
         yield Finding("wrong", "status_listen", f"{status} is in listen, too", "take another port")
 
 
@@ -201,10 +201,9 @@ def _check_port(setting: str, address: Address, if_taken: Level) -> Finding:
 
 def _ask_program(setting: str, address: Address) -> str | None:
     """What the program that listens there greets with or, for a status, says of itself; None: there is no program."""
-    host = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}.get(address.host, address.host)
     said = None
     whole = gevent.Timeout(PATIENCE, TimeoutError)  # the socket's own limit is for each read
-    with whole, suppress(OSError), socket.create_connection((host, address.port), PATIENCE) as connection:
+    with whole, suppress(OSError), socket.create_connection((address.here.host, address.port), PATIENCE) as connection:
         said = ""
         if setting == "status_listen":
             connection.sendall(b"GET /metrics HTTP/1.0\r\n\r\n")

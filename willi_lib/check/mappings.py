@@ -37,22 +37,17 @@ class Destinations:
         return cls(routes, some_are_unknown or len({route.servers for route in routes}) > 1)
 
 
-def load_mappings(settings: Settings) -> list[Mapping]:
-    """Read the tables. A database may be down. Raises MappingError."""
-    mappings = open_mappings(settings)
-    for mapping in mappings:
-        if mapping.files():
-            mapping.load()
-    return mappings
-
-
-def load_each(settings: Settings) -> tuple[list[Mapping], list[Finding]]:
-    """The mappings that can be used, and what is wrong with the others."""
+def load_mappings(settings: Settings) -> tuple[list[Mapping], list[Finding]]:
+    """The mappings that can be used, with their tables read, and what is wrong with others. A database may be down."""
     loaded: list[Mapping] = []
     found: list[Finding] = []
     for one in settings.mappings:
         try:
-            loaded += load_mappings(replace(settings, mappings=(one,)))
+            mappings = open_mappings(replace(settings, mappings=(one,)))
+            for mapping in mappings:
+                if mapping.files():
+                    mapping.load()
+            loaded += mappings
         except MappingError as error:
             found += faults(str(error), FIX)
     return loaded, found

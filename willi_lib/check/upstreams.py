@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from math import inf
 
@@ -160,21 +161,23 @@ class HostProbe:
     def _text(self, error: Exception) -> str:
         return str(error).removeprefix(f"{self.route.servers[0]}: ")
 
-    def _open(self, address: Address, client: str, name: str, tls: bool = True) -> Upstream:
+    @contextmanager
+    def _introduced(self, address: Address, client: str, name: str, tls: bool = True) -> Iterator[Upstream]:
         """Introduce a client. tls: that it is in TLS, so that STARTTLS is tried. Raises any of FAULTS."""
         who = Client(client, 25, own=lambda: ("127.0.0.1", 25), name=lambda: name)
         who.helo, who.tls = self.settings.domain, "as if" if tls else None
-        limit = self.settings.upstream_timeout
-        return self.connector._open(self.route, self.route.servers[0], address, who, self.clock, "check", limit)
+        limit, server = self.settings.upstream_timeout, self.route.servers[0]
+        with self.clock.limit(limit, "checking"):
+            upstream = self.connector._open(self.route, server, address, who, self.clock, "check", limit)
+            yield upstream
+            upstream.quit()
 
     def _try_as_client(self, address: Address) -> Iterator[Note]:
         """Introduce this machine, over TLS. Raises any of FAULTS."""
-        with self.clock.limit(self.settings.upstream_timeout, "checking"):
-            upstream = self._open(address, "127.0.0.1", "localhost")
+        with self._introduced(address, "127.0.0.1", "localhost") as upstream:
             yield from _describe_tls(upstream, address[1])
             yield from _describe_introduction(upstream)
             yield from self._describe_features(upstream)
-            upstream.quit()
 
     def _describe_features(self, upstream: Upstream) -> Iterator[Note]:
         """What it lacks of that which Willi offers to every client."""
@@ -193,21 +196,19 @@ class HostProbe:
     def _try_as_stranger(self, address: Address) -> Iterator[Note]:
         """Say MAIL as a client in clear, and RCPT if its answer matters: can recipients of others get there?"""
         try:
-            with self.clock.limit(self.settings.upstream_timeout, "checking"):
-                upstream = self._open(address, STRANGER, STRANGERS_NAME, tls=False)
-                answer = upstream.ask(b"MAIL FROM:<>")
-                if is_not_from_us(answer) and isinstance(upstream.unwelcome("MAIL", answer), WantsTls):
-                    yield "ok", "wants TLS", ""
-                    upstream.quit()
-                    upstream = self._open(address, STRANGER, STRANGERS_NAME)
+            for tls in (False, True):
+                with self._introduced(address, STRANGER, STRANGERS_NAME, tls) as upstream:
                     answer = upstream.ask(b"MAIL FROM:<>")
-                if not answer.positive:
-                    yield _judge_mail(answer)
-                elif self.takes_all or self.settings.mixed_recipients == "first":
-                    yield self._judge_rcpt(upstream.ask(RCPT_OF_STRANGER))
-                if answer.positive:
+                    if not tls and is_not_from_us(answer) and isinstance(upstream.unwelcome("MAIL", answer), WantsTls):
+                        yield "ok", "wants TLS", ""
+                        continue
+                    if not answer.positive:
+                        yield _judge_mail(answer)
+                        return
+                    if self.takes_all or self.settings.mixed_recipients == "first":
+                        yield self._judge_rcpt(upstream.ask(RCPT_OF_STRANGER))
                     upstream.ask(b"RSET")
-                upstream.quit()
+                    return
         except (Reject, Refused) as refusal:
             yield self._judge_rcpt(refusal.reply)
         except FAULTS as error:
@@ -232,9 +233,8 @@ class HostProbe:
         if not behind_others and not any(":" in (one.host or "::") for one in self.settings.listen):
             return
         try:
-            with self.clock.limit(self.settings.upstream_timeout, "checking"):
-                upstream = self._open(address, STRANGER6, xclient.UNAVAILABLE)
-                upstream.quit()
+            with self._introduced(address, STRANGER6, xclient.UNAVAILABLE) as upstream:
+                pass
             if not upstream.address_told:
                 yield "warn", "XCLIENT: it takes no IPv6 address, and does not know such clients", ALLOW_IPV6
         except FAULTS as error:
