@@ -9,8 +9,8 @@ from typing import TypeVar
 from willi_lib.status import overview as advice
 from willi_lib.status.counts import Event
 from willi_lib.status.finding import RENEW, Finding
-from willi_lib.status.overview import Asked, AskedStep, Host, Limit, MappingState, Minute, Overview
-from willi_lib.status.reports import CertificateState
+from willi_lib.status.overview import Asked, AskedStep, Host, Limit, Minute, Overview
+from willi_lib.status.reports import CertificateState, MappingState
 
 NOW = 1795701802.0  # 2026-11-26 14:03:22 UTC
 DAY = 86400
@@ -157,9 +157,15 @@ def _hosts() -> tuple[Host, ...]:
 
 def _mappings() -> tuple[MappingState, ...]:
     return (
-        MappingState(CSV, "csv", 10_412, NOW - 5_400, 1_611_902, 1_120_400, 0, 0.000004, None, None, None, ""),
-        MappingState(DATABASE, "mysql", None, None, 491_502, 91_472, 0, 0.0009, True, 8_211, 412_332, ""),
-    )
+        MappingState(
+            CSV, "csv", patterns=10_412, loaded_at=NOW - 5_400, lookups=1_611_902, hits=1_120_400,
+            lookup_seconds=0.000004,
+        ),
+        MappingState(
+            DATABASE, "mysql", database_up=True, seen=NOW - 1, cache_entries=8_211, lookups=491_502, hits=91_472,
+            cache_hits=412_332, lookup_seconds=0.0009,
+        ),
+    )  # fmt: skip
 
 
 def _certificates() -> tuple[CertificateState, ...]:

@@ -7,13 +7,13 @@ page and the terminal escape it.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from .. import VERSION
 from . import counts
 from .counts import Event
 from .finding import RENEW, Finding, Level, certificate_level
-from .reports import CertificateState, MappingReport
+from .reports import CertificateState, MappingState
 from .totals import FRESH, Totals
 from .words import duration, number, several, time_left
 
@@ -62,22 +62,6 @@ class Host:
     connect_seconds: float | None  # mean of the last hour, greeting included; None: none was opened
     last_error: str
     last_error_at: float | None
-
-
-@dataclass(frozen=True)
-class MappingState:
-    name: str  # as in the log, such as csv:/opt/willi/etc/map.csv
-    kind: str  # static, csv, mysql
-    patterns: int | None  # None: unknown, as in a database
-    loaded_at: float | None
-    lookups: int
-    hits: int
-    errors: int
-    lookup_seconds: float | None  # mean of the last hour
-    database_up: bool | None  # None: it is no database
-    cache_entries: int | None
-    cache_hits: int | None
-    last_error: str
 
 
 @dataclass(frozen=True)
@@ -202,21 +186,16 @@ def _host(totals: Totals, name: str, now: float) -> Host:
     )
 
 
-def _mapping(totals: Totals, mapping: MappingReport, now: float) -> MappingState:
+def _mapping(totals: Totals, mapping: MappingState, now: float) -> MappingState:
+    """With what was counted."""
     name, count = mapping.name, totals.number
-    return MappingState(
-        name=name,
-        kind=mapping.kind,
-        patterns=mapping.patterns,
-        loaded_at=mapping.loaded_at,
+    return replace(
+        mapping,
         lookups=count(counts.LOOKUPS, name),
         hits=count(counts.LOOKUPS, name, "hit") + count(counts.LOOKUPS, name, "stale"),
         errors=count(counts.LOOKUPS, name, "error"),
-        lookup_seconds=totals.mean(counts.LOOKUP_SECONDS, name, now),
-        database_up=mapping.database_up,
-        cache_entries=mapping.cache_entries,
         cache_hits=count(counts.CACHE_HITS, name) if mapping.database_up is not None else None,
-        last_error=mapping.last_error,
+        lookup_seconds=totals.mean(counts.LOOKUP_SECONDS, name, now),
     )
 
 

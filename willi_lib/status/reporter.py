@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from itertools import count
-from time import monotonic
+from time import monotonic, time
 from typing import Any
 
 import gevent
@@ -19,7 +19,7 @@ from ..config import Settings
 from ..net.tls import CertificateError, certificate_facts
 from ..routing.route import Mapping
 from .counts import Counts
-from .reports import ANSWER_TIMEOUT, MAX_ANY, CertificateState, Links, MappingReport, WorkerReport, packed, parse, send
+from .reports import ANSWER_TIMEOUT, MAX_ANY, CertificateState, Links, MappingState, WorkerReport, packed, parse, send
 
 MAX_NAMES = 100  # of a certificate
 INTERVAL = (0.8, 1.2)  # seconds between reports: at random, since all workers start at the same moment
@@ -102,10 +102,11 @@ def _first(facts: list[Any]) -> list[Any]:
     return next(packed(facts))
 
 
-def _mapping(mapping: Mapping) -> MappingReport:
+def _mapping(mapping: Mapping) -> MappingState:
     facts, kind = mapping.facts(), mapping.name.partition(":")[0]
-    return MappingReport(
-        mapping.name, kind, facts.patterns, facts.loaded_at, facts.last_error, facts.database_up, facts.seen,
+    seen = facts.seen and time() - monotonic() + facts.seen
+    return MappingState(
+        mapping.name, kind, facts.patterns, facts.loaded_at, facts.last_error, facts.database_up, seen,
         facts.cache_entries,
     )  # fmt: skip
 

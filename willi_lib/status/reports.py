@@ -22,23 +22,28 @@ ANSWER_TIMEOUT = 3.0  # seconds, after which the answer to a question is not wai
 encode = json.JSONEncoder(default=vars, separators=(",", ":")).encode
 
 
-@dataclass
-class MappingReport:
-    """A mapping as a worker has it; None: that kind of mapping does not know."""
+@dataclass(frozen=True)
+class MappingState:
+    """A mapping as a worker has it, and what was counted of it; a key of /status.json. None: it knows no such thing."""
 
-    name: str  # as in the log
-    kind: str
+    name: str  # as in the log, such as csv:/opt/willi/etc/map.csv
+    kind: str  # static, csv, mysql
     patterns: int | None = None
-    loaded_at: float | None = None
+    loaded_at: float | None = None  # seconds since 1970
     last_error: str = ""
     database_up: bool | None = None
-    seen: float = 0.0  # when the database last answered or failed
+    seen: float = 0.0  # when the database last answered or failed, seconds since 1970; 0: it was not asked
     cache_entries: int | None = None
+    lookups: int = 0
+    hits: int = 0
+    errors: int = 0
+    cache_hits: int | None = None
+    lookup_seconds: float | None = None  # mean of the last hour
 
 
 @dataclass(frozen=True)
 class CertificateState:
-    """Of a worker; and a key of /status.json."""
+    """As a worker has read it; a key of /status.json."""
 
     file: str
     names: tuple[str, ...]
@@ -54,7 +59,7 @@ class WorkerReport:
     turn: int = 0  # the same for all parts
     sessions: int = 0  # that are open
     peaks: dict[str, int] = field(default_factory=dict)  # the most that one client had, by the name of the limit
-    mappings: list[MappingReport] = field(default_factory=list)
+    mappings: list[MappingState] = field(default_factory=list)
     certificates: list[CertificateState] = field(default_factory=list)
     rows: list[Row] = field(default_factory=list)
 
@@ -62,7 +67,7 @@ class WorkerReport:
     def parse(cls, mappings: list[Any], certificates: list[Any], **facts: Any) -> WorkerReport:
         """As JSON has it."""
         known = [CertificateState(one["file"], tuple(one["names"]), one["expires"]) for one in certificates]
-        return cls(**facts, mappings=[MappingReport(**one) for one in mappings], certificates=known)
+        return cls(**facts, mappings=[MappingState(**one) for one in mappings], certificates=known)
 
 
 @dataclass

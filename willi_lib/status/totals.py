@@ -9,7 +9,7 @@ from typing import Any
 
 from . import counts
 from .counts import Event, HostState, Metric
-from .reports import CertificateState, MappingReport, MasterReport, WorkerReport
+from .reports import CertificateState, MappingState, MasterReport, WorkerReport
 
 FRESH = 5.0  # seconds after which a report is stale
 FORGET = 60.0  # seconds after which a worker that has ended is forgotten: none of its reports is still on the way
@@ -104,9 +104,9 @@ class Totals:
         """Those that serve and have reported lately."""
         return [worker for worker in self.present("serving") if worker.at > now - FRESH]
 
-    def mappings(self) -> list[MappingReport]:
+    def mappings(self) -> list[MappingState]:
         """As the workers that serve have told them; of a database what was seen last."""
-        merged: dict[str, MappingReport] = {}
+        merged: dict[str, MappingState] = {}
         for report in self._told():
             for mapping in report.mappings:
                 known = merged.setdefault(mapping.name, mapping)
