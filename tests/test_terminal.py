@@ -111,7 +111,7 @@ def test_a_small_terminal_shows_the_trouble_and_the_last_messages():
 @pytest.mark.parametrize("height", [3, 24, 60])
 def test_that_there_is_no_newer_answer_is_said_on_top(height: int):
     second = top.view(overviews.troubled(), height, "Connection refused")[1]
-    assert second == [(" No newer answer: Connection refused ", "ill")]
+    assert second == (" No newer answer: Connection refused ", "ill")
 
 
 def test_all_of_it_is_shown_where_there_is_room():

@@ -1,8 +1,7 @@
 """`willi.py top`: the status page in a terminal, drawn from /status.json as it comes.
 
-A line is a list of pieces, text and mark. The texts are as others have said them: only `drawn` makes of a line what
-the terminal gets, gives a mark its colour, and makes visible what cannot be seen. No control sequence that a client has
-sent gets through.
+The texts are as others have said them: only `drawn` makes of a line what the terminal gets, gives it the colour of its
+mark, and makes visible what cannot be seen. No control sequence that a client has sent gets through.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ import sys
 import termios
 import tty
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from types import FrameType, SimpleNamespace
 
@@ -27,7 +26,7 @@ from ..text import can_draw, visible, wants_colours
 from . import overview as state
 from . import words
 from .charts import last_hour
-from .counts import Event
+from .finding import Level
 from .overview import Overview
 from .totals import MINUTES
 
@@ -38,16 +37,24 @@ WIDE = 120  # columns, where the terminal does not say
 
 ENTER, LEAVE = "\x1b[?1049h\x1b[?25l", "\x1b[?25h\x1b[?1049l"  # the alternate screen, without a cursor
 COLOURS = {
-    "": "", "ok": "\x1b[32m", "warn": "\x1b[33m", "wrong": "\x1b[1;31m", "quiet": "\x1b[2m", "title": "\x1b[1m",
+    "": "", "ok": "\x1b[32m", "warn": "\x1b[33m", "wrong": "\x1b[1;31m", "quiet": "\x1b[2m",
     "well": "\x1b[1;30;42m", "ill": "\x1b[1;37;41m",
 }  # fmt: skip
 PLAIN = "\x1b[0m"
-LEVELS = {"sessions": "", "accepted": "ok", "rejected": "warn", "refused": "warn", "failed": "wrong"}
+MARKS = {"sessions": "", "accepted": "ok", "rejected": "warn", "refused": "warn", "failed": "wrong"}  # of the charts
 BARS, ASCII_BARS = " ▁▂▃▄▅▆▇█", " .:-=+*#@"
 
-Piece = tuple[str, str]  # text, and its mark: a key of COLOURS
-Line = Sequence[Piece]
-Row = Sequence[Piece | str]  # of a table
+# Titles and widths of the tables in columns; below 0 for what stands at the right, 0 for what has the rest of the line
+HOSTS = {"UPSTREAM": 28, "STATE": 13, "CONNECT": -8, "ACCEPTED": -11, "REJECTED": -11, "TRAFFIC": -9, "LAST ERROR": 0}
+MAPPINGS = {
+    "MAPPING": 28, "STATE": 10, "PATTERNS": -9, "LOOK-UPS": -11, "HITS": -6, "ERRORS": -7, "TIME": -8, "LAST ERROR": 0,
+}  # fmt: skip
+LIMITS = {"LIMIT": 28, "IN USE": -22, "TURNED AWAY": -13}
+CERTIFICATES = {"CERTIFICATE": 34, "ENDS": 20, "NAMES": 0}
+EVENTS = {"TIME": 9, "SESSION": 12, "WHAT": 21, "FROM AND TO": 0, "REPLY": 0, "CLIENT, UPSTREAM": 0}
+
+Line = tuple[str, str]  # text, and its mark: a key of COLOURS
+Row = tuple[Level, tuple[str, ...]]  # of a table: how good it is, and its cells
 
 
 class Unanswered(Exception):
@@ -174,29 +181,22 @@ def drawn(
 ) -> list[str]:
     """The lines as the terminal gets them. height: at most so many. fault: why there is no newer overview."""
     bars = BARS if "utf" in (sys.stdout.encoding or "").lower() else ASCII_BARS
-    lines = []
-    for line in view(overview, height, fault, bars):
-        left, pieces = width, []
-        for text, mark in line:
-            shown = cut(visible(text), left)
-            left -= columns(shown)
-            pieces.append(f"{COLOURS[mark]}{shown}{PLAIN}" if colour and mark and shown else shown)
-        lines.append("".join(pieces))
-    return lines
+    lines = [(cut(visible(text), width), mark) for text, mark in view(overview, height, fault, bars)]
+    return [f"{COLOURS[mark]}{text}{PLAIN}" if colour and mark and text else text for text, mark in lines]
 
 
 def view(overview: Overview, height: int | None = None, fault: str = "", bars: str = BARS) -> list[Line]:
     """The lines, at most `height`; None: all of them. fault: why there is no newer overview."""
     # The lines that belong together, and how many of them there must and may be if there is little room.
-    blocks: list[tuple[Sequence[Line], int, int]] = [
+    blocks: list[tuple[list[Line], int, int]] = [
         (_head(overview, fault), 3, 3),
         (_problems(overview), 5, 16),
         (_hour(overview, bars), 6, 6),
-        (_hosts(overview), 4, 10),
-        (_mappings(overview), 3, 8),
-        (_limits(overview), 0, 6),
-        (_certificates(overview), 0, 6),
-        (_events(overview), 8, 1000),
+        (_table(HOSTS, _hosts(overview)), 4, 10),
+        (_table(MAPPINGS, _mappings(overview)), 3, 8),
+        (_table(LIMITS, _limits(overview)), 0, 6),
+        (_table(CERTIFICATES, _certificates(overview)), 0, 6),
+        (_table(EVENTS, _events(overview)), 8, 1000),
     ]
     if height is None:
         return [line for lines, _, _ in blocks for line in lines]
@@ -208,43 +208,40 @@ def view(overview: Overview, height: int | None = None, fault: str = "", bars: s
         count = least + more
         if count > 1:  # a title alone says nothing
             room -= more
-            shown += lines if count == len(lines) else lines[: count - 1]
-            if hidden := sum(1 for line in lines[count - 1 :] if line and count < len(lines)):
-                shown.append([(f"  … {hidden} more", "quiet")])
+            hidden = sum(1 for text, _ in lines[count - 1 :] if text) if count < len(lines) else 0
+            shown += [*lines[: count - 1], (f"  … {hidden} more", "quiet")] if hidden else lines[:count]
     return shown[:height]
 
 
 def _head(overview: Overview, fault: str) -> list[Line]:
     now = overview.now
     since = f"up {words.duration(now - overview.started)}, workers {overview.workers} of {overview.workers_wanted}"
-    first = [
-        (f" {state.headline(overview)} ", "ill" if overview.problems else "well"),
-        (f" Willi {overview.version}  ", "quiet"),
-        (words.shorten(overview.domain, 60), "title"),
-        (f"  {words.clock(now, now)} UTC  {since}", "quiet"),
-    ]
-    return [first, [(f" No newer answer: {fault} ", "ill")], []] if fault else [first, []]
+    who = f"Willi {overview.version}  {words.shorten(overview.domain, 60)}"
+    first = f" {state.headline(overview)}  {who}  {words.clock(now, now)} UTC  {since}"
+    lines = [(first, "ill" if overview.problems else "well"), ("", "")]
+    if fault:
+        lines.insert(1, (f" No newer answer: {fault} ", "ill"))
+    return lines
 
 
 def _problems(overview: Overview) -> list[Line]:
-    problems: list[Line] = [[(f"  {problem.subject}: {problem.what}", problem.level)] for problem in overview.problems]
-    problems += ([(f"  {hint}", "warn")] for hint in state.advice(overview))
-    return [*problems, []] if problems else []
+    lines: list[Line] = [(f"  {problem.subject}: {problem.what}", problem.level) for problem in overview.problems]
+    lines += [(f"  {hint}", "warn") for hint in state.advice(overview)]
+    return [*lines, ("", "")] if lines else []
 
 
 def _hour(overview: Overview, bars: str) -> list[Line]:
-    """A row for each chart of the page."""
+    """A line for each chart of the page."""
     hour = last_hour(overview.minutes)
     notes = {
         "sessions": f"{words.number(overview.sessions)} open now",
         "rejected": f"{words.number(hour['rejected'].sums['upstream'])} by upstreams",
     }
-    lines: list[Line] = [
-        [(f"{chart.name.lower():12}{words.number(chart.sum):>7} ", "title"), (_spark(chart.counts, bars), LEVELS[name]),
-         (f" {notes.get(name, '')}", "quiet")]
-        for name, chart in hour.items()
-    ]  # fmt: skip
-    return [*lines, []]
+    lines = []
+    for name, chart in hour.items():
+        text = f"{chart.name.lower():12}{words.number(chart.sum):>7} {_spark(chart.counts, bars)} {notes.get(name, '')}"
+        lines.append((text, MARKS[name] if chart.sum else ""))
+    return [*lines, ("", "")]
 
 
 def _spark(counts: Sequence[int], bars: str) -> str:
@@ -257,16 +254,11 @@ def _spark(counts: Sequence[int], bars: str) -> str:
 # Tables
 
 
-def _table(columns_: dict[str, int], rows: Sequence[Row]) -> list[Line]:
-    """columns_: title and width; below 0 for what stands at the right, 0 for what has the rest of the line."""
-    if not rows:
-        return []
-    lines: list[Line] = [[(_cell(title, width), "quiet") for title, width in columns_.items()]]
-    for row in rows:
-        pieces = [(cell, "") if isinstance(cell, str) else cell for cell in row]
-        cells = zip(pieces, columns_.values(), strict=True)
-        lines.append([(_cell(text, width), mark) for (text, mark), width in cells])
-    return [*lines, []]
+def _table(titles: Mapping[str, int], rows: Iterable[Row]) -> list[Line]:
+    lines = [("".join(map(_cell, titles, titles.values())), "quiet")]
+    for level, cells in rows:
+        lines.append(("".join(map(_cell, cells, titles.values())), "" if level == "ok" else level))
+    return [*lines, ("", "")] if len(lines) > 1 else []
 
 
 def _cell(text: str, width: int) -> str:
@@ -279,68 +271,47 @@ def _cell(text: str, width: int) -> str:
     return text + " " * (width - columns(text))
 
 
-def _hosts(overview: Overview) -> list[Line]:
-    rows: list[Row] = []
+def _hosts(overview: Overview) -> Iterator[Row]:
     for host in overview.hosts:
         level, text = state.host_state(host, overview.now)
         at = f"{words.clock(host.last_error_at, overview.now)} " if host.last_error_at is not None else ""
-        rows.append([
-            (host.name, "" if host.up else level), (text, level),
-            words.duration(host.connect_seconds), words.number(host.accepted), words.number(host.rejected),
-            words.size(host.octets), (at + host.last_error, "quiet" if host.up else level),
-        ])  # fmt: skip
-    titles = {
-        "UPSTREAM": 28, "STATE": 13, "CONNECT": -8, "ACCEPTED": -11, "REJECTED": -11, "TRAFFIC": -9, "LAST ERROR": 0,
-    }  # fmt: skip
-    return _table(titles, rows)
+        yield level, (
+            host.name, text, words.duration(host.connect_seconds), words.number(host.accepted),
+            words.number(host.rejected), words.size(host.octets), at + host.last_error,
+        )  # fmt: skip
 
 
-def _mappings(overview: Overview) -> list[Line]:
-    rows: list[Row] = []
+def _mappings(overview: Overview) -> Iterator[Row]:
     for mapping in overview.mappings:
         level, text = state.mapping_state(mapping)
-        rows.append([
-            mapping.name, (text, level), words.number(mapping.patterns), words.number(mapping.lookups),
+        yield level, (
+            mapping.name, text, words.number(mapping.patterns), words.number(mapping.lookups),
             words.share(mapping.hits, mapping.lookups), words.number(mapping.errors),
-            words.duration(mapping.lookup_seconds), (mapping.last_error, "quiet"),
-        ])  # fmt: skip
-    titles = {
-        "MAPPING": 28, "STATE": 10, "PATTERNS": -9, "LOOK-UPS": -11, "HITS": -6, "ERRORS": -7, "TIME": -8,
-        "LAST ERROR": 0,
-    }  # fmt: skip
-    return _table(titles, rows)
+            words.duration(mapping.lookup_seconds), mapping.last_error,
+        )  # fmt: skip
 
 
-def _limits(overview: Overview) -> list[Line]:
-    rows: list[Row] = []
+def _limits(overview: Overview) -> Iterator[Row]:
     for limit in overview.limits:
         level, used = state.limit_state(limit)
-        rows.append([limit.name, (used, level), words.number(limit.refused)])
-    return _table({"LIMIT": 28, "IN USE": -22, "TURNED AWAY": -13}, rows)
+        yield level, (limit.name, used, words.number(limit.refused))
 
 
-def _certificates(overview: Overview) -> list[Line]:
-    rows: list[Row] = []
+def _certificates(overview: Overview) -> Iterator[Row]:
     for certificate in overview.certificates:
         level, text = state.certificate_state(certificate, overview.now)
-        rows.append([certificate.file, (text, level), ", ".join(certificate.names)])
-    return _table({"CERTIFICATE": 34, "ENDS": 20, "NAMES": 0}, rows)
+        yield level, (certificate.file, text, ", ".join(certificate.names))
 
 
-def _events(overview: Overview) -> list[Line]:
-    titles = {"TIME": 9, "SESSION": 12, "WHAT": 21, "FROM AND TO": 0, "REPLY": 0, "CLIENT, UPSTREAM": 0}
-    return _table(titles, [_event(event, overview.now) for event in overview.events])
-
-
-def _event(event: Event, now: float) -> Row:
-    reply, reason = state.answer(event)
-    way = "" if event.kind == "refused" else f"{event.sender or '<>'} → {event.recipients}"
-    level = state.event_level(event)
-    return [
-        (words.clock(event.at, now)[-8:], "quiet"), (event.sid, "quiet"),
-        (f"{event.kind} {state.refuser(event)}", level), words.shorten(way, 50), (words.shorten(reply, 80), level),
-        ("  ".join(filter(None, (event.client, event.upstream, words.shorten(reason, 100)))), "quiet"),
-    ]  # fmt: skip
+def _events(overview: Overview) -> Iterator[Row]:
+    for event in overview.events:
+        reply, reason = state.answer(event)
+        way = "" if event.kind == "refused" else f"{event.sender or '<>'} → {event.recipients}"
+        others = (event.client, event.upstream, words.shorten(reason, 100))
+        yield state.event_level(event), (
+            words.clock(event.at, overview.now)[-8:], event.sid, f"{event.kind} {state.refuser(event)}",
+            words.shorten(way, 50), words.shorten(reply, 80), "  ".join(filter(None, others)),
+        )  # fmt: skip
 
 
 # Columns of a terminal
