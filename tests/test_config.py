@@ -563,6 +563,17 @@ def test_a_malformed_section_line_is_a_fault(faults, line):
     assert faults(f"{line}\n", "") == [f"willi.conf:1: {line}: {SECTIONS}"]
 
 
+@pytest.mark.parametrize(
+    ("text", "fault"),
+    [
+        ("domain = mx.example\n[domain]\nx = y\n[mappings]\n[[b]]\n", f"2: [domain]: {SECTIONS}"),
+        (f"{MAPPING}[[[server]]]\nx = y\n[[b]]\ntype = csv\nfile = b\n", f"5: [[[server]]]: {SECTIONS}"),
+    ],
+)
+def test_a_section_with_the_name_of_a_key_is_a_fault_and_hides_no_mapping(faults, text, fault):
+    assert faults(text, "") == [f"willi.conf:{fault}"]
+
+
 def test_a_key_that_begins_like_a_section_is_told_how_one_is_written(faults):
     assert faults("[b = 1\n") == [f"willi.conf:1: [b: {SECTIONS}"]
 

@@ -146,8 +146,10 @@ class Reader:
         name, equals, _ = line.partition("=")
         if isinstance(error, DuplicateError):
             first = self.line_of(self.places[number])
-            if first < number:  # else it is a section with the name of a key, which is unknown
+            if first < number:
                 self.faults.append((number, self.places[number][-1], f"is in line {first} already"))
+            elif self.places[number] != MAPPINGS:  # a key `mappings` above it is the fault
+                self.faults.append((number, line, SECTIONS))
         elif line.startswith("["):
             self.faults.append((number, line, SECTIONS))
         elif equals:
