@@ -169,7 +169,7 @@ def test_without_a_descriptor_a_failure_is_not_kept_and_called_what_it_is(server
     with Descriptors():
         assert resolver.start_name_of(CLIENT)() == TEMPUNAVAIL
         for look in (resolver.addresses_of, resolver.mx_of):
-            with pytest.raises(DnsFailed, match="no descriptor is left to ask a name server"):
+            with pytest.raises(DnsFailed, match=r"^no (address|MX) for b\.example: .*Too many open files$"):
                 look("b.example")
     assert resolver.start_name_of(CLIENT)() == "c.example"
 

@@ -21,11 +21,13 @@ import pytest
 
 from tests.support.certificates import Authority
 from tests.support.descriptors import Descriptors
+from tests.support.dns import DnsServer
 from tests.support.loopback import HOST, PATIENCE, ROOT, free_port
 from tests.support.mariadb import PASSWORD, QUERY, USER, Mariadb
 from willi_lib.config import MysqlSettings
 from willi_lib.hosts import Address
 from willi_lib.mappings.mysql import Connection, Database, Down, OwnLack, TooSlow
+from willi_lib.net.resolver import Resolver
 from willi_lib.routing.route import LookupFailed, Policy, Route, parse_servers
 
 Open = Callable[..., Database]
@@ -477,9 +479,16 @@ def test_a_host_that_hangs_within_a_query_is_left_for_the_next_one(
         other.remove()
 
 
-@pytest.mark.parametrize("host", [HOST, "localhost"])
-def test_a_lack_of_descriptors_marks_no_host_as_failed(mariadb: Mariadb, open_database: Open, host: str):
+@pytest.mark.parametrize("host", [HOST, "db.example"])
+def test_a_lack_of_descriptors_marks_no_host_as_failed(
+    mariadb: Mariadb, open_database: Open, host: str, monkeypatch: pytest.MonkeyPatch
+):
     """The name of a host cannot be looked up without one, either."""
+    dns = DnsServer()
+    dns.zone["db.example"] = {"A": [HOST]}
+    resolver = Resolver(2.0, (dns.address, dns.port))
+    monkeypatch.setattr(gevent.get_hub(), "resolver", gevent.get_hub().resolver)  # as it was, afterwards
+    resolver.serve_all_sockets()
     name = mariadb.table(("b.example", "mx1", True))
     database = open_database(name, host=(Address(host, mariadb.port),))
     with Descriptors(), pytest.raises(OwnLack, match=f"^{host}:{mariadb.port}: Can't connect to MySQL server"):
@@ -489,6 +498,7 @@ def test_a_lack_of_descriptors_marks_no_host_as_failed(mariadb: Mariadb, open_da
     with Descriptors():
         assert database.ask("b.example") == to("mx1"), "on the connection that is there"
         assert together(*[lambda: database.ask("b.example")] * 5) == [to("mx1")] * 5, "one after the other"
+    dns.stop()
 
 
 def test_the_socket_will_do(mariadb: Mariadb, open_database: Open):

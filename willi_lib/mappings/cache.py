@@ -1,12 +1,12 @@
 """Routes from a table of a MySQL or MariaDB server that may be slow, restarted, failed over or gone.
 
-What was asked is remembered, the database is asked once for all sessions that want the
-same key, and nobody waits for one that is known to be down. A row that was there a moment ago
-and is missing now is no "no such row" yet: its table may just be filled again.
+What was asked is remembered, the database is asked once for all sessions that want the same key, and no session waits
+for one that is known to be down. A row that was there a moment ago and is missing now is no "no such row" yet: its
+table may just be filled again.
 
-No session ever holds a connection. A query runs in a greenlet of its own, under its own
-time limit, so that whoever waits for it may give up or be ended at any time: the answer
-still comes to the others, and the connection back to the pool of `Database`.
+No session ever holds a connection. A query runs in a greenlet of its own, under its own time limit, so that a session
+that waits for it may give up or be ended at any time: the answer still comes to the others, and the connection back to
+its host.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from .known_rows import KnownRows
 from .mysql import NOBODY, Down, OwnLack, TooSlow
 
 RETRY_INTERVAL = 5.0  # seconds between sessions that wait for a database that is down ...
-QUICK_RETRY = 1.0  # ... and between tries if they cost nobody any time, as with a refused connection ...
+QUICK_RETRY = 1.0  # ... and between tries if they cost no time, as with a refused connection ...
 QUICK = 0.2  # ... that is, failed within this
 CONFIRMATION = 60.0  # seconds a row must be missing until that is believed: a restored table lacks rows for a while
 ROW_IS_MISSING = f"A row is missing, it is believed to be gone after {CONFIRMATION:g} s"
@@ -81,8 +81,8 @@ class CachedMapping:
     def find(self, keys: Sequence[str]) -> Iterator[Answer]:
         """The answers for these keys, all of them within `timeout`. They raise LookupFailed.
 
-        An old "no such row" lets a more general key serve, but never becomes a "no match"
-        as a whole: the client would be told that a recipient does not exist who may be new.
+        An old "no such row" lets a more general key serve, but never becomes a "no match" as a whole: the client would
+        be told that a recipient does not exist, and that recipient may be new.
         """
         deadline = monotonic() + self._settings.timeout
         stale = False
@@ -217,7 +217,10 @@ class CachedMapping:
             self._no_row_logged = False
         elif rows and self._is_missing(rows, key, now):
             raise LookupFailed(f"the row for {key!r} was there, and is missing", logged=True)
-        self._put(key, _Entry(route, now))
+        self._entries[key] = _Entry(route, now)
+        self._entries.move_to_end(key)
+        if len(self._entries) > self._settings.cache_size:
+            self._entries.popitem(last=False)
 
     def _is_missing(self, rows: KnownRows, key: str, now: float) -> bool:
         """Whether a row was there and is not yet believed to be gone."""
@@ -231,12 +234,6 @@ class CachedMapping:
         rows.forget_last(key)
         return False
 
-    def _put(self, key: str, entry: _Entry) -> None:
-        self._entries[key] = entry
-        self._entries.move_to_end(key)
-        if len(self._entries) > self._settings.cache_size:
-            self._entries.popitem(last=False)
-
     def _stale(self, entry: _Entry) -> Answer:
         if self._outage and not self._outage.stale_used:
             self._outage.stale_used = True
@@ -244,7 +241,7 @@ class CachedMapping:
         return Answer(entry.route, "stale")
 
     def _note_down(self, why: str, began: float) -> None:
-        """An outage begins or goes on. Nobody waits any longer."""
+        """An outage begins or goes on. No session waits any longer."""
         now = monotonic()
         if self._outage is None:
             self._outage = _Outage(why, now, now, now)

@@ -106,21 +106,17 @@ class _Query:
         self._statement, self._parameters = statement_of(settings.query)
         self._compares_once = self._parameters == 1 and bool(_EQUALITY.search(settings.query))
 
-    def run(self, connection: Connection, key: str) -> tuple[list[str], tuple[object, ...] | None]:
-        """The names of the columns and the first row. Raises MySQLError."""
-        return _execute(connection, self._statement, (key,) * self._parameters)
-
-    def ask(self, connection: Connection, key: str) -> Route | None:
-        """Raises Down, LookupFailed."""
+    def ask(self, connection: Connection, key: str) -> tuple[Route | None, list[str]]:
+        """The route in the first row, and the names of the columns. Raises Down, LookupFailed."""
         try:
-            names, row = self.run(connection, key)
-            return route_of(self._policy, self._mapping, key, names, row)
+            names, row = _execute(connection, self._statement, (key,) * self._parameters)
+            return route_of(self._policy, self._mapping, key, names, row), names
         except WrongColumns as why:
             raise NotNow(str(why), not_there=True) from None
         except pymysql.MySQLError as error:
             # No row can have such a key; but of several comparisons, another one might have found it.
             if _number(error) in UNKNOWN_CHARACTER_ERRORS and not key.isascii() and self._compares_once:
-                return None
+                return None, []
             raise _failure(error, connection.open) from None
 
 
@@ -183,7 +179,7 @@ class _Host:
         """The connection comes back to the pool if it may be used again. Raises Down, LookupFailed."""
         usable = True
         try:
-            return query.ask(connection, key)
+            return query.ask(connection, key)[0]
         except BaseException as failure:
             usable = isinstance(failure, TooSlow | LookupFailed)
             raise
@@ -230,7 +226,7 @@ class _Host:
             self._close(self.idle.get()[0])
 
     def inspect(self, query: _Query) -> HostFacts:
-        """Connect, have the server prepare the query, and run it, for `check`."""
+        """Connect and run the query, for `check`."""
         seconds, host = self._settings.timeout, self._address.host
         try:
             with gevent.Timeout(seconds, Down(f"no answer within {seconds:g} s")):
@@ -238,16 +234,12 @@ class _Host:
                 try:
                     version = _execute(connection, "SELECT VERSION()")[1]
                     tls = _execute(connection, "SHOW SESSION STATUS LIKE 'Ssl_version'")[1]
-                    _execute(connection, "PREPARE willi FROM %s", (self._settings.query,))
-                    names, _ = query.run(connection, NOBODY)
-                    query.ask(connection, NOBODY)
+                    names = query.ask(connection, NOBODY)[1]
                 finally:
                     self._close(connection)
-        except pymysql.MySQLError as error:
-            return HostFacts(self.name, host, fault=_text(error))
-        except (Down, LookupFailed) as fault:
-            answered = isinstance(fault, LookupFailed | NotNow)
-            return HostFacts(self.name, host, fault=str(fault), answered=answered)
+        except (pymysql.MySQLError, Down, LookupFailed) as fault:
+            answered = not isinstance(fault, Down) or isinstance(fault, NotNow)
+            return HostFacts(self.name, host, fault=_text(fault), answered=answered)
         protection = f"{tls[1]}, certificate verified" if tls and tls[1] else "no TLS"
         text = f"{version[0] if version else '?'}, {protection}, columns {', '.join(names)}"
         return HostFacts(self.name, host, str(tls[1]) if tls else "", text)

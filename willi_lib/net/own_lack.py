@@ -9,18 +9,9 @@ OWN_LACK = frozenset((errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)) 
 
 
 def is_own_lack(error: BaseException) -> bool:
-    """error: of connecting, or of looking for a name. Of that c-ares says no more than that no server answers."""
-    if isinstance(error, socket.gaierror):
-        return not can_open_socket()
+    """error: of connecting, or of looking for a name, whose numbers are others."""
+    if isinstance(error, socket.gaierror | socket.herror):
+        return False
     if isinstance(error, OSError):
         return error.errno in OWN_LACK
     return isinstance(error, MemoryError) or "can't start new thread" in str(error)
-
-
-def can_open_socket() -> bool:
-    """Whether a descriptor is left just now."""
-    try:
-        socket.socket().close()
-    except OSError as error:
-        return error.errno not in OWN_LACK
-    return True

@@ -32,7 +32,7 @@ from .. import log
 from ..files import FileWatch, read_file
 from ..hosts import is_host_name, parse_ip
 from ..smtp.xclient import TEMPUNAVAIL, UNAVAILABLE
-from .own_lack import can_open_socket
+from .own_lack import is_own_lack
 
 RESOLV_CONF = Path("/etc/resolv.conf")
 RESOLV_CONF_INTERVAL = 5.0  # seconds between looks at it
@@ -86,18 +86,30 @@ class Cache(Generic[T]):
 class _Channel(cares.channel):
     """gevent's, for failures that c-ares tells before its call returns, as when no name server listens.
 
-    gevent would wake up the waiting greenlet from itself; it may only be woken by the hub.
+    gevent would wake up the waiting greenlet from itself; it may only be woken by the hub. Of a lack of our own c-ares
+    says that no server can be reached: what it is can be seen only at this moment.
     """
 
     def __init__(self, loop: Any, **options: Any) -> None:
         super().__init__(loop, **options)
-        self._later = loop.run_callback
+        self._loop = loop
 
     def gethostbyaddr(self, callback: Callable[[Any], object], address: str) -> None:
-        super().gethostbyaddr(lambda result: self._later(callback, result), address)
+        super().gethostbyaddr(self._later(callback), address)
 
     def getaddrinfo(self, callback: Callable[[Any], object], *question: Any) -> None:
-        super().getaddrinfo(lambda result: self._later(callback, result), *question)
+        super().getaddrinfo(self._later(callback), *question)
+
+    def _later(self, callback: Callable[[Any], object]) -> Callable[[Any], None]:
+        def answer(result: Any) -> None:
+            if result.exception:
+                try:
+                    socket.socket().close()
+                except OSError as lack:
+                    result = cares.Result(exception=lack)
+            self._loop.run_callback(callback, result)
+
+        return answer
 
 
 class _Channels(ares.Resolver):
@@ -235,8 +247,8 @@ class Resolver:
                 candidate = candidate.rstrip(".").lower()
                 if is_host_name(candidate) and self._leads_to(candidate, address):
                     return candidate, NAME_TTL
-        except (OSError, dns.exception.DNSException):
-            return TEMPUNAVAIL, FAILURE_TTL if can_open_socket() else 0.0
+        except (OSError, dns.exception.DNSException) as error:
+            return TEMPUNAVAIL, 0.0 if _own_lack(error) else FAILURE_TTL
         return UNAVAILABLE, NAME_TTL
 
     def _names_of(self, address: str) -> list[str]:
@@ -289,7 +301,7 @@ class Resolver:
             found = self._ares.getaddrinfo(host, 0, socket.AF_UNSPEC, socket.SOCK_STREAM)
         except (OSError, UnicodeError) as error:  # UnicodeError: an MX host that no host can be called
             silent = any(word in str(error) for word in ("ARES_ETIMEOUT", "ARES_ECONNREFUSED", "ARES_ESERVFAIL"))
-            raise DnsFailed(f"no address for {host}: {_no_answer() if silent else error.args[-1]}") from None
+            raise DnsFailed(f"no address for {host}: {NO_ANSWER if silent else error.args[-1]}") from None
         addresses = [(socket.AddressFamily(entry[0]), str(entry[4][0])) for entry in found]
         return self._addresses.put(host, list(dict.fromkeys(addresses)), ADDRESS_TTL)
 
@@ -305,8 +317,8 @@ class Resolver:
             records = [(record.preference, str(record.exchange).rstrip(".")) for record in self.ask(domain, "MX")]
         except dns.resolver.NoAnswer:
             records = [(0, domain)]
-        except (dns.exception.Timeout, dns.resolver.NoNameservers):
-            raise DnsFailed(f"no MX for {domain}: {_no_answer()}") from None
+        except (dns.exception.Timeout, dns.resolver.NoNameservers) as error:
+            raise DnsFailed(f"no MX for {domain}: {_own_lack(error) or NO_ANSWER}") from None
         except dns.exception.DNSException as error:
             raise DnsFailed(f"no MX for {domain}: {error}") from None
         if not all(host for _, host in records):
@@ -316,5 +328,7 @@ class Resolver:
         return self._mx.put(domain, hosts, MX_TTL)
 
 
-def _no_answer() -> str:
-    return NO_ANSWER if can_open_socket() else "no descriptor is left to ask a name server"
+def _own_lack(error: Exception) -> str:
+    """What we lack, if that is why; dnspython tells what has happened with each server."""
+    causes = [error, *(one[3] for one in getattr(error, "kwargs", {}).get("errors", ()))]
+    return next((str(cause) for cause in causes if is_own_lack(cause)), "")
