@@ -62,7 +62,6 @@ OPTIONS = {"": ("--debug", "--help", "--version"), "check": ("--quick", "--json"
 
 
 def main() -> int:
-    """Do what the command line says; the exit status."""
     try:
         arguments = docopt(__doc__, version=f"willi {VERSION}")
     except DocoptExit as usage:
@@ -112,7 +111,6 @@ def nearest(word: str, words: Iterable[str]) -> str:
 
 
 def ask(settings: Settings, arguments: Mapping[str, Any]) -> int:
-    """`check` or `lookup`; the exit status."""
     from willi_lib import check  # not before: it brings gevent
 
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C is no reason for a traceback
@@ -139,7 +137,6 @@ def default_file() -> str:
 
 
 def serve(settings: Settings, debug: bool) -> int:
-    """Run the proxy; the exit status."""
     # An upgrade turns /opt/willi/venv to another release: workers forked after it shall find the libraries of ours.
     sys.path[:] = map(os.path.realpath, sys.path)
     if debug:

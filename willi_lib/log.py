@@ -44,8 +44,6 @@ Value = str | int | float | bool | None
 
 
 class _Sink:
-    """What is written, and what waits for a slow reader."""
-
     def __init__(self) -> None:
         self.threshold = LEVELS["info"]
         self.stdout = _Stdout()

@@ -126,7 +126,6 @@ class Reader:
     # The text
 
     def parse(self, lines: list[str]) -> Any:
-        """The file as configobj has it."""
         try:
             return ConfigObj(lines, interpolation=False)
         except ConfigObjError as error:

@@ -66,22 +66,17 @@ def key(
 
 
 def keys_of(settings: type) -> dict[str, Key]:
-    """The keys of such a class, in their order."""
     return {this.name: this.metadata["key"] for this in fields(settings) if "key" in this.metadata}
 
 
 @dataclass(frozen=True)
 class Certificate:
-    """Two PEM files."""
-
     cert: str
     key: str
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """A configuration file without faults."""
-
     path: str
     loglevel: LogLevel = key("info", values.one_of, words=LogLevel)
     log: LogTarget = key("stdout", values.one_of, words=LogTarget)
@@ -127,8 +122,6 @@ class Settings:
 
 @dataclass(frozen=True)
 class StaticSettings:
-    """A mapping with `type = static`."""
-
     name: str
     policy: Policy
     server: tuple[Server, ...] = key(None, parse_servers)
@@ -137,8 +130,6 @@ class StaticSettings:
 
 @dataclass(frozen=True)
 class CsvSettings:
-    """A mapping with `type = csv`."""
-
     name: str
     policy: Policy
     where: str  # `willi.conf:12`, the line that names the file
@@ -147,8 +138,6 @@ class CsvSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class MysqlSettings:
-    """A mapping with `type = mysql`."""
-
     name: str
     policy: Policy
     host: tuple[Address, ...] = key("localhost", each(values.database_host, least=1), is_list=True)
@@ -168,7 +157,6 @@ class MysqlSettings:
 
     @property
     def hosts(self) -> tuple[Address, ...]:
-        """Each with its port."""
         return tuple(Address(host.host, host.port or self.port) for host in self.host)
 
 

@@ -27,7 +27,6 @@ SIZES = {"": 1, "kb": 1000, "mb": 1000**2, "kib": 1024, "mib": 1024**2}  # in oc
 
 
 def wrong(text: str, why: str) -> ValueError:
-    """The fault of a value."""
     return ValueError(f"{text[:80]!r}: {why}")
 
 
@@ -37,8 +36,6 @@ def enumerated(words: Sequence[str]) -> str:
 
 
 def each(parse: Callable[[str], T], least: int = 0) -> Callable[[list[str]], tuple[T, ...]]:
-    """A list of such values."""
-
     def several(words: list[str]) -> tuple[T, ...]:
         if len(words) < least:
             raise ValueError("is empty")

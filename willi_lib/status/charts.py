@@ -49,7 +49,6 @@ class Chart:
 
 
 def last_hour(minutes: Sequence[Minute]) -> dict[str, Chart]:
-    """All of them, by names of their own."""
     by_upstreams = Layer("rejected_by_upstream", "by upstreams", "upstream")
     by_willi = Layer("rejected_by_willi", "by Willi", "own")
     return {

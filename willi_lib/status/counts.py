@@ -29,7 +29,6 @@ class Metric:
 
     @property
     def full_name(self) -> str:
-        """As /metrics has it."""
         return f"willi_{self.name}" + ("_total" if self.kind == COUNTER else "")
 
 
@@ -191,11 +190,9 @@ class Counts:
         self._samples[key].append(seconds)
 
     def session_ended(self, seconds: float, tls: str) -> None:
-        """After so long."""
         self._ended[tls].append(seconds)
 
     def looked_up(self, seconds: float, mapping: str, outcome: str) -> None:
-        """A recipient in one mapping."""
         self._looked_up[mapping, outcome].append(seconds)
 
     def message(self, verdict: str, mapping: str, host: str, recipients: int, octets: int, whole: bool = True) -> None:

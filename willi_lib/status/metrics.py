@@ -22,15 +22,12 @@ CONTENT_TYPE = CONTENT_TYPE_PLAIN_0_0_4
 
 
 def exposition(totals: Totals, now: float) -> bytes:
-    """What /metrics answers."""
     registry = CollectorRegistry(auto_describe=False)
     registry.register(Collector(totals, now))
     return generate_latest(registry)
 
 
 class Collector:
-    """All metrics at one moment."""
-
     def __init__(self, totals: Totals, now: float) -> None:
         self._totals = totals
         self._read: defaultdict[Metric, dict[Labels, float]] = defaultdict(dict)

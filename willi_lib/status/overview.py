@@ -122,7 +122,6 @@ class Asked:
 
 
 def overview(totals: Totals, now: float) -> Overview:
-    """All of it, at this moment."""
     master = totals.master
     return Overview(
         now=now,
@@ -187,7 +186,6 @@ def _host(totals: Totals, name: str, now: float) -> Host:
 
 
 def _mapping(totals: Totals, mapping: MappingState, now: float) -> MappingState:
-    """With what was counted."""
     name, count = mapping.name, totals.number
     return replace(
         mapping,

@@ -60,7 +60,6 @@ class Reporter:
             gevent.sleep(random.uniform(*INTERVAL))
 
     def finish(self) -> None:
-        """Send the last counts."""
         if self._wanted:
             self._send(sessions=0)
 

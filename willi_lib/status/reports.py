@@ -65,7 +65,6 @@ class WorkerReport:
 
     @classmethod
     def parse(cls, mappings: list[Any], certificates: list[Any], **facts: Any) -> WorkerReport:
-        """As JSON has it."""
         known = [CertificateState(one["file"], tuple(one["names"]), one["expires"]) for one in certificates]
         return cls(**facts, mappings=[MappingState(**one) for one in mappings], certificates=known)
 
@@ -91,13 +90,10 @@ class MasterReport:
     limits: dict[str, int] = field(default_factory=dict)
 
     def number(self, state: str) -> int:
-        """How many workers are in it."""
         return list(self.workers.values()).count(state)
 
 
 class Links:
-    """The ends of both ways."""
-
     def __init__(self) -> None:
         """Raises OSError: no descriptor is left."""
         self.reports, self.to_reports = _pair()

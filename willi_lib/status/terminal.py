@@ -231,7 +231,6 @@ def _problems(overview: Overview) -> list[Line]:
 
 
 def _hour(overview: Overview, bars: str) -> list[Line]:
-    """A line for each chart of the page."""
     hour = last_hour(overview.minutes)
     notes = {
         "sessions": f"{words.number(overview.sessions)} open now",
@@ -318,7 +317,6 @@ def _events(overview: Overview) -> Iterator[Row]:
 
 
 def columns(text: str) -> int:
-    """How many columns of a terminal it takes."""
     return len(text) if text.isascii() else sum(map(_column, text))
 
 
@@ -329,7 +327,6 @@ def _column(character: str) -> int:
 
 
 def cut(text: str, width: int) -> str:
-    """At most so many columns."""
     if columns(text) <= width:
         return text
     kept, used = [], 1  # the dots

@@ -48,8 +48,6 @@ class LastHour:
 
 @dataclass
 class Worker:
-    """What one worker has said."""
-
     report: WorkerReport
     first_turn: int  # of its reports
     at: float = 0.0  # when it said so
@@ -57,8 +55,6 @@ class Worker:
 
 
 class Totals:
-    """What all reports together say."""
-
     def __init__(self, since: float = 0.0) -> None:
         """since: monotonic. What older workers have counted before their first report is not counted here."""
         self.numbers: defaultdict[Metric, dict[Labels, float]] = defaultdict(dict)

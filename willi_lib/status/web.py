@@ -74,7 +74,6 @@ class HttpAnswer(NamedTuple):
     status: HTTPStatus = HTTPStatus.OK
 
     def octets(self, method: str) -> bytes:
-        """As they are sent; the body not after HEAD."""
         body = self.body.encode("utf-8", "backslashreplace") if isinstance(self.body, str) else self.body
         allow = [f"Allow: {', '.join(METHODS)}"] if self.status is HTTPStatus.METHOD_NOT_ALLOWED else []
         lines = (
@@ -85,8 +84,6 @@ class HttpAnswer(NamedTuple):
 
 
 class Application:
-    """What there is to see, and for which request."""
-
     def __init__(self, totals: Totals, ask: Callable[[str], Asked]) -> None:
         """ask: waits for a worker."""
         self._totals = totals
@@ -229,8 +226,6 @@ def make_servers(sockets: Iterable[Any], application: Application) -> list[Strea
 
 
 class Serving:
-    """All of it."""
-
     def __init__(self, settings: Settings, sockets: Sequence[stdlib_socket.socket], links: Links, since: float) -> None:
         """since: what older workers have counted before is not counted here (monotonic)."""
         self._links = links
@@ -270,7 +265,6 @@ class Serving:
                 asked.set(tuple(answer))
 
     def _ask(self, address: str) -> Asked:
-        """What a worker has for an address."""
         number = next(self._numbers)
         asked = self._asked[number] = AsyncResult()
         try:
