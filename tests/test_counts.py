@@ -36,7 +36,7 @@ from willi_lib.status.counts import (
     HostState,
     Row,
 )
-from willi_lib.status.reports import MAX_ANY, MAX_DATAGRAM, Links, packed, parse, send
+from willi_lib.status.reports import MAX_DATAGRAM, Asked, Links, packed, receive, send
 
 HOST = "mail.example:25"
 
@@ -54,7 +54,7 @@ def received(reader: socket.socket) -> list[dict[str, Any]]:
     reports = []
     while True:
         try:
-            reports.append(parse(reader.recv(MAX_ANY))["worker"])
+            reports.append(receive(reader)["worker"])
         except BlockingIOError:
             return reports
 
@@ -219,7 +219,8 @@ def reporter_of(counts: Counts, links: Links, files: tuple[str, ...] = (), mappi
         path="willi.conf", mappings=(), tls_cert=files, tls_key=files, status_listen=Address("127.0.0.1", 8025)
     )
     tables = [Static(StaticSettings(f"{'x' * 200}{number}", Policy(), (Server("a"),))) for number in range(mappings)]
-    return reporter.Reporter(settings, tables, counts, links, lambda: {"max_connections_per_ip": 3}, lambda _: ([], ""))
+    peaks = {"max_connections_per_ip": 3}
+    return reporter.Reporter(settings, tables, counts, links, lambda: peaks, lambda _: Asked("", (), ""))
 
 
 def report_once(worker: reporter.Reporter) -> None:
@@ -314,5 +315,6 @@ def test_a_report_that_cannot_be_sent_does_no_harm(links: Links):
 
 
 @pytest.mark.parametrize("octets", [b"", b"\xff", b"[1]", b"7", b"{", b"null"])
-def test_what_is_no_report_is_an_empty_one(octets: bytes):
-    assert parse(octets) == {}
+def test_what_is_no_report_is_an_empty_one(links: Links, octets: bytes):
+    links.to_reports.send(octets)
+    assert receive(links.reports) == {}

@@ -18,8 +18,8 @@ from willi_lib.status import overview as state
 from willi_lib.status.charts import Chart, Layer
 from willi_lib.status.counts import Event
 from willi_lib.status.finding import Finding
-from willi_lib.status.overview import Asked, AskedStep, Host, Limit, Minute, Overview
-from willi_lib.status.reports import CertificateState, MappingState
+from willi_lib.status.overview import Host, Limit, Minute, Overview
+from willi_lib.status.reports import Asked, AskedStep, CertificateState, MappingState
 from willi_lib.status.totals import MINUTES
 from willi_lib.text import visible
 

@@ -20,8 +20,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from willi_lib.config import Address, Settings
 from willi_lib.status import counts, metrics, overview, reports, web
 from willi_lib.status.counts import ACCEPTED, MAX_HOSTS, TABLE, Counts, HostState
-from willi_lib.status.overview import Asked, Host, Minute
-from willi_lib.status.reports import CertificateState, Links
+from willi_lib.status.overview import Host, Minute
+from willi_lib.status.reports import Asked, CertificateState, Links
 from willi_lib.status.totals import FRESH, MINUTE, LastHour, Totals
 from willi_lib.status.web import HttpRequest, Serving
 

@@ -9,8 +9,8 @@ from typing import TypeVar
 from willi_lib.status import overview as advice
 from willi_lib.status.counts import Event
 from willi_lib.status.finding import RENEW, Finding
-from willi_lib.status.overview import Asked, AskedStep, Host, Limit, Minute, Overview
-from willi_lib.status.reports import CertificateState, MappingState
+from willi_lib.status.overview import Host, Limit, Minute, Overview
+from willi_lib.status.reports import Asked, AskedStep, CertificateState, MappingState
 
 NOW = 1795701802.0  # 2026-11-26 14:03:22 UTC
 DAY = 86400

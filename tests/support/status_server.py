@@ -12,7 +12,8 @@ from urllib.parse import parse_qs, urlsplit
 from tests.support import overviews
 from tests.support.loopback import HOST
 from willi_lib.status import page
-from willi_lib.status.overview import Asked, Overview
+from willi_lib.status.overview import Overview
+from willi_lib.status.reports import Asked
 
 POLICY = (
     "default-src 'none'; style-src 'self'; img-src 'self' data:; form-action 'self'; frame-ancestors 'none'; "

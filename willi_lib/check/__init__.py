@@ -77,12 +77,12 @@ def lookup(settings: Settings, addresses: Sequence[str]) -> int:
         return WRONG
     status = GOOD
     for address in addresses:
-        steps, result = show(mappings, settings, address)
+        asked = show(mappings, settings, address)
         lines = [address]
-        for name, key, answer, seconds in steps:
+        for name, key, answer, seconds in asked.steps:
             lines.append(f"  {name}  {key}  {answer}" + (f"  ({seconds * 1000:.1f} ms)" if seconds is not None else ""))
-        print("\n".join(map(visible, [*lines, f"  {result}"])))
-        status = status if result.startswith("route: ") else WRONG
+        print("\n".join(map(visible, [*lines, f"  {asked.result}"])))
+        status = status if asked.result.startswith("route: ") else WRONG
     for mapping in mappings:
         mapping.close()
     return status

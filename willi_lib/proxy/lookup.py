@@ -1,10 +1,9 @@
-"""Asking the mappings: for a session, counted and timed, and for somebody who wants to see each key."""
+"""Asking the mappings: for a session, counted and timed, and for an administrator, key by key."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from time import monotonic
-from typing import Any
 
 from ..config import Settings
 from ..routing.route import LookupFailed, Mapping, NoRoute, Route
@@ -13,10 +12,9 @@ from ..smtp import reply as replies
 from ..smtp.reply import Reject
 from ..smtp.syntax import Path, parse_rcpt
 from ..status.counts import CACHE_HITS, Counts
+from ..status.reports import Asked, AskedStep
 
 REMEMBERED = {"cache": " (from the cache)", "stale": " (from the cache, since the database is down)"}
-
-Shown = tuple[list[list[Any]], str]  # for each key: mapping, key, answer, seconds; and the result
 
 
 def route_of(mappings: Sequence[Mapping], settings: Settings, recipient: Path, counts: Counts) -> Route:
@@ -47,30 +45,29 @@ def _outcome(step: Step) -> str:
     return "stale" if step.origin == "stale" else "hit"
 
 
-def show(mappings: Sequence[Mapping], settings: Settings, address: str) -> Shown:
+def show(mappings: Sequence[Mapping], settings: Settings, address: str) -> Asked:
     """What a session would find for an address, key by key. Nothing is counted."""
-    if address.startswith("<") and address.endswith(">"):  # as copied from a log or a header
-        address = address[1:-1]
-    try:
-        recipient = parse_rcpt(b"TO:<" + address.encode("utf-8", "replace") + b">", smtputf8=True)
-    except Reject as refusal:
-        return [], f"refused: {refusal.reply}"
-    shown: list[list[Any]] = []
+    steps: list[AskedStep] = []
     began = monotonic()
 
     def note(step: Step) -> None:
         nonlocal began
         answer = f"failed: {step.failure}" if step.failure else f"{step.route or '-'}{REMEMBERED.get(step.origin, '')}"
         is_slow = step.origin not in ("", "unsure") or step.failure  # not a table in memory
-        shown.append([step.mapping, step.key, answer, monotonic() - began if is_slow else None])
+        steps.append(AskedStep(step.mapping, step.key, answer, monotonic() - began if is_slow else None))
         began = monotonic()
 
+    path = address[1:-1] if address.startswith("<") and address.endswith(">") else address  # as copied from a log
     try:
+        recipient = parse_rcpt(b"TO:<" + path.encode("utf-8", "replace") + b">", smtputf8=True)
         route = find_route(mappings, _whole(recipient, settings), settings.recipient_delimiter, note)
+        result = f"route: {route}, tls_verify = {'true' if route.tls_verify else 'false'}"
+    except Reject as refusal:
+        result = f"refused: {refusal.reply}"
     except NoRoute:
-        return shown, f"no mapping matches, the client gets {replies.NO_ROUTE}"
+        result = f"no mapping matches, the client gets {replies.NO_ROUTE}"
     except LookupFailed as failure:
-        is_unsure = not shown or not shown[-1][2].startswith("failed: ")
+        is_unsure = not steps or not steps[-1].answer.startswith("failed: ")
         why = f"no mapping matches; {failure}:" if is_unsure else "the search ends here,"
-        return shown, f"{why} the client gets {replies.LOOKUP_FAILED}"
-    return shown, f"route: {route}, tls_verify = {'true' if route.tls_verify else 'false'}"
+        result = f"{why} the client gets {replies.LOOKUP_FAILED}"
+    return Asked(address, tuple(steps), result)

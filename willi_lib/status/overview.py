@@ -102,25 +102,6 @@ class Overview:
     events: tuple[Event, ...]  # the last 50, the newest first
 
 
-@dataclass(frozen=True)
-class AskedStep:
-    """One key that was asked in one mapping."""
-
-    mapping: str
-    key: str
-    answer: str
-    seconds: float | None
-
-
-@dataclass(frozen=True)
-class Asked:
-    """What `lookup` says of one address."""
-
-    address: str
-    steps: tuple[AskedStep, ...]
-    result: str  # "route: ..." or why none
-
-
 def overview(totals: Totals, now: float) -> Overview:
     master = totals.master
     return Overview(

@@ -9,7 +9,8 @@ from markupsafe import Markup
 
 from ..text import visible
 from . import charts, overview, words
-from .overview import Asked, Overview
+from .overview import Overview
+from .reports import Asked
 
 REFRESH = 10  # seconds
 STYLE = Path(__file__).with_name("page.css").read_text(encoding="utf-8")

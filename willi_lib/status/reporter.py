@@ -19,7 +19,7 @@ from ..config import Settings
 from ..net.tls import CertificateError, certificate_facts
 from ..routing.route import Mapping
 from .counts import Counts
-from .reports import ANSWER_TIMEOUT, MAX_ANY, CertificateState, Links, MappingState, WorkerReport, packed, parse, send
+from .reports import ANSWER_TIMEOUT, Asked, CertificateState, Links, MappingState, WorkerReport, packed, receive, send
 
 MAX_NAMES = 100  # of a certificate
 INTERVAL = (0.8, 1.2)  # seconds between reports: at random, since all workers start at the same moment
@@ -32,7 +32,7 @@ class Reporter:
 
     def __init__(
         self, settings: Settings, mappings: Sequence[Mapping], counts: Counts, links: Links,
-        take_peaks: Callable[[], dict[str, int]], look_up: Callable[[str], tuple[list[list[Any]], str]],
+        take_peaks: Callable[[], dict[str, int]], look_up: Callable[[str], Asked],
     ) -> None:  # fmt: skip
         """Reads the certificates once more: the worker may, as long as it is root.
 
@@ -82,18 +82,18 @@ class Reporter:
             return
         with gevent.socket.socket(fileno=os.dup(self._links.questions.fileno())) as questions:
             while True:
-                question = parse(questions.recv(MAX_ANY))
+                question = receive(questions)
                 left = float(question.get("asked_at", 0.0)) + ANSWER_TIMEOUT - monotonic()
                 if left > 0:
                     gevent.with_timeout(left, self._answer, question, timeout_value=None)
 
     def _answer(self, question: dict[str, Any]) -> None:
         try:
-            steps, result = self._look_up(str(question["address"]))
+            asked = self._look_up(str(question["address"]))
         except Exception as error:  # noqa: BLE001 -- the page shows it, and the next question is answered
             log.bug("Internal error")
-            steps, result = [], f"internal error: {error!r}"
-        send(self._links.to_reports, answer=[question["number"], steps, result])
+            asked = Asked("", (), f"internal error: {error!r}")
+        send(self._links.to_reports, answer=[question["number"], asked.steps, asked.result])
 
 
 def _first(facts: list[Any]) -> list[Any]:

@@ -11,7 +11,7 @@ import json
 import socket
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from .counts import Row
 
@@ -93,6 +93,24 @@ class MasterReport:
         return list(self.workers.values()).count(state)
 
 
+class AskedStep(NamedTuple):
+    """One key that was asked in one mapping."""
+
+    mapping: str
+    key: str
+    answer: str
+    seconds: float | None  # None: it was in memory
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a session would find for an address."""
+
+    address: str
+    steps: tuple[AskedStep, ...]
+    result: str  # "route: ..." or why none
+
+
 class Links:
     def __init__(self) -> None:
         """Raises OSError: no descriptor is left."""
@@ -136,10 +154,10 @@ def packed(rows: Iterable[Any]) -> Iterator[list[Any]]:
     yield part
 
 
-def parse(octets: bytes) -> dict[str, Any]:
-    """A report; an empty one if it is none, as of a process of another version."""
+def receive(reader: Any) -> dict[str, Any]:
+    """The next report; an empty one if it is none, as of a process of another version. Raises OSError."""
     try:
-        report = json.loads(octets)
+        report = json.loads(reader.recv(MAX_ANY))
     except ValueError:
         return {}
     return report if isinstance(report, dict) else {}

@@ -34,8 +34,8 @@ from .. import log
 from ..config import Settings
 from ..net.jobs import keep_going
 from . import metrics, page
-from .overview import Asked, AskedStep, overview
-from .reports import ANSWER_TIMEOUT, MAX_ANY, Links, parse, send
+from .overview import overview
+from .reports import ANSWER_TIMEOUT, Asked, AskedStep, Links, receive, send
 from .totals import FRESH, Totals
 
 NEWS_TIMEOUT = 3.0  # seconds for the first reports
@@ -246,7 +246,7 @@ class Serving:
     def _read(self) -> None:
         with gevent.socket.socket(fileno=os.dup(self._links.reports.fileno())) as reports:
             while True:
-                self._take_in(parse(reports.recv(MAX_ANY)))
+                self._take_in(receive(reports))
 
     def _take_in(self, report: dict[str, Any]) -> None:
         try:
