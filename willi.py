@@ -44,6 +44,7 @@ try:
     from willi_lib import VERSION, log
     from willi_lib.config import ConfigError, Settings, load
     from willi_lib.processes import master
+    from willi_lib.processes.child import CannotStart
     from willi_lib.processes.fork import block_signals
     from willi_lib.processes.listeners import CannotBind
     from willi_lib.text import visible
@@ -56,7 +57,6 @@ except ModuleNotFoundError as missing:  # usual after an upgrade of the system: 
     sys.exit(FAILED)
 
 DEFAULT_FILES = ("willi.conf", "/opt/willi/etc/willi.conf")
-STATUS = {CannotBind: CANNOT_BIND, master.Unusable: BAD_CONFIGURATION, master.CannotStart: FAILED}
 # Of each command, besides -c
 OPTIONS = {"": ("--debug", "--help", "--version"), "check": ("--quick", "--json"), "lookup": (), "top": ()}
 
@@ -67,7 +67,8 @@ def main() -> int:
     except DocoptExit as usage:
         print(f"willi.py: {visible(wrong_usage(sys.argv[1:]))}; see willi.py --help\n\n{usage}", file=sys.stderr)
         return BAD_USAGE
-    if not any(arguments[command] for command in ("check", "lookup", "top")):
+    asks = any(arguments[command] for command in ("check", "lookup", "top"))
+    if not asks:
         log.hold_standard_descriptors()
         block_signals()
     try:
@@ -85,7 +86,7 @@ def main() -> int:
 
             return report(faults(str(error)), as_json=True)
         print(error, file=sys.stderr)
-        return BAD_CONFIGURATION
+        return FAILED if error.may_pass and not asks else BAD_CONFIGURATION
 
 
 def wrong_usage(words: Sequence[str]) -> str:
@@ -147,8 +148,10 @@ def serve(settings: Settings, debug: bool) -> int:
         print(f"willi.py: no line of the log is kept: {fault}", file=sys.stderr, flush=True)
     try:
         master.run(settings, lambda: for_debug(load(settings.path)) if debug else load(settings.path))
-    except tuple(STATUS) as error:
-        return cannot_start(str(error), STATUS[type(error)])
+    except CannotBind as error:
+        return cannot_start(str(error), CANNOT_BIND)
+    except CannotStart as error:
+        return cannot_start(str(error), FAILED if error.may_pass else BAD_CONFIGURATION)
     except Exception:  # noqa: BLE001 -- a fault of ours: the supervisor shall start us again
         log.bug("Internal error")
         return FAILED

@@ -23,7 +23,7 @@ def told(capfd: pytest.CaptureFixture[str]) -> str:
 
 @pytest.fixture
 def news() -> News:
-    news = News()
+    news = News({})
     news.take(table(1), FIRST)
     news.take(table(1), SECOND)
     return news

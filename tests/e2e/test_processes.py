@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 from tests.conftest import StartWilli
+from tests.support.certificates import Authority
 from tests.support.client import Client
 from tests.support.daemon import PIPES_HANG, PYTHON, Willi, in_a_hurry, run_willi, write_config
 from tests.support.loopback import HOST, ROOT, free_port, wait_until
@@ -23,6 +25,7 @@ from tests.support.talk import QUEUED, content, deliver
 from tests.support.upstream import ScriptedUpstream
 from willi_lib.config.cpus import usable_cpus
 
+PTRACE_SEIZE = 0x4206
 DIED = "Worker ended by itself"
 GOODBYE = "421 4.3.2 Service is shutting down, try again"
 TOO_MANY = "421 4.3.2 Too many connections, try again later"
@@ -114,7 +117,7 @@ def test_ps_and_pgrep_show_what_each_process_is(start_willi: StartWilli, upstrea
 
 @pytest.mark.parametrize("name", ["willi-worker", "w" * 200])
 def test_a_name_has_no_more_room_than_the_command_line_had(name: str):
-    program = "import sys; from willi_lib.processes import process_name as p; p.name_process(sys.argv[1]); input()"
+    program = "import sys; from willi_lib.processes import fork as p; p.name_process(sys.argv[1]); input()"
     command = [PYTHON, "-c", program, name, "last"]
     with subprocess.Popen(command, stdin=subprocess.PIPE, cwd=ROOT, env={"LONG": "x" * 100}) as process:
         wait_until(lambda: Path(f"/proc/{process.pid}/cmdline").read_bytes().startswith(name.encode()), "its name")
@@ -443,6 +446,52 @@ def test_a_worker_that_is_killed_while_it_starts_is_no_fault_of_the_configuratio
     assert process.wait(60) == 4
     assert 'msg="Cannot start" error="worker ended with signal 9"' in (tmp_path / "log").read_text()
     wait_until(lambda: not any(is_there(int(pid)) for pid in workers), "the end of the others")
+
+
+@pytest.mark.parametrize(("end", "status"), [
+    (lambda _master, other: os.kill(other, signal.SIGKILL), 4),
+    (lambda master, _other: master.send_signal(signal.SIGTERM), 0),
+], ids=["another worker cannot start", "SIGTERM"])  # fmt: skip
+def test_a_killed_worker_that_does_not_end_keeps_no_master(end: Callable[..., None], status: int, tmp_path: Path):
+    """As one that waits for a dead disk. Here it has a tracer, without which its end does not come to the master."""
+    os.mkfifo(tmp_path / "map.csv")
+    process, children = start_by_hand(tmp_path, tmp_path / "map.csv", in_a_hurry(**PIPES_HANG))
+    wait_until(lambda: len(children.read_text().split()) == 2, "two workers")
+    traced, other = map(int, children.read_text().split())
+    if ctypes.CDLL(None).ptrace(PTRACE_SEIZE, traced, None, None) != 0:
+        process.kill()
+        pytest.skip("this system allows no ptrace")
+    try:
+        end(process, other)
+        assert process.wait(60) == status
+        assert f'msg="A process that was killed does not end" pid={traced}' in (tmp_path / "log").read_text()
+    finally:
+        process.kill()
+        os.waitpid(traced, 0)
+
+
+def test_a_start_that_fails_for_a_missing_file_is_one_that_systemd_tries_again(tmp_path: Path, certificates: Authority):
+    """Its file system may not be mounted yet. 1 is not tried again: there is a mistake in the configuration."""
+    pair = certificates.issue("mx.willi.example")
+    table = tmp_path / "map.csv"
+    settings = {"listen": f"{HOST}:{free_port()}", "tls_cert": str(pair.cert), "tls_key": str(tmp_path / "key.pem")}
+
+    def start() -> subprocess.CompletedProcess[str]:
+        mappings = {"csv": {"type": "csv", "file": str(table)}}
+        return run_willi("-c", write_config(tmp_path / "willi.conf", {**settings, "mappings": mappings}))
+
+    done = start()
+    assert (done.returncode, f"tls_key: cannot read {tmp_path}/key.pem: No such" in done.stderr) == (4, True)
+    settings["max_errors"] = "many"
+    assert start().returncode == 1
+    del settings["max_errors"]
+    settings["tls_key"] = str(pair.key)
+    done = start()
+    assert (done.returncode, f"file: cannot read {table}: No such file" in done.stdout) == (4, True)
+    assert done.stdout.count('msg="Cannot start"') == 1
+    table.write_text("pattern;server\nb.example;;;\n")
+    assert start().returncode == 1
+    assert "RestartPreventExitStatus=1 2\n" in (ROOT / "etc" / "willi.service").read_text()
 
 
 def test_a_parent_that_ignored_the_death_of_children_changes_nothing(tmp_path: Path):

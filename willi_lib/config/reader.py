@@ -20,7 +20,7 @@ from configobj import ConfigObj, ConfigObjError, DuplicateError
 from ..routing.route import Policy
 from ..text import refuse_invisible, visible
 from .settings import ALL_KEYS, MAPPING_KEYS, POLICY_KEYS, QUOTE, TOP_KEYS, TYPE, TYPES, Key, MappingSettings, Settings
-from .values import enumerated
+from .values import FileMissing, enumerated
 
 SECTIONS = "a section line must be [mappings], or below it [[name]] for each mapping"
 EQUALS = "must be written as key = value"
@@ -41,9 +41,13 @@ MAPPINGS: Place = ("[mappings]",)
 
 
 class ConfigError(Exception):
-    """The file cannot be used; one line for each of its faults, with what it quotes made visible."""
+    """The file cannot be used; one line for each of its faults, with what it quotes made visible.
 
-    def __init__(self, faults: list[str]) -> None:
+    may_pass: all that is wrong is that files which it names are not there, or not yet.
+    """
+
+    def __init__(self, faults: list[str], may_pass: bool = False) -> None:
+        self.may_pass = may_pass
         self.faults = [visible(fault) for fault in faults]
         super().__init__("\n".join(self.faults))
 
@@ -69,6 +73,7 @@ class Reader:
         self.lines = text.rstrip().split("\n")
         self.is_cut = False  # it is unknown to which section the lines below a fault belong: they are not read
         self.faults: list[tuple[int, str, str]] = []  # line, name, what is wrong
+        self.missing_files = 0  # of these faults
 
     def settings(self) -> Settings:
         """Raises ConfigError."""
@@ -83,7 +88,8 @@ class Reader:
         if not self.faults:
             with self.blame(("domain",)):  # the one default that can be wrong
                 return Settings(path=self.path, mappings=tuple(mappings), **values)
-        raise ConfigError([f"{self.path}:{line}: {name}: {why}" for line, name, why in sorted(self.faults)])
+        faults = [f"{self.path}:{line}: {name}: {why}" for line, name, why in sorted(self.faults)]
+        raise ConfigError(faults, may_pass=self.missing_files == len(faults))
 
     # Faults and their lines
 
@@ -121,6 +127,7 @@ class Reader:
         try:
             yield
         except ValueError as why:
+            self.missing_files += isinstance(why, FileMissing)
             self.fault(place, str(why), place[-1].partition(":")[0].strip())
 
     # The text

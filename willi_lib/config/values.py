@@ -5,6 +5,7 @@ Inside Willi, times are seconds and sizes are octets; `5m` and `20MiB` exist her
 
 from __future__ import annotations
 
+import errno
 import re
 import socket
 from collections.abc import Callable, Sequence
@@ -160,13 +161,18 @@ def account(text: str, known: Callable[[str], object]) -> str:
 # The rest
 
 
+class FileMissing(ValueError):
+    """A file is not there, or not yet, as when its file system is not mounted."""
+
+
 def readable(path: str) -> str:
     """The path of a file that can be opened; it is not read here."""
     if path:
         try:
             open_file(path).close()
         except OSError as error:
-            raise ValueError(f"cannot read {path}: {error.strerror}") from None
+            kind = FileMissing if error.errno == errno.ENOENT else ValueError
+            raise kind(f"cannot read {path}: {error.strerror}") from None
     return path
 
 

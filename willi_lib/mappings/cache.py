@@ -121,6 +121,7 @@ class CachedMapping:
             database_up=not now,
             seen=now.failed if now else self._answered,
             cache_entries=len(self._entries),
+            remembers=self._settings.cache_ttl + self._settings.stale_ttl,
             hosts=self._database.inspect_hosts() if thorough else (),
         )
 

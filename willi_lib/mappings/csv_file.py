@@ -150,8 +150,8 @@ class CsvFile:
         except OSError as failure:
             where = self._settings.where
             subject = f"{where}: file: cannot read {self._file}" if where else self._file
-            passing = self._held is not None or failure.errno not in MISTAKES
-            raise MappingError(f"{subject}: {failure.strerror}", passing=passing) from None
+            passing, missing = self._held is not None or failure.errno not in MISTAKES, failure.errno == errno.ENOENT
+            raise MappingError(f"{subject}: {failure.strerror}", passing=passing, missing=missing) from None
         seen = self._watch.seen[self._file] = self._watch.seen.get(self._file) or stamp
         if stamp != seen or (stamp.size, stamp.written) != (after.size, after.written):  # not of a later rename
             raise MappingError(f"{self._file}: written while it was read", passing=True)

@@ -1,8 +1,8 @@
 """A process that the master has forked, as the master sees it: a worker, or the status process.
 
-It says READY by its socket when it could serve, or what is wrong, and ends; the master answers GO. It says LEAVING if
-another process has told it to end, and a worker tells NEWS of its mappings. Each of these is a packet. Its row shows
-that it is alive. The end of the socket tells it that the master is dead.
+Each packet of a child is a message, a JSON object: {"ready": true} when it could serve, {"failed": ...} if it never
+will, {"leaving": true} if another process has told it to end, {"mapping": ...} for `news.py`. The master answers
+"ready" by GO. The row of a child shows that it is alive, and the end of the socket tells it that the master is dead.
 """
 
 from __future__ import annotations
@@ -20,19 +20,28 @@ from time import monotonic
 from .generation import Generation
 from .scoreboard import Row
 
-READY = b"ready"
 GO = b"go"
-LEAVING = b" leaving"
-NEWS = b"news "  # and JSON
-MAX_WORDS = 100_000  # octets of a packet: what a worker says is wrong
-MAX_PACKETS = 100  # that are heard in one go
-# Exit statuses of a worker that could not start: a fault, one that may pass, a database that is down.
-FAULT, TRY_AGAIN, DATABASE_DOWN = 1, 4, 5
+MAX_PACKET = 200_000  # octets; as much as the kernel lets through
+MAX_PACKETS = 100  # that are read in one go
 START_TIMEOUT = 300.0  # seconds for a worker to read its tables and certificates
 HANG_TIMEOUT = 60.0  # seconds without a sign of life
 DRAIN_MARGIN = 15.0  # seconds after drain_timeout, in which a worker says goodbye
+KILL_TIMEOUT = 5.0  # seconds for the kernel to end a process that is killed; one that waits for a dead disk may stay
 FIRST_DELAY, LONGEST_DELAY = 1.0, 60.0  # seconds before a child is replaced that soon died; doubled each time
 LONG_LIFE = 60.0  # seconds; a child that dies later is replaced at once
+
+
+class CannotStart(Exception):
+    """Workers of this file cannot start; the text has a line for each fault."""
+
+    def __init__(self, faults: str, may_pass: bool = False, remembered: float = 0.0) -> None:
+        """may_pass: it is no mistake in the file, and another start may succeed.
+
+        remembered: a database is down, of which workers that serve know answers for so many seconds.
+        """
+        super().__init__(faults)
+        self.may_pass = may_pass
+        self.remembered = remembered
 
 
 @dataclass(frozen=True)
@@ -57,8 +66,6 @@ STATUS = Role(
 
 
 class State(Enum):
-    """What a child is about."""
-
     STARTING = auto()
     READY = auto()  # and has not been told to go
     SERVING = auto()
@@ -78,7 +85,8 @@ class Child:
         self.generation = generation
         self.row = row
         self.state = State.STARTING
-        self.words = b""  # what it said of itself
+        self.failure: CannotStart | None = None
+        self._said_leaving = False
         self.since = self.started = monotonic()  # of its state, of the process
         self.channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
@@ -90,31 +98,36 @@ class Child:
         row.give()
 
     def listen(self) -> None:
-        """Hear what it has to say."""
+        """Read what it has sent."""
         with suppress(BlockingIOError, ConnectionError):  # nothing more for now; its end is for waitpid to tell
             for _ in range(MAX_PACKETS):
-                packet = self.channel.recv(MAX_WORDS)
-                if packet.startswith(NEWS):
-                    self.generation.news.take(json.loads(packet[len(NEWS) :]), self.pid)
-                elif packet and len(self.words) < MAX_WORDS:
-                    self.words += packet
-        if self.state is State.STARTING and self.words == READY:
-            self._turn(State.READY)
-
-    @property
-    def faults(self) -> str:
-        """What it said is wrong; a line for each."""
-        return "" if self.words.startswith(READY) else self.words.decode("utf-8", "replace")
+                packet = self.channel.recv(MAX_PACKET)
+                if not packet:
+                    return
+                message = json.loads(packet)
+                if "mapping" in message:
+                    self.generation.news.take(message, self.pid)
+                elif "failed" in message:
+                    self.failure = CannotStart(**message["failed"])
+                elif "leaving" in message:
+                    self._said_leaving = True
+                elif self.state is State.STARTING:
+                    self._turn(State.READY)
 
     @property
     def is_leaving(self) -> bool:
         """Whether another process than the master has told it to end."""
-        return self.state is State.SERVING and self.words == READY + LEAVING
+        return self._said_leaving and self.state is State.SERVING
 
     @property
     def is_ending(self) -> bool:
         """Whether it has been told to end."""
         return self.state in (State.DRAINING, State.KILLED)
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether the kernel does not end it."""
+        return self.state is State.KILLED and monotonic() - self.since > KILL_TIMEOUT
 
     def go(self) -> None:
         """Let it take clients."""
@@ -131,8 +144,8 @@ class Child:
             self.kill()
 
     def kill(self) -> None:
-        """End it at once."""
-        self._turn(State.KILLED)
+        if self.state is not State.KILLED:
+            self._turn(State.KILLED)
         os.kill(self.pid, signal.SIGKILL)
 
     def silence(self) -> float:
@@ -160,8 +173,7 @@ class Child:
         self.row.clear()
 
     def _turn(self, state: State) -> None:
-        self.state = state
-        self.since = monotonic()
+        self.state, self.since = state, monotonic()
 
 
 class Backoff:
@@ -172,7 +184,6 @@ class Backoff:
         self._next = 0.0
 
     def is_over(self) -> bool:
-        """Whether another one may start now."""
         return monotonic() >= self._next
 
     def died(self, lived: float = 0.0) -> None:
@@ -181,5 +192,4 @@ class Backoff:
         self.wait(self._delay)
 
     def wait(self, seconds: float) -> None:
-        """Start none before."""
         self._next = monotonic() + seconds

@@ -5,19 +5,32 @@ from __future__ import annotations
 import os
 import resource
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import Literal
 
 from .. import log
 from ..config import Settings
 from ..config.settings import MappingSettings
 from ..mappings.known_rows import KnownRows
 from ..net.tls import ServerTls, server_tls
+from ..routing.route import HeldTable
 from .news import News
 from .scoreboard import Scoreboard
 
 GENERATIONS = 4  # at the same time: one that serves, one that starts, two that drain; then a reload has to wait
 DESCRIPTORS_PER_SESSION = 2  # the client and the upstream
 SPARE_DESCRIPTORS = 64  # listeners, log, database, DNS
+
+Reload = Literal["", "asked", "automatic", "overdue"]  # by SIGHUP; for a changed certificate; when that waited too long
+
+
+@dataclass(frozen=True)
+class Start:
+    """How a worker starts."""
+
+    held: Mapping[str, HeldTable]  # by mapping: the tables of the workers that serve
+    alone: bool  # there were such workers, and none is left
+    reload: Reload
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,7 +41,7 @@ class Generation:
     board: Scoreboard
     tls: ServerTls
     known_rows: Mapping[MappingSettings, KnownRows]
-    news: News = field(default_factory=News)
+    news: News
 
     @classmethod
     def of(cls, settings: Settings, before: Generation | None) -> Generation:
@@ -39,21 +52,12 @@ class Generation:
         tls = server_tls(settings, before.tls if before else None)
         known = before.known_rows if before else {}
         known_rows = {mapping: known.get(mapping) or KnownRows() for mapping in settings.mappings}
-        return cls(settings, _board(settings, before), tls, known_rows, News(before.news.tables if before else None))
-
-    @property
-    def remembers(self) -> float:
-        """Seconds for which its workers remember what a database has said."""
-        times = ("cache_ttl", "stale_ttl")
-        return max(sum(getattr(mapping, name, 0.0) for name in times) for mapping in self.settings.mappings)
-
-
-def _board(settings: Settings, before: Generation | None) -> Scoreboard:
-    """The one before, if it will do. What still drains is not counted in another one."""
-    rows, rates = GENERATIONS * settings.workers, settings.max_connection_rate > 0
-    if before and before.board.rows >= rows and before.board.rates >= rates:
-        return before.board
-    return Scoreboard(rows, rates)
+        rows, rates = GENERATIONS * settings.workers, settings.max_connection_rate > 0
+        if before and before.board.rows >= rows and before.board.rates >= rates:
+            board = before.board  # what still drains is not counted in another one
+        else:
+            board = Scoreboard(rows, rates)
+        return cls(settings, board, tls, known_rows, News(before.news.tables if before else {}))
 
 
 def raise_descriptor_limit(settings: Settings) -> None:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Callable, Sequence
-from collections.abc import Mapping as ByKey
-from dataclasses import dataclass, field
 from time import monotonic
 from typing import Any
 
@@ -16,99 +14,78 @@ from gevent.util import wrap_errors
 
 from .. import log
 from ..mappings import csv_file
-from ..mappings.known_rows import KnownRows
-from ..routing.route import HeldTable, Mapping, MappingError
-from . import news
+from ..routing.route import Mapping, MappingError
+from .child import CannotStart
+from .generation import Reload, Start
+from .news import Message, of_fault, of_table
 
 ANSWERS_LOST = "Reload while a database is down, remembered answers are lost"
 START_LOOK = 0.25  # seconds between looks of a worker that starts
 
 
-@dataclass(frozen=True)
-class Start:
-    """How a worker starts."""
+def load(mappings: Sequence[Mapping], start: Start, tell: Callable[[Message], None]) -> None:
+    """Read all files. Raises MappingError, CannotStart.
 
-    held: ByKey[str, HeldTable] = field(default_factory=dict)  # by mapping: the tables of the workers that serve
-    alone: bool = False  # there were such workers, and none is left
-    reload: news.Reload = ""
-    known_rows: ByKey[Any, KnownRows] = field(default_factory=dict)  # shared by all workers
-
-
-class DatabaseDown(MappingError):
-    """An automatic reload would forget the answers that the workers remember. The text is for the log."""
-
-
-class MappingWatch:
-    """Reads and looks; `tell` hears what the other workers should know."""
-
-    def __init__(self, mappings: Sequence[Mapping], tell: Callable[[news.Message], None]) -> None:
-        self._mappings = mappings
-        self._tell = tell
-
-    def load(self, start: Start) -> None:
-        """Read all files. Raises MappingError.
-
-        Beside workers that serve nothing is taken that is worse than what they have: no empty table, none that is
-        being written, and none that cannot be read just now. If no such worker is left, we serve without that table
-        until it can be read, which means 451.
-        """
-        for mapping in self._mappings:
-            if not mapping.files():
-                _load_at_once(mapping, start.reload)
-                continue
-            may_be_missing = start.alone and mapping.name in start.held
-            try:
-                self._load(mapping, 0.0 if may_be_missing else csv_file.START_PATIENCE)
-            except MappingError as error:
-                if not may_be_missing:
-                    raise
-                self._tell(news.of_fault(mapping, error))
-
-    def _load(self, mapping: Mapping, patience: float) -> None:
-        """Wait as long as that for a file that is not ready. Raises MappingError."""
-        deadline = monotonic() + patience
-        fault = MappingError(f"{mapping.files()[0]}: still being written", passing=True)
-        while True:
-            try:
-                if mapping.load():
-                    self._tell(news.of_table(mapping))
-                    return
-            except MappingError as error:
-                if not error.passing:
-                    raise
-                fault = error
-            if monotonic() >= deadline:
-                raise fault
-            gevent.sleep(START_LOOK)
-
-    def look(self) -> None:
-        """To be called every second or two: read what has changed; a bad file changes nothing."""
-        for mapping in self._mappings:
-            try:
-                if mapping.files() and mapping.load():
-                    self._tell(news.of_table(mapping))
-            except MappingError as error:
-                self._tell(news.of_fault(mapping, error))
-
-    def close(self) -> None:
-        for mapping in self._mappings:
-            mapping.close()
+    Beside workers that serve nothing is taken that is worse than what they have: no empty table, none that is being
+    written, and none that cannot be read just now. If no such worker is left, we serve without that table until it can
+    be read, which means 451.
+    """
+    for mapping in mappings:
+        if not mapping.files():
+            _load_at_once(mapping, start.reload)
+            continue
+        may_be_missing = start.alone and mapping.name in start.held
+        try:
+            _load(mapping, 0.0 if may_be_missing else csv_file.START_PATIENCE)
+            tell(of_table(mapping))
+        except MappingError as error:
+            if not may_be_missing:
+                raise
+            tell(of_fault(mapping, error))
 
 
-def _load_at_once(mapping: Mapping, reload: news.Reload) -> None:
-    """Raises MappingError. If a database has no answers in a reload, new workers have none; those that serve have some.
+def _load(mapping: Mapping, patience: float) -> None:
+    """Wait as long as that for a file that is not ready. Raises MappingError."""
+    deadline = monotonic() + patience
+    fault = MappingError(f"{mapping.files()[0]}: still being written", passing=True)
+    while True:
+        try:
+            if mapping.load():
+                return
+        except MappingError as error:
+            if not error.passing:
+                raise
+            fault = error
+        if monotonic() >= deadline:
+            raise fault
+        gevent.sleep(START_LOOK)
+
+
+def _load_at_once(mapping: Mapping, reload: Reload) -> None:
+    """If a database has no answers in a reload, new workers have none; those that serve have some.
 
     One that is gone does not stop a reload that an administrator asks for; one that answers that a name, the password
     or the query is wrong does.
+    Raises MappingError, CannotStart.
     """
     try:
         mapping.load(reload=bool(reload))
     except MappingError as fault:
         if reload == "automatic":
-            raise DatabaseDown(str(fault)) from None
+            raise CannotStart(str(fault), remembered=mapping.facts().remembers) from None
         if not reload or (reload == "asked" and not fault.passing):
             raise
         log.warn(ANSWERS_LOST, mapping=mapping.name, error=str(fault).removeprefix(f"{mapping.name}: "))
+
+
+def look(mappings: Sequence[Mapping], tell: Callable[[Message], None]) -> None:
+    """To be called every second or two: read what has changed; a bad file changes nothing."""
+    for mapping in mappings:
+        try:
+            if mapping.files() and mapping.load():
+                tell(of_table(mapping))
+        except MappingError as error:
+            tell(of_fault(mapping, error))
 
 
 class FileThread:

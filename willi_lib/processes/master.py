@@ -1,8 +1,10 @@
 """Processes: forks the workers and the status process, replaces those that die, reloads, and ends them all.
 
-The master touches no client and imports no gevent: a hub in the parent of a fork would be
-inherited by every child. Signals are blocked; the loop takes one at a time and then looks after
-its children, at least once in a `TICK`.
+The master touches no client and imports no gevent: a hub in the parent of a fork would be inherited by every child.
+Signals are blocked; the loop takes one at a time and then looks after its children, at least once in a `TICK`.
+
+It starts with `_begin`: a generation of workers is forked, the *candidate*. When all of them are ready, `_switch` makes
+it the current one; if one of them fails, `_give_up` ends the others. A reload does the same beside the current one.
 """
 
 from __future__ import annotations
@@ -22,12 +24,10 @@ from ..net.tls import CertificateError
 from ..status.reports import Links
 from ..status.words import several
 from . import systemd
-from .child import DATABASE_DOWN, STATUS, TRY_AGAIN, WORKER, Backoff, Child, Role, State
-from .fork import SIGNALS, become
-from .generation import GENERATIONS, Generation, raise_descriptor_limit
+from .child import STATUS, WORKER, Backoff, CannotStart, Child, Role, State
+from .fork import SIGNALS, become, name_process
+from .generation import GENERATIONS, Generation, Reload, Start, raise_descriptor_limit
 from .listeners import CannotBind, Listeners
-from .news import Reload
-from .process_name import name_process
 from .reload import write_answer
 from .report import Reporter
 from .scoreboard import Row, Scoreboard
@@ -39,22 +39,10 @@ RELOAD_FAILED = "Reload failed, nothing has changed"
 RELOAD_WAITS = "Reload waits for a database, since new workers would remember no answers"
 
 
-class Unusable(Exception):
-    """Something that the file names cannot be used; one line for each fault."""
-
-
-class CannotStart(Exception):
-    """The workers could not start, and that is no fault of the file: another time they may."""
-
-
-class DatabaseDown(Exception):
-    """An automatic reload has to wait: new workers remember none of the answers that the old ones have."""
-
-
 def run(settings: Settings, read_again: Callable[[], Settings]) -> None:
     """Serve until told to end. read_again: reads the file for a reload.
 
-    Raises CannotBind, Unusable, CannotStart.
+    Raises CannotBind, CannotStart.
     """
     name_process("willi-master", in_command=False)  # the init script knows it by its command
     Master(settings, read_again).run()
@@ -64,8 +52,8 @@ class Master:
     """The children and what they share."""
 
     def __init__(self, settings: Settings, read_again: Callable[[], Settings]) -> None:
-        """Raises Unusable, CannotBind."""
-        self._certificates = files.FileWatch(files.INTERVAL, files.RETRY)
+        """Raises CannotStart, CannotBind."""
+        self._watch = files.FileWatch(files.INTERVAL, files.RETRY)  # of certificates and the like
         self._current = self._new_generation(settings, None)
         self._candidate: Generation | None = None  # whose workers are starting
         self._read_again = read_again
@@ -81,24 +69,27 @@ class Master:
         self._wanted: Reload = ""  # a reload that has not begun yet
         self._reload: Reload = ""  # the last one that has
         self._reload_began = 0.0
-        self._waits_since: float | None = None  # for a database, with an automatic reload
+        self._waits_until: float | None = None  # an automatic reload, for a database
         self._stopping = False
+        self._failure: CannotStart | None = None  # of the first generation
         self._last_tick = self._awake_since = self._notified = monotonic()
 
     def run(self) -> None:
-        """Raises CannotBind, Unusable, CannotStart."""
+        """Raises CannotBind, CannotStart."""
         self._listeners.close_others(self._current.settings.listen)  # a kept one may be in the way of a new one
         self._begin(self._current)
-        while self._children or not self._stopping:
+        while not self._stopping or any(not child.is_lost for child in self._children):
             arrived = signal.sigtimedwait(SIGNALS, BUSY_TICK if self._candidate else TICK)
             try:
                 if arrived:
                     self._on_signal(arrived.si_signo)
                 self._look_after_children()
-            except (Unusable, CannotStart):
-                raise
             except Exception:  # noqa: BLE001 -- those that serve shall go on, whatever it is
                 log.bug("Internal error")
+        for child in self._children:
+            log.error("A process that was killed does not end", pid=child.pid)
+        if self._failure:
+            raise self._failure
         log.info("Stopped")
 
     @property
@@ -117,44 +108,31 @@ class Master:
         self._reap()
         self._listen()
         self._kill_stuck()
-        if not self._stopping:
-            if self._candidate is not self._current:
-                self._replace_workers()
-                self._replace_status()
-            self._reload_if_asked()
-        elif not self._workers:  # the status process ends last: until then it shows how they drain
-            for child in self._children:
-                child.end()
+        if self._stopping:
+            if not self._workers:  # the status process ends last: until then it shows how they drain
+                for child in self._children:
+                    child.end()
+        elif self._candidate is not self._current:
+            self._replace_workers()
+            self._replace_status()
+            self._reload_if_wanted()
         if len(self._workers) < len(self._children):
             self._reporter.send(self._current.settings, str(self._listeners), self._workers, self._stopping)
         self._notified = systemd.notify_watchdog(self._notified)
         log.flush()
 
-    def _stop(self) -> None:
-        if self._stopping:
-            log.warn("Ended at once", workers=len(self._workers))
-            for child in self._children:
-                child.kill()
-            return
-        log.info("Stopping", workers=len(self._workers), drain_timeout=self._current.settings.drain_timeout)
-        systemd.notify("STOPPING=1")
-        self._listeners.close()
-        for child in self._workers:
-            child.end()
-        self._stopping, self._candidate = True, None
-
-    # -- one generation after the other
+    # -- start and reload: one generation after the other
 
     def _new_generation(self, settings: Settings, before: Generation | None) -> Generation:
-        """Raises Unusable."""
-        self._certificates.note(_watched_files(settings))
+        """Raises CannotStart."""
+        self._watch.note(_watched_files(settings))
         try:
             return Generation.of(settings, before)
         except CertificateError as error:
-            raise Unusable(str(error)) from None
+            raise CannotStart(str(error)) from None
 
     def _begin(self, generation: Generation) -> None:
-        """Start the workers of a file; `_listen` goes on when they are ready. Raises CannotBind, CannotStart."""
+        """Start the workers of a file; `_listen` goes on when they are ready. Raises CannotBind."""
         self._listeners.open(generation.settings.listen)
         raise_descriptor_limit(generation.settings)
         self._status_since = monotonic()
@@ -163,10 +141,11 @@ class Master:
             try:
                 self._fork_worker(generation)
             except OSError as error:
-                raise CannotStart(f"cannot start a worker: {error.strerror}") from None
+                self._give_up(CannotStart(f"cannot start a worker: {error.strerror}", may_pass=True))
+                return
 
     def _listen(self) -> None:
-        """Hear which children are ready; when all of a new generation are, they take over."""
+        """Read what the children tell; when all workers of a new generation are ready, they take over."""
         for child in self._children:
             child.listen()
             if child.is_leaving:
@@ -189,67 +168,61 @@ class Master:
                 child.generation = generation
             elif child not in new:
                 child.end()  # also a replacement that comes too late
-        self._current, self._candidate = generation, None
-        self._waits_since = None
+        self._current, self._candidate, self._waits_until = generation, None, None
         self._backoff = {WORKER: Backoff(), STATUS: Backoff()}
-        self._certificates.were_read()
+        self._watch.were_read()
         self._listeners.close_others(settings.listen)
         self._status_listeners.close_others(_status_addresses(settings))
-        if not first:
-            self._reporter.reloaded()
         log.set_up(settings.loglevel, settings.log)
         log.info("Ready" if first else "Reloaded", listen=str(self._listeners), workers=len(new), pid=self._pid)
         workers = several(len(new), "worker listens", "workers listen")
         systemd.notify("READY=1", f"STATUS={workers} on {self._listeners}")
         if not first:
+            self._reporter.reloaded()
             self._answer_reload()
 
-    def _reload_if_asked(self) -> None:
+    def _reload_if_wanted(self) -> None:
         if self._candidate:
             return
-        if self._certificates.look(_watched_files(self._current.settings)):
-            log.info("A certificate or password has changed", files=",".join(self._certificates.changed))
-            self._wanted = self._wanted or ("overdue" if self._waits_too_long else "automatic")
+        if self._watch.look(_watched_files(self._current.settings)):
+            log.info("A certificate or password has changed", files=",".join(self._watch.changed))
+            waited_too_long = self._waits_until is not None and monotonic() > self._waits_until
+            self._wanted = self._wanted or ("overdue" if waited_too_long else "automatic")
         if not self._wanted or not self._has_room():
             return
         self._reload, self._wanted = self._wanted, ""
-        self._certificates.note(_watched_files(self._current.settings))
-        self._certificates.failed()  # unless the following succeeds: willi.conf may have a fault
         self._reload_began = monotonic()
+        self._watch.note(_watched_files(self._current.settings))
+        self._watch.failed()  # unless the following succeeds: willi.conf may have a fault
         log.info("Reloading")
         systemd.notify_reloading()
         try:
-            settings = self._read_again()
-            self._begin(self._new_generation(settings, self._current))
-        except (ConfigError, CannotBind, CannotStart, Unusable) as faults:
-            self._give_up(str(faults))
+            self._begin(self._new_generation(self._read_again(), self._current))
+        except CannotStart as failure:
+            self._give_up(failure)
+        except (ConfigError, CannotBind) as faults:
+            self._give_up(CannotStart(str(faults)))
         except Exception:  # noqa: BLE001 -- systemd must hear READY again
             log.bug("Internal error")
-            self._give_up("internal error")
-
-    @property
-    def _waits_too_long(self) -> bool:
-        """Whether nothing is remembered any more for which an automatic reload would wait."""
-        return self._waits_since is not None and monotonic() - self._waits_since > self._current.remembers
+            self._give_up(CannotStart("internal error"))
 
     def _has_room(self) -> bool:
         """Whether one more generation of workers may be."""
         return len(self._free_rows(self._current.board)) * GENERATIONS >= self._current.board.rows
 
-    def _give_up(self, faults: str, kind: type[Exception] = Unusable) -> None:
-        """The new workers cannot be: those that serve go on. Raises an exception of that kind if there are none."""
+    def _give_up(self, failure: CannotStart) -> None:
+        """The new workers cannot be: those that serve go on. If there are none, `run` raises the failure."""
         for child in self._workers:
             if child.generation is self._candidate:
                 child.kill()
-        first = self._candidate is self._current
+        first, faults = self._candidate is self._current, str(failure)
         self._candidate = None
         if first:
-            for child in self._children:
-                os.waitpid(child.pid, 0)
-            raise kind(faults)
+            self._failure, self._stopping = failure, True
+            return
         self._listeners.close_others(self._current.settings.listen)
-        if kind is DatabaseDown:
-            self._waits_since = self._waits_since or monotonic()
+        if failure.remembered:
+            self._waits_until = self._waits_until or monotonic() + failure.remembered
             log.warn(RELOAD_WAITS, error=faults)
             systemd.notify("READY=1", f"STATUS={RELOAD_WAITS}: {faults}")
             return
@@ -266,7 +239,7 @@ class Master:
         except OSError as error:
             log.warn("Cannot write down what became of the reload", error=str(error))
 
-    # -- one child after the other
+    # -- replace: one child after the other
 
     def _replace_workers(self) -> None:
         """Have as many as there should be."""
@@ -311,23 +284,20 @@ class Master:
 
     def _fork(self, role: Role, generation: Generation, row: Row, work: Callable[..., int]) -> None:
         """Raises OSError."""
-        settings, siblings = generation.settings, [*self._children]
-        work = partial(work, generation, row)
-        start = partial(become, role.name, settings.loglevel, settings.log, self._pid, siblings, work)
+        siblings, work = [*self._children], partial(work, generation, row)
+        start = partial(become, role.name, generation.settings, self._pid, siblings, work)
         self._children.append(Child(role, generation, row, start))
 
     def _run_worker(self, generation: Generation, row: Row, channel: socket.socket) -> int:
-        settings = generation.settings
-        self._listeners.close_others(settings.listen)
+        self._listeners.close_others(generation.settings.listen)
         self._status_listeners.close()
         self._links.close_readers()
         from . import worker  # not before: it brings gevent
-        from .mapping_watch import Start
 
         alone = not any(child.state is State.SERVING for child in self._workers)
-        reload = self._reload if generation is self._candidate else ""
-        start = Start(self._current.news.tables, alone, reload, generation.known_rows)
-        return worker.run(settings, generation.tls, self._listeners.sockets, row, self._links, channel, start)
+        reload: Reload = self._reload if generation is self._candidate else ""
+        start = Start(self._current.news.tables, alone, reload)
+        return worker.run(generation, self._listeners.sockets, row, self._links, channel, start)
 
     def _run_status(self, generation: Generation, row: Row, channel: socket.socket) -> int:
         self._listeners.close()
@@ -347,30 +317,29 @@ class Master:
                 child.listen()
                 child.forget()
                 self._children.remove(child)
-                self._log_exit(child, os.waitstatus_to_exitcode(status))
+                self._note_exit(child, os.waitstatus_to_exitcode(status))
 
-    def _log_exit(self, child: Child, status: int) -> None:
-        """Say so, unless it was to be expected, and have it replaced later."""
+    def _note_exit(self, child: Child, status: int) -> None:
+        """Log it, unless it was to be expected, and have the child replaced later."""
         if child.role is STATUS and child.state is not State.DRAINING:  # at a reload `since` is when that began
             self._status_since = monotonic()
         ended = f"ended with signal {-status}" if status < 0 else f"ended with {status}"
         if child.state is State.KILLED or (child.state is State.DRAINING and status == 0):
             return
-        if child.faults:
-            kinds: dict[int, type[Exception]] = {TRY_AGAIN: CannotStart, DATABASE_DOWN: DatabaseDown}
-            self._start_failed(child, child.faults, kinds.get(status, Unusable))
+        if child.failure:
+            self._start_failed(child, child.failure)
         elif child.role is WORKER and (child.state is State.STARTING or child.generation is self._candidate):
-            self._start_failed(child, f"worker {ended}", CannotStart)
+            self._start_failed(child, CannotStart(f"worker {ended}", may_pass=True))
         else:
             log.error(child.role.ended, pid=child.pid, error=ended)
             self._backoff[child.role].died(monotonic() - child.started)
 
-    def _start_failed(self, child: Child, faults: str, kind: type[Exception]) -> None:
+    def _start_failed(self, child: Child, failure: CannotStart) -> None:
         """Nor can its generation start, but a replacement is tried again."""
         if child.generation is self._candidate:
-            self._give_up(faults, kind)
+            self._give_up(failure)
             return
-        for fault in faults.split("\n"):
+        for fault in str(failure).split("\n"):
             log.error(child.role.cannot_start, error=fault)
         self._backoff[child.role].died()
 
@@ -384,12 +353,28 @@ class Master:
             stuck, state = child.stuck(self._awake_since), child.state
             if stuck and state is State.STARTING:
                 child.kill()
-                self._start_failed(child, stuck, CannotStart)
+                self._start_failed(child, CannotStart(stuck, may_pass=True))
             elif stuck:
                 log.error(stuck, pid=child.pid, silent=child.silence())
                 child.kill()
             if stuck and state is State.SERVING:
                 self._backoff[child.role].died(now - child.started)
+
+    # -- stop
+
+    def _stop(self) -> None:
+        """Let the workers drain. At a second signal, end them at once."""
+        if self._stopping:
+            log.warn("Ended at once", workers=len(self._workers))
+            for child in self._children:
+                child.kill()
+            return
+        log.info("Stopping", workers=len(self._workers), drain_timeout=self._current.settings.drain_timeout)
+        systemd.notify("STOPPING=1")
+        self._listeners.close()
+        for child in self._workers:
+            child.end()
+        self._stopping, self._candidate = True, None
 
 
 def _watched_files(settings: Settings) -> list[str]:

@@ -5,7 +5,8 @@ The master needs it, too: a worker that starts must not take a table that is wor
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from collections.abc import Mapping as ByKey
+from typing import Any
 
 from .. import log
 from ..routing.route import HeldTable, Mapping, MappingError
@@ -16,7 +17,6 @@ MAX_FAULT = 1000  # characters
 MANY_PATTERNS = 100  # of a CSV file: if it loses more than half of so many, the administrator should look
 
 Message = dict[str, Any]
-Reload = Literal["", "asked", "automatic", "overdue"]  # by SIGHUP; for a changed certificate; when that waited too long
 
 
 def of_table(mapping: Mapping) -> Message:
@@ -33,10 +33,10 @@ def of_fault(mapping: Mapping, error: MappingError) -> Message:
 class News:
     """Of the workers that have read the same willi.conf."""
 
-    def __init__(self, held: dict[str, HeldTable] | None = None) -> None:
-        """held: the tables of the workers before them."""
+    def __init__(self, before: ByKey[str, HeldTable]) -> None:
+        """before: the tables of the workers before them."""
         self.tables: dict[str, HeldTable] = {}  # that they hold, by mapping
-        self._before = held or {}
+        self._before = before
         self._faults: dict[str, list[str]] = {}  # by mapping
         self._faulty: dict[str, set[int]] = {}  # by mapping: the workers that have met these faults
 

@@ -5,22 +5,18 @@ from __future__ import annotations
 from ..net import patch  # isort: skip  # noqa: F401 -- first of all
 
 import gc
-import signal
 import socket as stdlib_socket
 from collections.abc import Sequence
-from contextlib import suppress
 
 import gevent
-import gevent.socket
 from gevent.event import Event
 
 from ..config import Settings
 from ..net.jobs import keep_going
 from ..status.reports import Links
 from ..status.web import Serving
-from .child import READY
-from .in_child import show_life, wait_for_death
-from .privileges import drop_privileges
+from .fork import drop_privileges
+from .in_child import Master, show_life
 from .scoreboard import Row
 
 
@@ -30,18 +26,15 @@ def run(
 ) -> None:  # fmt: skip
     """Serve until SIGTERM, or until the master is dead.
 
-    channel: to the master. since: what older workers have counted before is not counted here (monotonic).
+    since: what older workers have counted before is not counted here (monotonic).
     """
-    master = gevent.socket.socket(fileno=channel.detach())
+    master = Master(channel)
     drop_privileges(settings)  # not before gevent has its hub: it imports what only root may be able to read
     serving = Serving(settings, sockets, links, since)
     gc.freeze()
     ends = Event()
-    gevent.signal_handler(signal.SIGTERM, ends.set)
-    signal.setitimer(signal.ITIMER_REAL, 0)
+    master.tell_ready(ends.set)
     gevent.spawn(serving.start)
     gevent.spawn(keep_going, lambda: show_life(row))
-    gevent.spawn(wait_for_death, master).link(lambda _: ends.set())
-    with suppress(OSError):  # the master is dead
-        master.sendall(READY)
+    gevent.spawn(master.wait_for_death).link(lambda _: ends.set())
     ends.wait()

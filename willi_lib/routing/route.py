@@ -84,12 +84,14 @@ class MappingError(Exception):
     """A mapping that cannot be used; one fault a line of the text.
 
     passing: nothing is wrong with it as far as we know, it could not be read just now.
+    missing: its file is not there, or not yet.
     """
 
-    def __init__(self, *faults: str, passing: bool = False) -> None:
+    def __init__(self, *faults: str, passing: bool = False, missing: bool = False) -> None:
         super().__init__("\n".join(faults))
         self.faults = faults
         self.passing = passing
+        self.missing = missing
 
 
 class HeldTable(NamedTuple):
@@ -124,6 +126,7 @@ class MappingFacts:
     database_up: bool | None = None
     seen: float = 0.0  # when the database last answered or did not (monotonic); 0: nothing was asked yet
     cache_entries: int | None = None
+    remembers: float = 0.0  # seconds for which answers serve while the database is down
     hosts: tuple[HostFacts, ...] = ()
 
 
