@@ -16,7 +16,7 @@ def board_of(rows: int) -> Scoreboard:
     """With a worker in each row."""
     board = Scoreboard(rows, rates=True)
     for row in range(rows):
-        board.give(row)
+        Row(board, row).give()
     return board
 
 
@@ -116,7 +116,7 @@ def test_all_workers_count_together():
     assert first.enter_address("192.0.2.1") == replies.TOO_MANY_CONNECTIONS_FROM_YOU
     second.leave_address("192.0.2.1")
     assert first.enter_address("192.0.2.1") is None
-    board.clear(0)
+    Row(board, 0).clear()
     assert [second.enter() for _ in range(3)] == [None, None, replies.TOO_MANY_CONNECTIONS]
 
 

@@ -47,8 +47,8 @@ def test_the_connections_of_all_workers_are_counted_together():
 def test_who_comes_back_to_the_row_of_a_dead_worker_begins_at_nothing():
     board = board_of(1)
     Row(board, 0).add_open(ANN, 1)
-    board.clear(0)
-    board.give(0)
+    Row(board, 0).clear()
+    Row(board, 0).give()
     assert board.open_of(ANN) == 0
 
 
@@ -59,7 +59,7 @@ def test_what_a_dead_worker_counted_is_gone_and_nothing_else():
         row.add(1)
         row.add_open(ANN, 1)
         row.add_recent(ANN)
-    board.clear(1)
+    Row(board, 1).clear()
     assert (board.total, board.open_of(ANN), board.recent_of(ANN)) == (1, 1, 1)
 
 
@@ -122,9 +122,9 @@ def test_memory_is_there_only_where_it_was_used():
     """A board for 256 workers with a rate is 4 GB of addresses; almost nothing of it is memory."""
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     board = Scoreboard(1024, rates=True)
-    board.give(7)
+    Row(board, 7).give()
     Row(board, 7).add_open(ANN, 1)
-    board.clear(7)
+    Row(board, 7).clear()
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2048  # KiB
 
 
@@ -153,8 +153,8 @@ for _ in range(5):
     wait_until(lambda: board.open_of(ANN) > 100, "a worker that counts")
     os.kill(pid, signal.SIGKILL)
     os.waitpid(pid, 0)
-    board.clear(1)
-    board.give(1)
+    Row(board, 1).clear()
+    Row(board, 1).give()
     assert (board.total, board.open_of(ANN)) == (5, 5), (board.total, board.open_of(ANN))
 """
 

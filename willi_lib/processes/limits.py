@@ -1,8 +1,7 @@
 """How many connections at a time, and how many a minute from one address: of all workers together.
 
-The worker asks at accept, or after the PROXY header. A connection is counted first and looked at
-then: of two that take the last place at the same moment in two workers both may be refused, but
-never are there more than allowed.
+The worker asks at accept, or after the PROXY header. A connection is counted first and looked at then: of two that take
+the last place at the same moment in two workers both may be refused, but never are there more than allowed.
 """
 
 from __future__ import annotations
@@ -11,10 +10,10 @@ import ipaddress
 
 from ..smtp import reply as replies
 from ..smtp.reply import Reply
-from .scoreboard import Row, cells_of
+from .scoreboard import Cells, Row, cells_of
 
 OPEN, RATE = "max_connections_per_ip", "max_connection_rate"
-IPV6_PREFIX = 64  # bits: whoever has one address of a /64 has them all
+IPV6_PREFIX = 64  # bits: a client that has one address of a /64 has them all
 
 
 class Limits:
@@ -51,9 +50,9 @@ class Limits:
         client = cells_of(client_of(address))
         self._row.add_open(client, 1)
         refusal = None
-        if self._at_most(OPEN, self._board.open_of(client)) > self._most_per_address:
+        if self._note(OPEN, self._board.open_of(client)) > self._most_per_address:
             refusal = replies.TOO_MANY_CONNECTIONS_FROM_YOU
-        elif self._rate and not self._under_rate(client):
+        elif self._rate and self._is_too_fast(client):
             refusal = replies.TOO_FAST
         if refusal:
             self._row.add_open(client, -1)
@@ -63,22 +62,21 @@ class Limits:
         """Count out a client that `enter_address` counted in."""
         self._row.add_open(cells_of(client_of(address)), -1)
 
-    def _under_rate(self, client: tuple[int, ...]) -> bool:
-        """Note one more connection of this client, unless it had its share in the last minute."""
-        self._row.add_recent(client)
-        if self._at_most(RATE, self._board.recent_of(client)) <= self._rate:
-            return True
-        self._row.take_back_recent(client)
-        return False
-
     def take_peaks(self) -> dict[str, int]:
         """The most that one client had since the last time, by the name of the limit."""
         taken, self._peaks = self._peaks, {OPEN: 0, RATE: 0}
         return taken
 
-    def _at_most(self, limit: str, number: int) -> int:
-        if number > self._peaks[limit]:
-            self._peaks[limit] = number
+    def _is_too_fast(self, client: Cells) -> bool:
+        """Count one more connection of this client, unless it had its share in the last minute."""
+        self._row.add_recent(client)
+        if self._note(RATE, self._board.recent_of(client)) <= self._rate:
+            return False
+        self._row.take_back_recent(client)
+        return True
+
+    def _note(self, limit: str, number: int) -> int:
+        self._peaks[limit] = max(self._peaks[limit], number)
         return number
 
 

@@ -34,7 +34,8 @@ class Listeners:
         self._with_systemd = with_systemd
         self._given = False  # by a socket unit
         for name, listener in systemd.take_sockets() if with_systemd else ():
-            if not _is_usable(listener):
+            internet = listener.family in (socket.AF_INET, socket.AF_INET6) and listener.type == socket.SOCK_STREAM
+            if not internet or not listener.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
                 raise CannotBind(f"the socket {name!r} from LISTEN_FDS is not a listening TCP socket")
             kept = _kept_as(name)
             self._given |= kept is None
@@ -45,7 +46,6 @@ class Listeners:
 
     @property
     def sockets(self) -> list[socket.socket]:
-        """All of them."""
         return list(self._bound.values())
 
     def open(self, addresses: Sequence[Address], patience: float = PATIENCE) -> None:
@@ -59,8 +59,8 @@ class Listeners:
         fresh: dict[Address, socket.socket] = {}
         try:
             for one, needed in (pair for address in addresses for pair in _families(address)):
-                if one not in self._bound and one not in fresh:
-                    _bind(one, needed, fresh, patience)
+                if one not in self._bound and one not in fresh and (listener := _bind(one, needed, patience)):
+                    fresh[one] = listener
         except CannotBind:
             for listener in fresh.values():
                 listener.close()
@@ -93,21 +93,23 @@ def _families(address: Address) -> Iterator[tuple[Address, bool]]:
         yield Address("::", address.port), False
 
 
-def _bind(address: Address, needed: bool, bound: dict[Address, socket.socket], patience: float) -> None:
+def _bind(address: Address, needed: bool, patience: float) -> socket.socket | None:
+    """None: it is not needed, and this host has no IPv6. Raises CannotBind."""
     family = socket.AF_INET6 if ":" in address.host else socket.AF_INET
+    listener = None
     try:
-        listener = bound[address] = socket.socket(family, socket.SOCK_STREAM)
+        listener = socket.socket(family, socket.SOCK_STREAM)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if family == socket.AF_INET6:
             listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
         _listen(listener, address, patience)
-        _made_ready(listener)
+        return _made_ready(listener)
     except OSError as error:
-        if address in bound:
-            bound.pop(address).close()
+        if listener:
+            listener.close()
         if not needed and error.errno in (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL):
             log.info("No IPv6 on this host", listen=str(address))
-            return
+            return None
         hint = "; start Willi as root, it becomes `user` afterwards" if error.errno == errno.EACCES else ""
         raise CannotBind(f"cannot listen on {address}: {error.strerror}{hint}") from error
 
@@ -119,17 +121,11 @@ def _listen(listener: socket.socket, address: Address, patience: float) -> None:
         try:
             listener.bind((address.host, address.port))
             listener.listen(BACKLOG)
+            return
         except OSError as error:
             if error.errno != errno.EADDRINUSE or monotonic() > deadline:
                 raise
-            sleep(patience / 50)
-        else:
-            return
-
-
-def _is_usable(listener: socket.socket) -> bool:
-    internet = listener.family in (socket.AF_INET, socket.AF_INET6) and listener.type == socket.SOCK_STREAM
-    return internet and bool(listener.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN))
+        sleep(patience / 50)
 
 
 def _made_ready(listener: socket.socket) -> socket.socket:

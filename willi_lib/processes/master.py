@@ -14,14 +14,16 @@ import signal
 import socket
 import ssl
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
-from time import monotonic
+from time import monotonic, monotonic_ns, time
 
 from .. import files, log
 from ..config import Address, ConfigError, Settings
 from ..config.settings import paths_of
 from ..net.tls import CertificateError
-from ..status.reports import Links
+from ..status.counts import LIMITS
+from ..status.reports import Links, MasterReport, send
 from ..status.words import several
 from . import systemd
 from .child import STATUS, WORKER, Backoff, CannotStart, Child, Role, State
@@ -29,7 +31,6 @@ from .fork import SIGNALS, become, name_process
 from .generation import GENERATIONS, Generation, Reload, Start, raise_descriptor_limit
 from .listeners import CannotBind, Listeners
 from .reload import write_answer
-from .report import Reporter
 from .scoreboard import Row, Scoreboard
 
 TICK = 1.0  # seconds
@@ -63,7 +64,8 @@ class Master:
         self._status_fault = ""  # why its address cannot be had
         self._status_since = monotonic()  # what older workers have counted before is no news for the status process
         self._links = Links()
-        self._reporter = Reporter(self._links)
+        self._report = self._sent = MasterReport(pid=self._pid, started=time())  # to the status process
+        self._sent_at = 0.0
         self._children: list[Child] = []
         self._backoff = {WORKER: Backoff(), STATUS: Backoff()}
         self._wanted: Reload = ""  # a reload that has not begun yet
@@ -117,7 +119,7 @@ class Master:
             self._replace_status()
             self._reload_if_wanted()
         if len(self._workers) < len(self._children):
-            self._reporter.send(self._current.settings, str(self._listeners), self._workers, self._stopping)
+            self._send_report()
         self._notified = systemd.notify_watchdog(self._notified)
         log.flush()
 
@@ -178,7 +180,9 @@ class Master:
         workers = several(len(new), "worker listens", "workers listen")
         systemd.notify("READY=1", f"STATUS={workers} on {self._listeners}")
         if not first:
-            self._reporter.reloaded()
+            self._report = replace(
+                self._report, reloads=self._report.reloads + 1, last_reload=time(), last_reload_error=""
+            )
             self._answer_reload()
 
     def _reload_if_wanted(self) -> None:
@@ -195,7 +199,7 @@ class Master:
         self._watch.note(_watched_files(self._current.settings))
         self._watch.failed()  # unless the following succeeds: willi.conf may have a fault
         log.info("Reloading")
-        systemd.notify_reloading()
+        systemd.notify("RELOADING=1", f"MONOTONIC_USEC={monotonic_ns() // 1000}")
         try:
             self._begin(self._new_generation(self._read_again(), self._current))
         except CannotStart as failure:
@@ -227,7 +231,8 @@ class Master:
             systemd.notify("READY=1", f"STATUS={RELOAD_WAITS}: {faults}")
             return
         first_fault = faults.partition("\n")[0]
-        self._reporter.reload_failed(first_fault)
+        failed = self._report.reloads_failed + 1
+        self._report = replace(self._report, reloads_failed=failed, last_reload_error=first_fault)
         for fault in faults.split("\n"):
             log.error(RELOAD_FAILED, error=fault)
         systemd.notify("READY=1", f"STATUS={RELOAD_FAILED}: {first_fault}")
@@ -359,6 +364,25 @@ class Master:
                 child.kill()
             if stuck and state is State.SERVING:
                 self._backoff[child.role].died(now - child.started)
+
+    def _send_report(self) -> None:
+        """What the status shows of the master: when it has changed, and each second."""
+        settings, listen = self._current.settings, str(self._listeners)
+        report = replace(
+            self._report,
+            domain=settings.domain,
+            log=settings.log,
+            loglevel=settings.loglevel,
+            listen=listen.split(",") if listen else [],
+            wanted=settings.workers,
+            workers={str(worker.pid): worker.state.name.lower() for worker in self._workers},
+            stopping=self._stopping,
+            connections=sum(board.total for board in {worker.row.board for worker in self._workers}),
+            limits={name: getattr(settings, name) for name in LIMITS},
+        )
+        is_due = report != self._sent or monotonic() - self._sent_at >= TICK
+        if is_due and send(self._links.to_reports, master=report):
+            self._sent, self._sent_at = report, monotonic()
 
     # -- stop
 

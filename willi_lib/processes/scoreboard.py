@@ -1,8 +1,7 @@
 """What the workers count, in memory that all processes share.
 
-Each worker has a row that it alone writes, and everybody reads all rows: no lock, so that a
-worker that is killed in the middle of anything stops nobody. Its row is cleared, and what it
-counted has gone with it.
+Each worker has a row that it alone writes, and all read all rows: no lock, so that a worker that is killed in the
+middle of anything stops no other. Its row is cleared, and what it counted has gone with it.
 """
 
 from __future__ import annotations
@@ -67,39 +66,27 @@ class Scoreboard:
         self.rows = rows
         self.rates = rates
         numbers = memoryview(mmap.mmap(-1, rows * 16))
-        self._beats = numbers[: rows * 8].cast("d")  # 0: nobody's row
-        self._totals = numbers[rows * 8 :].cast("Q")
-        self._open = Sketches(rows)
-        self._recent = Sketches(rows * WINDOWS if rates else 1)
+        self.beats = numbers[: rows * 8].cast("d")  # 0: no worker has this row
+        self.totals = numbers[rows * 8 :].cast("Q")
+        self.open = Sketches(rows)
+        self.recent = Sketches(rows * WINDOWS if rates else 1)
 
     @property
     def total(self) -> int:
         """The connections of all workers."""
-        return sum(self._totals)
+        return sum(self.totals)
 
     def open_of(self, client: Cells) -> int:
         """The connections of one client."""
-        return self._open.count(client, self._used_rows())
+        return self.open.count(client, self._used_rows())
 
     def recent_of(self, client: Cells) -> int:
         """How many connections of one client have come in the last minute, or up to 11 seconds more."""
         rows = self._used_rows()
-        return self._recent.count(client, [row * WINDOWS + window for row in rows for window in range(WINDOWS)])
-
-    def give(self, row: int) -> None:
-        """A worker will have this row, which nobody has."""
-        self._beats[row] = monotonic()
-
-    def clear(self, row: int) -> None:
-        """The worker is gone: so is all that it counted."""
-        self._beats[row] = 0.0
-        self._totals[row] = 0
-        self._open.clear(row)
-        if self.rates:
-            self._recent.clear(row * WINDOWS, WINDOWS)
+        return self.recent.count(client, [row * WINDOWS + window for row in rows for window in range(WINDOWS)])
 
     def _used_rows(self) -> list[int]:
-        return [row for row, beat in enumerate(self._beats) if beat]
+        return [row for row, beat in enumerate(self.beats) if beat]
 
 
 class Row:
@@ -110,47 +97,52 @@ class Row:
         self.number = number
         self._window = int(monotonic() / WINDOW)
 
-    @property
-    def last_beat(self) -> float:
-        """When it last showed that it is alive (`monotonic`, which all processes share)."""
-        return self.board._beats[self.number]
-
     def give(self) -> None:
         """A child will have this row, which no other has."""
-        self.board.give(self.number)
+        self.board.beats[self.number] = monotonic()
 
     def clear(self) -> None:
         """The child is gone: so is all that it counted."""
-        self.board.clear(self.number)
+        board = self.board
+        board.beats[self.number] = 0.0
+        board.totals[self.number] = 0
+        board.open.clear(self.number)
+        if board.rates:
+            board.recent.clear(self.number * WINDOWS, WINDOWS)
+
+    @property
+    def last_beat(self) -> float:
+        """When it last showed that it is alive (`monotonic`, which all processes share)."""
+        return self.board.beats[self.number]
 
     def beat(self) -> None:
         """Show that this worker is alive, and forget old connections. To be called every second."""
-        self.board._beats[self.number] = monotonic()
+        self.board.beats[self.number] = monotonic()
         self._turn()
 
     def add(self, number: int) -> None:
         """Count a connection in (1) or out (-1)."""
-        self.board._totals[self.number] += number
+        self.board.totals[self.number] += number
 
     def add_open(self, client: Cells, number: int) -> None:
         """Count a connection of a client in (1) or out (-1)."""
-        self.board._open.add(client, self.number, number)
+        self.board.open.add(client, self.number, number)
 
     def add_recent(self, client: Cells) -> None:
         """Note that a client has come."""
         self._turn()
-        self.board._recent.add(client, self._sketch(self._window), 1)
+        self.board.recent.add(client, self._sketch(self._window), 1)
 
     def take_back_recent(self, client: Cells) -> None:
         """The last one that was noted was refused."""
-        self.board._recent.add(client, self._sketch(self._window), -1)
+        self.board.recent.add(client, self._sketch(self._window), -1)
 
     def _turn(self) -> None:
         """Each window begins empty."""
         now = int(monotonic() / WINDOW)
         if self.board.rates:
             for window in range(max(self._window + 1, now - WINDOWS + 1), now + 1):
-                self.board._recent.clear(self._sketch(window))
+                self.board.recent.clear(self._sketch(window))
         self._window = now
 
     def _sketch(self, window: int) -> int:

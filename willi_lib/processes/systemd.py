@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import socket
-from time import monotonic, monotonic_ns
+from time import monotonic
 
 from .. import log
 
@@ -30,11 +30,6 @@ def notify(*lines: str, descriptor: int | None = None) -> None:
         return  # whoever waited for READY=1 has gone, such as the init script
     except OSError as error:
         log.warn("Cannot talk to systemd", error=str(error))
-
-
-def notify_reloading() -> None:
-    """To be followed by READY=1, whatever comes of the reload."""
-    notify("RELOADING=1", f"MONOTONIC_USEC={monotonic_ns() // 1000}")
 
 
 def notify_watchdog(last: float) -> float:

@@ -8,7 +8,7 @@ import gc
 import os
 import socket as stdlib_socket
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 
 import gevent
@@ -36,6 +36,7 @@ from .generation import Generation, Start
 from .in_child import Master, show_life
 from .limits import Limits
 from .mapping_watch import FileThread
+from .news import Message
 from .scoreboard import Row
 
 MAPPING_INTERVAL = 1.0  # seconds between looks at the mappings
@@ -56,11 +57,8 @@ def run(
         master.tell(failed={"faults": str(failure)[:MAX_FAULTS], **vars(failure)})
         return 1
     master.tell_ready(worker.end)
-    if not master.wait_for_go():
-        return 1
-    watcher = gevent.spawn(worker.end_with, master)
-    worker.serve(about_to_end=lambda: master.tell(leaving=True))
-    watcher.kill()
+    if master.wait_for_go():
+        worker.serve()
     log.finish()
     return 0
 
@@ -79,12 +77,12 @@ class Worker:
         settings = generation.settings
         resolver = self._resolver = Resolver(settings.dns_timeout)
         resolver.serve_all_sockets()
-        self._tell = lambda message: master.tell(**message)
+        self._master = master
         counts = Counts()
         try:
             around = Surroundings(give_way, FileThread, start.held, generation.known_rows)
             self._mappings = open_mappings(settings, around)
-            mapping_watch.load(self._mappings, start, self._tell)
+            mapping_watch.load(self._mappings, start, self._tell_news)
             connector = Connector(settings, resolver, counts)
         except MappingError as error:
             raise CannotStart(str(error), error.passing or error.missing) from None
@@ -108,30 +106,28 @@ class Worker:
         """Let `serve` drain and return."""
         self._asked_to_end.set()
 
-    def end_with(self, master: Master) -> None:
-        """Wait for the death of the master, and end as well."""
-        master.wait_for_death()
+    def _end_with_master(self) -> None:
+        self._master.wait_for_death()
         if not self._asked_to_end.is_set():
             log.error("The master is dead, this worker drains and ends", pid=os.getpid())
             self.end()
 
-    def serve(self, about_to_end: Callable[[], None]) -> None:
-        """Take clients until asked to end, and let running transactions finish.
-
-        about_to_end: is called before that.
-        """
+    def serve(self) -> None:
+        """Take clients until asked to end, and let running transactions finish."""
+        watcher = gevent.spawn(self._end_with_master)
         self._admission.open()
         jobs = (self._watch_mappings, partial(show_life, self._row), self._report, self._release_answers)
         helpers = [gevent.spawn(keep_going, job) for job in (*jobs, self._resolver.follow_resolv_conf)]
         answering = gevent.spawn(keep_going, self._reporter.answer_questions)
         self._asked_to_end.wait()
-        about_to_end()
+        self._master.tell(leaving=True)
         answering.kill()
         self._admission.drain()
         gevent.killall(helpers)
         self._reporter.finish()
         for mapping in self._mappings:
             mapping.close()
+        watcher.kill()
 
     def _release_answers(self) -> None:
         """Send answers that have waited for the rest of their group since the last look; end where nobody listens.
@@ -155,7 +151,10 @@ class Worker:
     def _watch_mappings(self) -> None:
         while True:
             gevent.sleep(MAPPING_INTERVAL)
-            mapping_watch.look(self._mappings, self._tell)
+            mapping_watch.look(self._mappings, self._tell_news)
+
+    def _tell_news(self, message: Message) -> None:
+        self._master.tell(**message)
 
 
 def _log_unraisable(bug: sys.UnraisableHookArgs) -> None:
