@@ -233,15 +233,23 @@ def test_a_quick_check_tries_the_addresses(tmp_path: Path, address: str):
     assert "would start" not in done.stdout
 
 
-def test_a_quick_check_warns_of_a_port_that_another_program_has(
-    tmp_path: Path, willi: Willi, upstream: ScriptedUpstream
+@pytest.mark.parametrize(("greeting", "status", "level"), [
+    (b"220 mx.example ESMTP Postfix\r\n", WRONG, "wrong"),
+    (b"220 mx.example ESMTP Service Ready\r\n", GOOD, "warn"),  # the Go program, whose place Willi takes
+    (b"421 mx.example too busy\r\n", GOOD, "warn"),
+], ids=["another program", "the Go program", "busy"])  # fmt: skip
+def test_a_quick_check_fails_for_a_port_that_another_program_has(
+    greeting: bytes, status: int, level: str, tmp_path: Path, willi: Willi, upstream: ScriptedUpstream
 ):
+    """The init script stops the running Willi when this check has found nothing."""
+    upstream.answers[GREETING] = greeting
     ours = listening_on(configure(tmp_path, "b.example;127.0.0.1\n"), f"{HOST}:{willi.port}")
     assert run_willi("check", "--quick", "-c", ours).stdout == f"ok     {ours}: Willi would start\n"
     path = listening_on(ours, upstream.server)
     done = run_willi("check", "--quick", "-c", path)
-    assert done.returncode == GOOD  # it may be the program that Willi takes the place of
-    assert f"warn   listen: {upstream.server} belongs to another program, which says '220 " in done.stdout
+    said = greeting.decode().strip()
+    assert done.returncode == status
+    assert f"{level:<6} listen: {upstream.server} belongs to another program, which says '{said}'" in done.stdout
 
 
 def test_a_status_port_that_is_taken_keeps_willi_from_no_start(tmp_path: Path, upstream: ScriptedUpstream):

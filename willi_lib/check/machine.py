@@ -25,7 +25,7 @@ from ..mappings.open import others_can_read
 from ..net.key_exchange import has_costly_groups
 from ..net.tls import ANY_STRENGTH, IGNORE_DATES, CertificateError, CertificateFacts, certificate_facts, show
 from ..processes.listeners import CannotBind, Listeners
-from ..status.finding import Finding, Level, certificate_level
+from ..status.finding import Finding, certificate_level
 from ..status.words import time_left
 from .finding import faults
 
@@ -33,6 +33,7 @@ NO_ISSUER = (2, 20, 21)  # X509_V_ERR_UNABLE_TO_GET_ISSUER_CERT, ..._LOCALLY, ..
 RENEW = "renew it: a running Willi reads the new file by itself"
 PATIENCE = 2.0  # seconds for the program that listens on a port to say something
 MAX_GREETING = 200  # octets of what it says that are shown
+GO_PROGRAM = "ESMTP Service Ready"  # the end of its greeting
 MAX_METRICS = 1 << 16  # octets in which Willi would have named one of its own
 
 # -- certificates
@@ -160,14 +161,14 @@ def check_rights(settings: Settings, files: Iterable[str]) -> Iterator[Finding]:
 def check_ports(settings: Settings, quick: bool = False) -> Iterator[Finding]:
     """Whether each address can be had, or Willi has it already.
 
-    quick: what is wrong would stop a start. A port that is taken may be that of the program that Willi takes the place
-        of, and a status that cannot be had is tried again.
+    quick: what is wrong would stop a start. A port that is taken may be that of the Go program, whose place Willi
+        takes, or of a Willi that greets only behind a PROXY header; and a status that cannot be had is tried again.
     """
     for address in settings.listen:
-        yield _check_port("listen", address, "warn" if quick else "wrong")
+        yield _check_port("listen", address, quick)
     if not (status := settings.status_listen):
         return
-    finding = _check_port("status_listen", status, "wrong")
+    finding = _check_port("status_listen", status)
     if quick and finding.level == "wrong":
         finding = replace(finding, level="warn", what=f"{finding.what}: there would be no status for now")
     yield finding
@@ -176,7 +177,7 @@ def check_ports(settings: Settings, quick: bool = False) -> Iterator[Finding]:
         yield Finding("wrong", "status_listen", f"{status} is in listen, too", "take another port")
 
 
-def _check_port(setting: str, address: Address, if_taken: Level) -> Finding:
+def _check_port(setting: str, address: Address, quick: bool = False) -> Finding:
     """Listen there for a moment, as the master does."""
     try:
         listeners = Listeners()
@@ -196,7 +197,8 @@ def _check_port(setting: str, address: Address, if_taken: Level) -> Finding:
         return Finding("ok", setting, f"Willi listens on {address} already")
     what = f"{address} belongs to another program, which says {repr(said[:MAX_GREETING]) if said else 'nothing'}"
     advice = f"see which: ss -ltnp 'sport = :{address.port}'; stop it, and keep it from starting again, or take another"
-    return Finding(if_taken, setting, what, f"{advice} address")
+    is_foreign = said is not None and said.startswith("220 ") and not said.endswith(GO_PROGRAM)
+    return Finding("warn" if quick and not is_foreign else "wrong", setting, what, f"{advice} address")
 
 
 def _ask_program(setting: str, address: Address) -> str | None:
