@@ -94,7 +94,6 @@ class Admission:
         self._all_gone = Event()
 
     def open(self) -> None:
-        """Begin to accept connections."""
         for listener in self._listeners:
             listener.start()
 
@@ -115,7 +114,6 @@ class Admission:
             self._all_gone.wait(LAST_WORDS_TIMEOUT)
 
     def _serve(self, connection: Socket, address: tuple[str, int]) -> None:
-        """One connection, in its own greenlet."""
         self._connections += 1
         sid, peer = new_session_id(), _plain(address[0])
         try:
@@ -218,5 +216,4 @@ def _plain(address: str) -> str:
 
 
 def is_in(address: str, networks: Sequence[IPv4Network | IPv6Network]) -> bool:
-    """Whether an address belongs to one of the networks."""
     return bool(networks) and any(ip_address(address) in network for network in networks)

@@ -98,7 +98,6 @@ class Child:
         row.give()
 
     def listen(self) -> None:
-        """Read what it has sent."""
         with suppress(BlockingIOError, ConnectionError):  # nothing more for now; its end is for waitpid to tell
             for _ in range(MAX_PACKETS):
                 packet = self.channel.recv(MAX_PACKET)
@@ -121,7 +120,6 @@ class Child:
 
     @property
     def is_ending(self) -> bool:
-        """Whether it has been told to end."""
         return self.state in (State.DRAINING, State.KILLED)
 
     @property

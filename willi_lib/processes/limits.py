@@ -42,7 +42,6 @@ class Limits:
         return replies.TOO_MANY_CONNECTIONS
 
     def leave(self) -> None:
-        """Count out a connection that `enter` counted in."""
         self._row.add(-1)
 
     def enter_address(self, address: str) -> Reply | None:
@@ -59,7 +58,6 @@ class Limits:
         return refusal
 
     def leave_address(self, address: str) -> None:
-        """Count out a client that `enter_address` counted in."""
         self._row.add_open(cells_of(client_of(address)), -1)
 
     def take_peaks(self) -> dict[str, int]:

@@ -313,7 +313,6 @@ class Master:
         return 0
 
     def _reap(self) -> None:
-        """Take note of the children that have ended."""
         while self._children:
             pid, status = os.waitpid(-1, os.WNOHANG)
             if not pid:

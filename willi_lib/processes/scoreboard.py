@@ -73,11 +73,9 @@ class Scoreboard:
 
     @property
     def total(self) -> int:
-        """The connections of all workers."""
         return sum(self.totals)
 
     def open_of(self, client: Cells) -> int:
-        """The connections of one client."""
         return self.open.count(client, self._used_rows())
 
     def recent_of(self, client: Cells) -> int:
@@ -129,7 +127,6 @@ class Row:
         self.board.open.add(client, self.number, number)
 
     def add_recent(self, client: Cells) -> None:
-        """Note that a client has come."""
         self._turn()
         self.board.recent.add(client, self._sketch(self._window), 1)
 

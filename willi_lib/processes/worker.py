@@ -103,7 +103,6 @@ class Worker:
         gc.set_threshold(GARBAGE_THRESHOLD, 20, 20)
 
     def end(self) -> None:
-        """Let `serve` drain and return."""
         self._asked_to_end.set()
 
     def _end_with_master(self) -> None:
