@@ -294,7 +294,7 @@ def test_a_new_password_in_its_file_needs_no_signal(
     mariadb.query(f"GRANT SELECT ON *.* TO {account}")
     willi = routed(
         ("b.example", upstream.server, False),
-        willi={"prefix": in_a_hurry(**{"files.INTERVAL": 0.2, "files.RETRY": 1.0})},
+        willi={"prefix": in_a_hurry(**{"files.INTERVAL": 0.2, "files.RETRY": 1.0, "files.CALM": 1.0})},
         user="rotated", password="", password_file=str(file), cache_ttl="0s", stale_ttl="0s",
     )  # fmt: skip
     for text in ("mysql:db", RELOAD_WAITS):

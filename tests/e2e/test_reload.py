@@ -459,7 +459,7 @@ def test_changed_authorities_of_the_system_are_read_again(
 ):
     bundle = tmp_path / "ca-certificates.crt"
     bundle.write_bytes(certificates.ca.read_bytes())
-    prefix = in_a_hurry(**{"files.INTERVAL": 0.2})
+    prefix = in_a_hurry(**{"files.INTERVAL": 0.2, "files.CALM": 1.0})
     environment = {"SSL_CERT_FILE": str(bundle)}
     willi = start_willi(server=upstream.server, workers=1, prefix=prefix, environment=environment)
     bundle.write_text("")

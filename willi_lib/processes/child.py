@@ -34,7 +34,7 @@ LONG_LIFE = 60.0  # seconds; a child that dies later is replaced at once
 class CannotStart(Exception):
     """Workers of this file cannot start; the text has a line for each fault."""
 
-    def __init__(self, faults: str, may_pass: bool = False, remembered: float = 0.0) -> None:
+    def __init__(self, faults: str, may_pass: bool = False, remembered: float | None = None) -> None:
         """may_pass: it is no mistake in the file, and another start may succeed.
 
         remembered: a database is down, of which workers that serve know answers for so many seconds.

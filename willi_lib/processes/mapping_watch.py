@@ -32,7 +32,7 @@ def load(mappings: Sequence[Mapping], start: Start, tell: Callable[[Message], No
     """
     for mapping in mappings:
         if not mapping.files():
-            _load_at_once(mapping, start.reload)
+            _load_at_once(mapping, start.reload, max(one.facts().remembers for one in mappings))
             continue
         may_be_missing = start.alone and mapping.name in start.held
         try:
@@ -61,7 +61,7 @@ def _load(mapping: Mapping, patience: float) -> None:
         gevent.sleep(START_LOOK)
 
 
-def _load_at_once(mapping: Mapping, reload: Reload) -> None:
+def _load_at_once(mapping: Mapping, reload: Reload, remembered: float) -> None:
     """If a database has no answers in a reload, new workers have none; those that serve have some.
 
     One that is gone does not stop a reload that an administrator asks for; one that answers that a name, the password
@@ -72,7 +72,7 @@ def _load_at_once(mapping: Mapping, reload: Reload) -> None:
         mapping.load(reload=bool(reload))
     except MappingError as fault:
         if reload == "automatic":
-            raise CannotStart(str(fault), remembered=mapping.facts().remembers) from None
+            raise CannotStart(str(fault), remembered=remembered) from None
         if not reload or (reload == "asked" and not fault.passing):
             raise
         log.warn(ANSWERS_LOST, mapping=mapping.name, error=str(fault).removeprefix(f"{mapping.name}: "))

@@ -225,7 +225,7 @@ class Master:
             self._failure, self._stopping = failure, True
             return
         self._listeners.close_others(self._current.settings.listen)
-        if failure.remembered:
+        if failure.remembered is not None:
             self._waits_until = self._waits_until or monotonic() + failure.remembered
             log.warn(RELOAD_WAITS, error=faults)
             systemd.notify("READY=1", f"STATUS={RELOAD_WAITS}: {faults}")
