@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import socket
 from contextlib import ExitStack
 
@@ -75,9 +76,9 @@ def test_max_connections_per_ip(start_willi: StartWilli, upstream: ScriptedUpstr
     wait_until(lambda: is_let_in(willi), "room after the others have gone")
 
 
-def is_let_in(willi: Willi) -> bool:
+def is_let_in(willi: Willi, source: str = "127.0.0.2") -> bool:
     with ExitStack() as ends:
-        return first_words(willi, ends) == BANNER
+        return first_words(willi, ends, source) == BANNER
 
 
 def test_a_client_that_was_reset_does_not_count_for_ever(start_willi: StartWilli, upstream: ScriptedUpstream):
@@ -90,34 +91,46 @@ def test_a_client_that_was_reset_does_not_count_for_ever(start_willi: StartWilli
         wait_until(lambda: is_let_in(willi), "and again")
 
 
-@pytest.mark.parametrize("way", ["close", "reset", "close in TLS"])
-@pytest.mark.parametrize("verb", [GREETING, b"RCPT", b"DATA"], ids=["greeting", "RCPT", "DATA"])
 def test_a_client_that_hangs_up_while_its_upstream_takes_its_time_does_not_count(
-    verb: bytes, way: str, start_willi: StartWilli, upstream: ScriptedUpstream, postfix_certificate: Pair
+    start_willi: StartWilli, start_upstream: StartUpstream, postfix_certificate: Pair
 ):
-    upstream.answers[verb] = Silence()
+    """In each way and at each moment; side by side, since it takes some looks at all sessions until it counts as gone.
+
+    There is room for one client of each address.
+    """
+    cases = list(itertools.product([GREETING, b"RCPT", b"DATA"], ["close", "reset", "close in TLS"]))
+    upstreams, table = [], ["pattern;server;tls_verify\n"]
+    for number, (verb, _) in enumerate(cases):
+        upstream = start_upstream()
+        upstream.answers[verb] = Silence()
+        upstreams.append(upstream)
+        table.append(f"{number}.example;{upstream.server};false\n")
     willi = start_willi(
-        server=upstream.server, max_connections_per_ip=1, connect_timeout="4m",
+        csv="".join(table), max_connections_per_ip=1, connect_timeout="4m",
         tls_cert=postfix_certificate.cert, tls_key=postfix_certificate.key,
     )  # fmt: skip
-    client = willi.connect(source="127.0.0.2")
-    if way == "close in TLS":
-        assert say(client, EHLO)[0].startswith("250 ") and client.starttls().code == 220
-    say(client, EHLO, MAIL, *([BOB] if verb == b"DATA" else []))
-    client.send((b"DATA" if verb == b"DATA" else BOB) + b"\r\n")
-    upstream.connection().wait_for_command(verb) if verb != GREETING else upstream.connection()
-    if way == "reset":
-        client.reset()
-    else:
-        client.close()
-    wait_until(lambda: is_let_in(willi), "room after the client has gone", 60)
-    assert upstream.connection().wait_for_end() is Ended.EOF
+    for number, ((verb, way), upstream) in enumerate(zip(cases, upstreams, strict=True)):
+        client = willi.connect(source=f"127.0.0.{number + 2}")
+        if way == "close in TLS":
+            assert say(client, EHLO)[0].startswith("250 ") and client.starttls().code == 220
+        rcpt = b"RCPT TO:<bob@%d.example>" % number
+        say(client, EHLO, MAIL, *([rcpt] if verb == b"DATA" else []))
+        client.send((b"DATA" if verb == b"DATA" else rcpt) + b"\r\n")
+        upstream.connection().wait_for_command(verb) if verb != GREETING else upstream.connection()
+        if way == "reset":
+            client.reset()
+        else:
+            client.close()
+    for number, upstream in enumerate(upstreams):
+        source = f"127.0.0.{number + 2}"
+        wait_until(lambda source=source: is_let_in(willi, source), f"room after this one has gone: {cases[number]}")
+        assert upstream.connection().wait_for_end() is Ended.EOF
 
 
-def test_a_client_that_has_sent_all_and_still_listens_is_answered(start_willi: StartWilli, upstream: ScriptedUpstream):
+def test_a_client_that_has_sent_all_and_still_listens_is_answered(share_willi: StartWilli, upstream: ScriptedUpstream):
     """As with `nc` and a file: its side is closed, and its commands are still to be read."""
-    upstream.answers[BOB] = Delay(6)
-    with greeted(start_willi(server=upstream.server)) as client:
+    upstream.answers[BOB] = Delay(3)
+    with greeted(share_willi(server=upstream.server)) as client:
         client.send(b"\r\n".join((MAIL, BOB, b"DATA", b"hello", b".", b"QUIT", b"")))
         client.finish()
         assert [client.read_reply().code for _ in range(5)] == [250, 250, 354, 250, 221]
@@ -126,11 +139,11 @@ def test_a_client_that_has_sent_all_and_still_listens_is_answered(start_willi: S
 
 @pytest.mark.parametrize("tls", [False, True], ids=["clear", "TLS"])
 def test_a_client_that_only_listens_has_the_answer_to_its_last_command(
-    tls: bool, start_willi: StartWilli, upstream: ScriptedUpstream, postfix_certificate: Pair
+    tls: bool, share_willi: StartWilli, upstream: ScriptedUpstream, postfix_certificate: Pair
 ):
     """Even if that is no QUIT, it takes longer than a look at all sessions, and nothing else is to be read."""
-    upstream.answers[BOB] = Delay(6)
-    willi = start_willi(server=upstream.server, tls_cert=postfix_certificate.cert, tls_key=postfix_certificate.key)
+    upstream.answers[BOB] = Delay(3)
+    willi = share_willi(server=upstream.server, tls_cert=postfix_certificate.cert, tls_key=postfix_certificate.key)
     with greeted(willi) as client:
         if tls:
             assert client.starttls().code == 220
@@ -180,8 +193,8 @@ def test_what_a_refused_client_sends_is_not_looked_at(start_willi: StartWilli, u
 # max_errors
 
 
-def test_max_errors(start_willi: StartWilli, upstream: ScriptedUpstream):
-    willi = start_willi(server=upstream.server, max_errors=3)
+def test_max_errors(share_willi: StartWilli, upstream: ScriptedUpstream):
+    willi = share_willi(server=upstream.server, max_errors=3)
     with willi.connect() as client:
         assert say(client, b"X", b"Y", b"NOOP") == [UNKNOWN, UNKNOWN, "250 2.0.0 Ok"]
         client.send(b"Z\r\n" + EHLO + b"\r\n" + MAIL + b"\r\n" + BOB + b"\r\nDATA\r\n")
@@ -192,23 +205,23 @@ def test_max_errors(start_willi: StartWilli, upstream: ScriptedUpstream):
 
 
 @pytest.mark.parametrize("line", [b"RCPT TO:<x@b.example>", b"x" * 3000, b"MAIL FROM:<\x01>", b"AUTH PLAIN"], ids=repr)
-def test_every_refusal_of_our_own_is_an_error(line: bytes, start_willi: StartWilli, upstream: ScriptedUpstream):
-    with greeted(start_willi(server=upstream.server, max_errors=2)) as client:
+def test_every_refusal_of_our_own_is_an_error(line: bytes, share_willi: StartWilli, upstream: ScriptedUpstream):
+    with greeted(share_willi(server=upstream.server, max_errors=2)) as client:
         assert client.command(line[:3000]).permanent
         assert str(client.command(line[:3000])) == TOO_MANY_ERRORS
         client.expect_eof()
 
 
-def test_what_the_upstream_refuses_is_for_the_upstream_to_count(start_willi: StartWilli, upstream: ScriptedUpstream):
+def test_what_the_upstream_refuses_is_for_the_upstream_to_count(share_willi: StartWilli, upstream: ScriptedUpstream):
     upstream.answers[b"RCPT"] = reply("550 5.1.1 nobody")
-    with greeted(start_willi(server=upstream.server, max_errors=2)) as client:
+    with greeted(share_willi(server=upstream.server, max_errors=2)) as client:
         assert say(client, MAIL, *[BOB] * 5) == [SENDER_KEPT, *["550 5.1.1 nobody"] * 5]
 
 
-def test_an_upstream_that_uses_our_words_is_not_counted(start_willi: StartWilli, upstream: ScriptedUpstream):
+def test_an_upstream_that_uses_our_words_is_not_counted(share_willi: StartWilli, upstream: ScriptedUpstream):
     ours = "554 5.7.1 Relay access denied"
     upstream.answers[b"RCPT"] = reply(ours)
-    with greeted(start_willi(server=upstream.server, max_errors=2)) as client:
+    with greeted(share_willi(server=upstream.server, max_errors=2)) as client:
         assert say(client, MAIL, *[BOB] * 5) == [SENDER_KEPT, *[ours] * 5]
 
 
@@ -220,10 +233,10 @@ JUNK = {
 
 @pytest.mark.parametrize("lines", JUNK.values(), ids=JUNK.keys())
 def test_junk_beyond_its_limit_is_an_error(
-    lines: tuple[bytes, ...], start_willi: StartWilli, upstream: ScriptedUpstream
+    lines: tuple[bytes, ...], share_willi: StartWilli, upstream: ScriptedUpstream
 ):
     """Each way of coming to nothing, as often as is harmless, again after a message, and then once too often."""
-    willi = start_willi(server=upstream.server, max_errors=2)
+    willi = share_willi(server=upstream.server, max_errors=2)
     with greeted(willi) as client:
         for _ in range(2):
             if lines[0].startswith(b"BDAT"):
@@ -241,10 +254,10 @@ def test_junk_beyond_its_limit_is_an_error(
     assert willi.wait_for_log(msg="Too many errors")
 
 
-def test_rset_after_refused_recipients_is_no_junk(start_willi: StartWilli, upstream: ScriptedUpstream):
+def test_rset_after_refused_recipients_is_no_junk(share_willi: StartWilli, upstream: ScriptedUpstream):
     """A sender with a list of old addresses: what the upstream refuses is for the upstream to count."""
     upstream.answers[b"RCPT"] = reply("550 5.1.1 nobody")
-    with greeted(start_willi(server=upstream.server, max_errors=1)) as client:
+    with greeted(share_willi(server=upstream.server, max_errors=1)) as client:
         refused = [SENDER_KEPT, "550 5.1.1 nobody", "250 2.0.0 Ok"]
         assert say(client, *[MAIL, BOB, b"RSET"] * (2 * MAX_JUNK)) == refused * (2 * MAX_JUNK)
 
@@ -260,18 +273,18 @@ def test_transactions_that_fail_are_junk(start_willi: StartWilli):
         client.expect_eof()
 
 
-def test_transactions_that_end_with_a_refused_chunk_are_junk(start_willi: StartWilli, upstream: ScriptedUpstream):
+def test_transactions_that_end_with_a_refused_chunk_are_junk(share_willi: StartWilli, upstream: ScriptedUpstream):
     upstream.answers[b"RCPT"] = reply("450 4.2.1 not now")
-    with greeted(start_willi(server=upstream.server, max_errors=1)) as client:
+    with greeted(share_willi(server=upstream.server, max_errors=1)) as client:
         assert say(client, *[b"NOOP"] * (MAX_JUNK - 2))[-1] == "250 2.0.0 Ok"
         assert say(client, MAIL, BOB, b"BDAT 0 LAST")[-1] == "451 4.5.1 No valid recipients, try again"
         assert say(client, MAIL, BOB, b"BDAT 0 LAST")[-1] == TOO_MANY_ERRORS
         client.expect_eof()
 
 
-def test_what_we_defer_is_an_error_when_it_is_far_too_much(start_willi: StartWilli, upstream: ScriptedUpstream):
+def test_what_we_defer_is_an_error_when_it_is_far_too_much(share_willi: StartWilli, upstream: ScriptedUpstream):
     """Else one connection could have lines written to the log for ever."""
-    willi = start_willi(server=upstream.server, max_recipients=1, max_errors=2)
+    willi = share_willi(server=upstream.server, max_recipients=1, max_errors=2)
     with greeted(willi) as client:
         assert say(client, MAIL, BOB) == [SENDER_KEPT, OK]
         answers = {str(answer) for _ in range(10) for answer in client.commands(*[BEN] * (MAX_DEFERRALS // 10))}
@@ -280,8 +293,8 @@ def test_what_we_defer_is_an_error_when_it_is_far_too_much(start_willi: StartWil
         client.expect_eof()
 
 
-def test_a_message_that_is_accepted_makes_up_for_errors(start_willi: StartWilli, upstream: ScriptedUpstream):
-    with greeted(start_willi(server=upstream.server, max_errors=3)) as client:
+def test_a_message_that_is_accepted_makes_up_for_errors(share_willi: StartWilli, upstream: ScriptedUpstream):
+    with greeted(share_willi(server=upstream.server, max_errors=3)) as client:
         for _ in range(3):
             assert say(client, b"X", b"Y") == [UNKNOWN, UNKNOWN]
             assert deliver(client) == QUEUED
@@ -294,9 +307,9 @@ AGAIN = (EHLO, MAIL, BOB)
 
 
 def test_a_client_has_only_so_many_upstream_connections_opened_in_vain(
-    start_willi: StartWilli, upstream: ScriptedUpstream
+    share_willi: StartWilli, upstream: ScriptedUpstream
 ):
-    with start_willi(server=upstream.server).connect() as client:
+    with share_willi(server=upstream.server).connect() as client:
         for _ in range(2):
             for _ in range(MAX_IN_VAIN - 1):
                 assert say(client, *AGAIN)[1:] == [SENDER_KEPT, OK]
@@ -333,8 +346,8 @@ def test_upstreams_that_fail_count_as_opened_in_vain(why: str, start_willi: Star
 # max_recipients
 
 
-def test_max_recipients(start_willi: StartWilli, upstream: ScriptedUpstream):
-    willi = start_willi(server=upstream.server, max_recipients=3)
+def test_max_recipients(share_willi: StartWilli, upstream: ScriptedUpstream):
+    willi = share_willi(server=upstream.server, max_recipients=3)
     lines = [b"RCPT TO:<user%d@b.example>" % number for number in range(5)]
     with greeted(willi) as client:
         too_many = "452 4.5.3 Too many recipients"
@@ -345,9 +358,9 @@ def test_max_recipients(start_willi: StartWilli, upstream: ScriptedUpstream):
     assert [len(message.recipients) for message in upstream.messages] == [3, 2]
 
 
-def test_a_refused_recipient_takes_no_room(start_willi: StartWilli, upstream: ScriptedUpstream):
+def test_a_refused_recipient_takes_no_room(share_willi: StartWilli, upstream: ScriptedUpstream):
     upstream.answers[BOB] = reply("550 5.1.1 no bob")
-    willi = start_willi(server=upstream.server, max_recipients=1)
+    willi = share_willi(server=upstream.server, max_recipients=1)
     with greeted(willi) as client:
         expected = [SENDER_KEPT, "550 5.1.1 no bob", "550 5.1.1 no bob", OK, "452 4.5.3 Too many recipients"]
         assert say(client, MAIL, BOB, BOB, b"RCPT TO:<ben@b.example>", BOB) == expected

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import random
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+
+import pytest
 
 from tests.runner.limits import allow
 from tests.runner.plugin import LONGEST
@@ -14,7 +17,7 @@ from tests.support.loopback import ROOT, wait_until
 
 SECONDS = 240  # for an inner run; ten are usual
 SHORT = ("--limit=2", "--grace=4")
-FILES = ("--numprocesses=3", "--dist=loadfile", "--max-worker-restart=100")
+FILES = ("--numprocesses=4", "--dist=loadfile", "--max-worker-restart=100")
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,12 @@ class Run:
     def counts(self) -> str:
         """The last line but for the time: "1 failed, 2 passed"."""
         return self.said.splitlines()[-1].strip("= ").partition(" in ")[0]
+
+    def outcomes(self, file: str) -> dict[str, str]:
+        """PASSED, FAILED or ERROR of each test of this file, by the summary of -rA."""
+        words = [line.split() for line in self.said.splitlines() if line.startswith(("PASSED", "FAILED", "ERROR "))]
+        tests = [(outcome, *test.split("::")) for outcome, test, *_ in words]
+        return {name: outcome for outcome, path, name in tests if path == file}
 
 
 def start(directory: Path, files: dict[str, str], *arguments: str) -> subprocess.Popen[str]:
@@ -99,37 +108,29 @@ def test_after(): pass
 """
 
 
-def test_a_test_that_hangs_fails_alone_and_shows_where(tmp_path: Path):
-    files = {f"test_{name}.py": HANGS.format(wait=wait) for name, wait in WAITS.items()}
-    done = run(tmp_path, files, *SHORT, *FILES)
-    assert (done.status, done.counts) == (1, "6 failed, 6 passed, 6 errors"), done.said
-    assert done.said.count("it hangs. All stacks:") >= 12, done.said
-    assert done.said.count("in hang_about") >= 12, done.said
-
-
-def test_a_shared_fixture_that_hangs_is_tried_once(tmp_path: Path):
-    text = (
-        "import pytest, threading\n"
-        "@pytest.fixture(scope='session')\ndef slow():\n    print('waiting')\n    threading.Event().wait()\n"
-        "def test_one(slow): pass\ndef test_two(slow): pass\ndef test_three(): pass\n"
-    )
-    done = run(tmp_path, {"test_inner.py": text}, *SHORT)
-    assert (done.status, done.counts) == (1, "1 passed, 2 errors"), done.said
-
-
-def test_the_time_of_a_shared_fixture_is_not_that_of_the_test_and_what_is_allowed_may_take_long(tmp_path: Path):
-    text = (
-        "import pytest, threading\nfrom tests.runner.limits import allow\n"
-        "def wait(seconds): threading.Event().wait(seconds)\n"
-        "@pytest.fixture(scope='module')\ndef first(): wait(1.5)\n"
-        "@pytest.fixture(scope='module')\ndef second(): wait(1.5)\n"
-        "def test_one(first, second): pass\n"
-        "def test_two():\n    allow(60)\n    wait(2.5)\n"
-    )
-    done = run(tmp_path, {"test_inner.py": text}, *SHORT)
-    assert (done.status, done.counts) == (0, "2 passed"), done.said
-
-
+SHARED_HANGS = """\
+import pytest, threading
+@pytest.fixture(scope="session")
+def slow():
+    print("waiting")
+    threading.Event().wait()
+def test_one(slow): pass
+def test_two(slow): pass
+def test_three(): pass
+"""
+TAKES_LONG = """\
+import pytest, threading
+from tests.runner.limits import allow
+def wait(seconds): threading.Event().wait(seconds)
+@pytest.fixture(scope="module")
+def first(): wait(1.5)
+@pytest.fixture(scope="module")
+def second(): wait(1.5)
+def test_one(first, second): pass
+def test_two():
+    allow(60)
+    wait(2.5)
+"""
 DEATHS = {
     "exit": "os._exit(0)",
     "kill": "os.kill(os.getpid(), 9)",
@@ -143,16 +144,44 @@ def test_good(number): pass
 """
 
 
-def test_a_worker_that_dies_costs_the_test_that_it_had(tmp_path: Path):
-    """Late, and so that it had ended other files: there pytest-xdist's own distribution stands for ever."""
-    files = {f"test_{number}.py": GOOD for number in range(6)}
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """One run of all that hangs, dies and takes long, since most of it waits."""
+    files = {f"test_{name}.py": HANGS.format(wait=wait) for name, wait in WAITS.items()}
+    files |= {f"test_{number}.py": GOOD for number in range(6)}
     for name, death in DEATHS.items():
         files[f"test_{name}.py"] = f"{GOOD}def test_dies(): {death}\ndef test_after(): pass\n"
-    done = run(tmp_path, files, *SHORT, *FILES)
-    assert (done.status, done.counts) == (1, "4 failed, 44 passed"), done.said
-    named = {line.split()[1] for line in done.lines("FAILED")}
-    assert named == {f"test_{name}.py::test_dies" for name in DEATHS}, done.said
+    files |= {"test_shared.py": SHARED_HANGS, "test_long.py": TAKES_LONG}
+    return run(tmp_path_factory.mktemp("run"), files, "-rA", *SHORT, *FILES)
+
+
+def test_a_test_that_hangs_fails_alone_and_shows_where(done: Run):
+    for name in WAITS:
+        assert done.outcomes(f"test_{name}.py") == {
+            "test_hangs": "FAILED", "test_of_a_fixture_that_hangs": "ERROR", "test_after": "PASSED"
+        }, done.said  # fmt: skip
+    assert done.said.count("it hangs. All stacks:") >= 2 * len(WAITS), done.said
+    assert done.said.count("in hang_about") >= 2 * len(WAITS), done.said
+
+
+def test_a_shared_fixture_that_hangs_is_tried_once(done: Run):
+    expected = {"test_one": "ERROR", "test_two": "ERROR", "test_three": "PASSED"}
+    assert done.outcomes("test_shared.py") == expected, done.said
+
+
+def test_the_time_of_a_shared_fixture_is_not_that_of_the_test_and_what_is_allowed_may_take_long(done: Run):
+    assert done.outcomes("test_long.py") == {"test_one": "PASSED", "test_two": "PASSED"}, done.said
+
+
+def test_a_worker_that_dies_costs_the_test_that_it_had(done: Run):
+    """Late, and so that it had ended other files: there pytest-xdist's own distribution stands for ever."""
+    good = {f"test_good[{number}]": "PASSED" for number in range(4)}
+    for name in DEATHS:
+        assert done.outcomes(f"test_{name}.py") == {**good, "test_dies": "FAILED", "test_after": "PASSED"}, done.said
+    for number in range(6):
+        assert done.outcomes(f"test_{number}.py") == good, done.said
     assert done.said.count("which has died") >= 2, "the stacks of a segmentation fault, and of what cannot be ended"
+    assert (done.status, done.counts) == (1, "10 failed, 53 passed, 8 errors"), done.said
 
 
 def test_a_run_over_its_end_is_stopped(tmp_path: Path):
@@ -195,11 +224,10 @@ def test_a_run_that_is_over_leaves_no_process(tmp_path: Path):
 
 def test_the_order_of_the_files_is_that_of_the_seed(tmp_path: Path):
     files = {f"test_{letter}.py": "def test_good(): pass\n" for letter in "abcdefgh"}
-    orders = []
-    for seed in (1, 1, 2):
-        done = run(tmp_path, files, f"--shuffle-files={seed}", "--verbose", "--verbose")
-        orders.append([line.split("::")[0] for line in done.lines("test_")])
-    assert orders[0] == orders[1] != orders[2] and sorted(orders[2]) == sorted(files)
+    done = run(tmp_path, files, "--shuffle-files=1", "--verbose", "--verbose")
+    expected = sorted(files)
+    random.Random(1).shuffle(expected)
+    assert [line.split("::")[0] for line in done.lines("test_")] == expected != sorted(files)
 
 
 def test_the_files_that_take_longest_begin_first(tmp_path: Path):
