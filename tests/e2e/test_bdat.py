@@ -212,8 +212,8 @@ def test_a_bdat_that_is_too_long_ends_the_session(line: bytes, willi: Willi, ups
     assert upstream.messages == []
 
 
-def test_a_message_may_have_exactly_the_size_limit(start_willi: StartWilli, upstream: ScriptedUpstream):
-    willi = start_willi(server=upstream.server, max_message_bytes=1000)
+def test_a_message_may_have_exactly_the_size_limit(share_willi: StartWilli, upstream: ScriptedUpstream):
+    willi = share_willi(server=upstream.server, max_message_bytes=1000)
     with in_envelope(willi) as client:
         assert [chunk(client, b"x" * 600), chunk(client, b"x" * 400), chunk(client, b"", last=True)] == [OK] * 3
     assert len(upstream.wait_for_message().content) == 1000
@@ -221,11 +221,11 @@ def test_a_message_may_have_exactly_the_size_limit(start_willi: StartWilli, upst
 
 @pytest.mark.parametrize("chunking", [True, False], ids=["BDAT", "DATA"])
 def test_a_message_over_the_size_limit_is_read_dropped_and_refused(
-    chunking: bool, start_willi: StartWilli, upstream: ScriptedUpstream
+    chunking: bool, share_willi: StartWilli, upstream: ScriptedUpstream
 ):
     if not chunking:
         upstream.extensions = (b"PIPELINING",)
-    willi = start_willi(server=upstream.server, max_message_bytes=1000)
+    willi = share_willi(server=upstream.server, max_message_bytes=1000)
     with in_envelope(willi) as client:
         assert chunk(client, b"x" * 600)[:3] == "250"
         assert chunk(client, b"QUIT\r\n" + b"x" * 395) == TOO_BIG

@@ -60,8 +60,8 @@ STRANGE_COMMANDS = {
 }
 
 
-def test_strange_commands_are_answered_and_change_nothing(start_willi: StartWilli, upstream: ScriptedUpstream):
-    willi = start_willi(server=upstream.server, max_errors=100)
+def test_strange_commands_are_answered_and_change_nothing(share_willi: StartWilli, upstream: ScriptedUpstream):
+    willi = share_willi(server=upstream.server, max_errors=100)
     with greeted(willi) as client:
         assert {line: say(client, line)[0] for line in STRANGE_COMMANDS} == STRANGE_COMMANDS
         assert deliver(client) == QUEUED
@@ -147,8 +147,8 @@ BAD_RECIPIENTS = {
 }
 
 
-def test_recipients_that_are_none_are_refused(start_willi: StartWilli, upstream: ScriptedUpstream):
-    willi = start_willi(server=upstream.server, max_errors=100)
+def test_recipients_that_are_none_are_refused(share_willi: StartWilli, upstream: ScriptedUpstream):
+    willi = share_willi(server=upstream.server, max_errors=100)
     with greeted(willi) as client:
         assert say(client, MAIL) == [SENDER_KEPT]
         assert {path: say(client, b"RCPT TO:" + path)[0] for path in BAD_RECIPIENTS} == BAD_RECIPIENTS

@@ -78,10 +78,10 @@ class TlsPeer:
 
 @pytest.mark.parametrize("early", [b"250 early\r\n", FEATURES, b"2"], ids=["250", "EHLO reply", "half a line"])
 def test_words_that_came_with_the_handshake_are_no_answer_to_ehlo(
-    early: bytes, start_willi: StartWilli, raw: RawUpstream, postfix_certificate: Pair, beside
+    early: bytes, share_willi: StartWilli, raw: RawUpstream, postfix_certificate: Pair, beside
 ):
     """With them every answer would have been taken for the one before it: 250 for a recipient that was refused."""
-    willi = start_willi(server=raw.server, upstream_tls="always")
+    willi = share_willi(server=raw.server, upstream_tls="always")
     willi.tolerate("Upstream failed")
 
     def serve() -> None:
@@ -124,9 +124,9 @@ def test_a_host_that_says_goodbye_while_the_dns_is_asked_is_followed_by_the_next
 
 @pytest.mark.parametrize("octets", [b"25", b"\0", b"250 fake\r\n", b"421 bye\r\n"])
 def test_a_kept_connection_with_words_on_it_is_replaced_without_delay(
-    octets: bytes, start_willi: StartWilli, raw: RawUpstream, beside
+    octets: bytes, share_willi: StartWilli, raw: RawUpstream, beside
 ):
-    willi = start_willi(server=raw.server, upstream_timeout="10m")
+    willi = share_willi(server=raw.server, upstream_timeout="10m")
     said = threading.Event()
 
     def serve() -> None:

@@ -40,8 +40,8 @@ def other(start_upstream: StartUpstream) -> ScriptedUpstream:
 
 
 @pytest.fixture
-def willi(start_willi: StartWilli, upstream: ScriptedUpstream, other: ScriptedUpstream) -> Willi:
-    willi = start_willi(csv=two_domains(upstream, other), upstream_timeout="1s")
+def willi(share_willi: StartWilli, upstream: ScriptedUpstream, other: ScriptedUpstream) -> Willi:
+    willi = share_willi(csv=two_domains(upstream, other), upstream_timeout="1s")
     willi.tolerate(upstream.server)
     return willi
 

@@ -157,10 +157,10 @@ def test_a_kept_connection_is_not_replaced_once_mail_was_accepted(willi: Willi, 
 
 @pytest.mark.parametrize("verb", [b"MAIL", b"RSET"], ids=bytes.decode)
 def test_a_kept_connection_that_stays_silent_is_replaced_after_connect_timeout(
-    verb: bytes, start_willi: StartWilli, upstream: ScriptedUpstream
+    verb: bytes, share_willi: StartWilli, upstream: ScriptedUpstream
 ):
     """A firewall that forgets a connection tells neither end of it."""
-    willi = start_willi(server=upstream.server, connect_timeout="1s")
+    willi = share_willi(server=upstream.server, connect_timeout="1s")
     with greeted(willi) as client:
         assert deliver(client) == QUEUED
         if verb == b"RSET":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import socket
 from contextlib import ExitStack
+from functools import partial
 
 import pytest
 
@@ -122,8 +123,8 @@ def test_a_client_that_hangs_up_while_its_upstream_takes_its_time_does_not_count
         else:
             client.close()
     for number, upstream in enumerate(upstreams):
-        source = f"127.0.0.{number + 2}"
-        wait_until(lambda source=source: is_let_in(willi, source), f"room after this one has gone: {cases[number]}")
+        room = partial(is_let_in, willi, f"127.0.0.{number + 2}")
+        wait_until(room, f"room after this one has gone: {cases[number]}")
         assert upstream.connection().wait_for_end() is Ended.EOF
 
 

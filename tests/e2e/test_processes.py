@@ -192,7 +192,8 @@ def test_workers_that_die_at_once_are_replaced_ever_more_slowly(start_willi: Sta
 def test_a_replacement_that_cannot_start_says_why_and_is_tried_again(
     start_willi: StartWilli, upstream: ScriptedUpstream
 ):
-    willi = start_willi(csv=f"pattern;server\nb.example;{upstream.server}\n", workers=2)
+    prefix = in_a_hurry(**{"files.CALM": 0.5, "csv_file.RETRY": 0.5})
+    willi = start_willi(csv=f"pattern;server\nb.example;{upstream.server}\n", workers=2, prefix=prefix)
     willi.tolerate(DIED)
     willi.tolerate("the old table stays")
     willi.tolerate("Cannot replace a worker")
@@ -204,16 +205,6 @@ def test_a_replacement_that_cannot_start_says_why_and_is_tried_again(
     assert deliver(greeted(willi)) == QUEUED  # the other worker has its old table
     willi.csv.write_text(good)
     wait_until(lambda: len(willi.workers) == 2, "two workers again", 90)
-
-
-def test_a_worker_that_hangs_is_killed_and_replaced(start_willi: StartWilli, upstream: ScriptedUpstream):
-    prefix = in_a_hurry(**{"child.HANG_TIMEOUT": 6.0})
-    willi = start_willi(server=upstream.server, workers=2, prefix=prefix)
-    willi.tolerate("Worker hangs, it is killed")
-    hung = willi.workers[0]
-    os.kill(hung, signal.SIGSTOP)
-    willi.wait_for_log(msg="Worker hangs, it is killed", pid=str(hung))
-    wait_until(lambda: len(willi.workers) == 2 and hung not in willi.workers, "two workers again")
 
 
 def test_workers_do_not_hang_while_nobody_runs(start_willi: StartWilli, upstream: ScriptedUpstream):
@@ -231,7 +222,7 @@ def test_workers_do_not_hang_while_nobody_runs(start_willi: StartWilli, upstream
     willi.probe()
 
 
-def test_a_worker_that_hangs_while_others_start_and_drain_costs_no_master(
+def test_a_worker_that_hangs_is_killed_and_replaced_while_others_start_and_drain(
     start_willi: StartWilli, upstream: ScriptedUpstream, tmp_path: Path
 ):
     """There is no row left for its replacement before it has ended."""
@@ -250,7 +241,7 @@ def test_a_worker_that_hangs_while_others_start_and_drain_costs_no_master(
     willi.signal(signal.SIGHUP)
     wait_until(lambda: len(willi.workers) == 4, "a worker that starts")
     os.kill(serving, signal.SIGSTOP)
-    willi.wait_for_log(msg="Worker hangs, it is killed")
+    willi.wait_for_log(msg="Worker hangs, it is killed", pid=str(serving))
     wait_until(lambda: len(willi.workers) == 4 and serving not in willi.workers, "a replacement")
     assert willi.process.poll() is None
     for client in clients:

@@ -43,9 +43,9 @@ def leave(client: Client, how: str) -> None:
 
 @pytest.mark.parametrize("how", LEAVING)
 def test_a_client_that_hangs_up_at_any_octet_of_data_has_sent_nothing(
-    how: str, start_willi: StartWilli, upstream: ScriptedUpstream
+    how: str, share_willi: StartWilli, upstream: ScriptedUpstream
 ):
-    willi = start_willi(server=upstream.server)
+    willi = share_willi(server=upstream.server)
     for octets in range(len(MESSAGE)):
         client = in_data(willi)
         client.send(MESSAGE[:octets])
@@ -78,10 +78,10 @@ def test_a_client_that_hangs_up_at_any_octet_of_bdat_has_sent_nothing(
 @pytest.mark.parametrize("how", LEAVING)
 @pytest.mark.parametrize("octets", [0, 1, 15, 16, 17, len(MESSAGE) - 5, len(MESSAGE) - 2, len(MESSAGE) - 1])
 def test_a_client_that_hangs_up_under_tls_has_sent_nothing(
-    octets: int, how: str, start_willi: StartWilli, postfix_certificate: Pair, start_upstream: StartUpstream
+    octets: int, how: str, share_willi: StartWilli, postfix_certificate: Pair, start_upstream: StartUpstream
 ):
     upstream = start_upstream(tls=postfix_certificate.server_context())
-    willi = start_willi(server=upstream.server, tls_cert=postfix_certificate.cert, tls_key=postfix_certificate.key)
+    willi = share_willi(server=upstream.server, tls_cert=postfix_certificate.cert, tls_key=postfix_certificate.key)
     client = in_data(willi, tls=True)
     client.send(MESSAGE[:octets])
     if how == "half-close":
@@ -94,8 +94,8 @@ def test_a_client_that_hangs_up_under_tls_has_sent_nothing(
     assert upstream.connection().tls
 
 
-def test_postfix_stores_nothing_of_messages_that_are_cut_at_any_octet(start_willi: StartWilli, postfix: Postfix):
-    willi = start_willi(server=postfix.server)
+def test_postfix_stores_nothing_of_messages_that_are_cut_at_any_octet(share_willi: StartWilli, postfix: Postfix):
+    willi = share_willi(server=postfix.server)
     recipient = "cut-data@b.example"
     for octets in range(len(MESSAGE)):
         client = in_data(willi, recipient)
@@ -107,8 +107,8 @@ def test_postfix_stores_nothing_of_messages_that_are_cut_at_any_octet(start_will
     assert len(postfix.stored(recipient)) == 1
 
 
-def test_postfix_stores_nothing_of_chunks_that_are_cut_at_any_octet(start_willi: StartWilli, postfix: Postfix):
-    willi = start_willi(server=postfix.server)
+def test_postfix_stores_nothing_of_chunks_that_are_cut_at_any_octet(share_willi: StartWilli, postfix: Postfix):
+    willi = share_willi(server=postfix.server)
     recipient = "cut-bdat@b.example"
     for octets in range(len(CHUNKS) + 1):
         client = in_envelope(willi, recipient)
@@ -175,9 +175,9 @@ def ended(connection: Connection) -> Connection:
     return connection
 
 
-def test_a_client_that_is_too_slow_has_sent_nothing(start_willi: StartWilli, upstream: ScriptedUpstream):
+def test_a_client_that_is_too_slow_has_sent_nothing(share_willi: StartWilli, upstream: ScriptedUpstream):
     """It is told so, and what it sends after that is nobody's command."""
-    willi = start_willi(server=upstream.server, read_timeout="3s")
+    willi = share_willi(server=upstream.server, read_timeout="3s")
 
     def stop_after(octets: int) -> None:
         client = in_data(willi)
@@ -190,8 +190,8 @@ def test_a_client_that_is_too_slow_has_sent_nothing(start_willi: StartWilli, ups
     assert_nothing_was_finished(upstream, MESSAGE)
 
 
-def test_a_chunk_that_is_too_slow_has_not_been_sent(start_willi: StartWilli, upstream: ScriptedUpstream):
-    willi = start_willi(server=upstream.server, read_timeout="3s")
+def test_a_chunk_that_is_too_slow_has_not_been_sent(share_willi: StartWilli, upstream: ScriptedUpstream):
+    willi = share_willi(server=upstream.server, read_timeout="3s")
 
     def stop_after(octets: int) -> None:
         client = in_envelope(willi)
@@ -207,11 +207,11 @@ def test_a_chunk_that_is_too_slow_has_not_been_sent(start_willi: StartWilli, ups
 
 @pytest.mark.parametrize("verb", [b"DATA", b"BDAT", b"BDAT to DATA"])
 def test_a_message_may_have_the_largest_size_and_not_one_octet_more(
-    verb: bytes, start_willi: StartWilli, upstream: ScriptedUpstream
+    verb: bytes, share_willi: StartWilli, upstream: ScriptedUpstream
 ):
     if verb == b"BDAT to DATA":
         upstream.extensions = ()
-    willi = start_willi(server=upstream.server, max_message_bytes=100_000)
+    willi = share_willi(server=upstream.server, max_message_bytes=100_000)
     line = b"." + b"x" * 97 + b"\r\n"
     for size in (100_000, 100_001, 1_000_000):
         octets = (line * 10_000)[: size - 2] + b"\r\n"
@@ -244,8 +244,8 @@ def test_the_sizes_of_chunks_add_up(start_willi: StartWilli, upstream: ScriptedU
 
 
 @pytest.mark.parametrize("last", [True, False])
-def test_a_chunk_of_any_announced_size_is_no_message(last: bool, start_willi: StartWilli, upstream: ScriptedUpstream):
-    willi = start_willi(server=upstream.server)
+def test_a_chunk_of_any_announced_size_is_no_message(last: bool, share_willi: StartWilli, upstream: ScriptedUpstream):
+    willi = share_willi(server=upstream.server)
     client = in_envelope(willi)
     client.send(b"BDAT 99999999999999999999%s\r\nx\r\n.\r\nQUIT\r\n" % (b" LAST" if last else b""))
     client.finish()
@@ -257,9 +257,9 @@ def test_a_chunk_of_any_announced_size_is_no_message(last: bool, start_willi: St
 @pytest.mark.parametrize("bad", [b"a\nb", b"a\rb", b"\n.\n", b"\n", b"\r", b"x\r\n\n.\r\nNOOP", b"\n.\rNOOP"], ids=repr)
 @pytest.mark.parametrize("verb", [b"DATA", b"BDAT to DATA"])
 def test_broken_framing_is_refused_at_the_end_and_nothing_of_it_executed(
-    verb: bytes, bad: bytes, start_willi: StartWilli, upstream: ScriptedUpstream
+    verb: bytes, bad: bytes, share_willi: StartWilli, upstream: ScriptedUpstream
 ):
-    willi = start_willi(server=upstream.server, bare_newline="reject")
+    willi = share_willi(server=upstream.server, bare_newline="reject")
     octets = b"x\r\n" + bad + b"\r\n" + MAIL + b"\r\nQUIT\r\n"
     if verb == b"DATA":
         client = in_data(willi)

@@ -87,7 +87,7 @@ def play(client: Client, recipient: str, step: Step) -> None:
 @pytest.mark.parametrize("death", DEATHS)
 @pytest.mark.parametrize("tls", [False, True], ids=["clear", "TLS"])
 def test_an_upstream_may_die_at_any_step(
-    tls: bool, death: str, start_willi: StartWilli, start_upstream: StartUpstream, postfix_certificate: Pair
+    tls: bool, death: str, share_willi: StartWilli, start_upstream: StartUpstream, postfix_certificate: Pair
 ):
     """One domain for each step, all at once: each with an upstream that dies there."""
     upstreams = {}
@@ -102,7 +102,7 @@ def test_an_upstream_may_die_at_any_step(
         upstream.answers[step.key] = [hello] * before + [DEATHS[death]] * 9
         upstreams[f"bob@{number}.example"] = (upstream, step)
         table += f"{number}.example;{upstream.server};false\n"
-    willi = start_willi(
+    willi = share_willi(
         csv=table, tls_cert=postfix_certificate.cert, tls_key=postfix_certificate.key, dns_timeout="1s", **SHORT
     )
     willi.tolerate("Upstream failed")
@@ -161,9 +161,9 @@ def test_chunks_after_the_upstreams_death_are_refused_to_the_last(willi: Willi, 
 
 
 @pytest.mark.parametrize("death", DEATHS)
-def test_a_pipelined_group_gets_451_from_the_death_on(death: str, start_willi: StartWilli, upstream: ScriptedUpstream):
+def test_a_pipelined_group_gets_451_from_the_death_on(death: str, share_willi: StartWilli, upstream: ScriptedUpstream):
     """Never 503 or 554 for DATA, which would bounce the mail."""
-    willi = start_willi(server=upstream.server, **SHORT)
+    willi = share_willi(server=upstream.server, **SHORT)
     willi.tolerate("Upstream failed")
     upstream.answers[b"RCPT TO:<two@b.example>"] = DEATHS[death]
     client = greeted(willi)
@@ -223,9 +223,9 @@ def test_garbage_is_as_good_as_death(where: bytes, garbage: bytes, willi: Willi,
 @pytest.mark.parametrize("where", [b"EHLO", b"RCPT"])
 @pytest.mark.parametrize("more", [b"250 2.0.0 once more\r\n", b"garbage\r\n", b"half a li"])
 def test_an_upstream_that_says_more_than_it_was_asked_is_given_up(
-    where: bytes, more: bytes, start_willi: StartWilli, upstream: ScriptedUpstream
+    where: bytes, more: bytes, share_willi: StartWilli, upstream: ScriptedUpstream
 ):
-    willi = start_willi(server=upstream.server, **SHORT)
+    willi = share_willi(server=upstream.server, **SHORT)
     willi.tolerate("Upstream failed")
     upstream.answers[where] = [b"250 upstream.example\r\n" + more]
     client = greeted(willi)
@@ -236,8 +236,8 @@ def test_an_upstream_that_says_more_than_it_was_asked_is_given_up(
     assert deliver(client) == QUEUED
 
 
-def test_an_upstream_that_does_not_read_is_given_up(start_willi: StartWilli, raw: RawUpstream):
-    willi = start_willi(server=raw.server, **SHORT)
+def test_an_upstream_that_does_not_read_is_given_up(share_willi: StartWilli, raw: RawUpstream):
+    willi = share_willi(server=raw.server, **SHORT)
     willi.tolerate("Upstream failed")
     client, peer = meet_in_data(willi, raw)
     sending = Meanwhile(client, (b"x" * 98 + b"\r\n") * 150_000 + b".\r\n")
@@ -246,8 +246,8 @@ def test_an_upstream_that_does_not_read_is_given_up(start_willi: StartWilli, raw
     assert b"\r\n.\r\n" not in peer.read_until_dropped()
 
 
-def test_an_upstream_that_half_closes_inside_the_message_is_given_up(start_willi: StartWilli, raw: RawUpstream):
-    willi = start_willi(server=raw.server, **SHORT)
+def test_an_upstream_that_half_closes_inside_the_message_is_given_up(share_willi: StartWilli, raw: RawUpstream):
+    willi = share_willi(server=raw.server, **SHORT)
     willi.tolerate("Upstream failed")
     client, peer = meet_in_data(willi, raw)
     peer.finish()
@@ -257,10 +257,10 @@ def test_an_upstream_that_half_closes_inside_the_message_is_given_up(start_willi
 
 @pytest.mark.parametrize("when", ["in the message", "between messages"])
 def test_tls_that_breaks_upstream_is_no_fault_of_the_clients(
-    when: str, start_willi: StartWilli, raw: RawUpstream, postfix_certificate: Pair
+    when: str, share_willi: StartWilli, raw: RawUpstream, postfix_certificate: Pair
 ):
     """Octets that are no TLS come, and wait to be found when the message ends or the next one begins."""
-    willi = start_willi(server=raw.server, upstream_tls="always", **SHORT)
+    willi = share_willi(server=raw.server, upstream_tls="always", **SHORT)
     willi.tolerate("Upstream failed")
     client = greeted(willi)
     client.send(MAIL + b"\r\n" + BOB + b"\r\n")

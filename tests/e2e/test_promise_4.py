@@ -135,9 +135,9 @@ def test_recipients_of_a_lost_connection_are_not_taken_to_another(
     assert upstream.messages == []
 
 
-def test_an_answer_out_of_turn_is_nobodys_250(willi: Willi, start_willi: StartWilli, raw: RawUpstream):
+def test_an_answer_out_of_turn_is_nobodys_250(willi: Willi, share_willi: StartWilli, raw: RawUpstream):
     """Else the second recipient would get the surplus 250, and his own refusal would be the answer to DATA."""
-    willi = start_willi(server=raw.server)
+    willi = share_willi(server=raw.server)
     willi.tolerate("spoke out of turn")
     client, peer = meet(willi, raw)
     peer.send(b"250 2.1.5 once more\r\n")
@@ -145,8 +145,8 @@ def test_an_answer_out_of_turn_is_nobodys_250(willi: Willi, start_willi: StartWi
     assert peer.read_until_dropped() == b""
 
 
-def test_the_upstreams_goodbye_between_two_recipients_is_passed_on(start_willi: StartWilli, raw: RawUpstream):
-    willi = start_willi(server=raw.server)
+def test_the_upstreams_goodbye_between_two_recipients_is_passed_on(share_willi: StartWilli, raw: RawUpstream):
+    willi = share_willi(server=raw.server)
     client, peer = meet(willi, raw)
     peer.send(b"421 4.4.2 too slow\r\n")
     peer.close()
@@ -154,8 +154,8 @@ def test_the_upstreams_goodbye_between_two_recipients_is_passed_on(start_willi: 
     client.expect_eof()
 
 
-def test_one_reply_in_three_pieces_is_one_reply(start_willi: StartWilli, raw: RawUpstream):
-    willi = start_willi(server=raw.server)
+def test_one_reply_in_three_pieces_is_one_reply(share_willi: StartWilli, raw: RawUpstream):
+    willi = share_willi(server=raw.server)
     client, peer = meet(willi, raw, b"PIPELINING")
     client.send(BEN + b"\r\nRCPT TO:<tom@b.example>\r\n")
     peer.answer(b"RCPT", b"250-2.1.5 ")

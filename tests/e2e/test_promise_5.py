@@ -102,8 +102,8 @@ def assert_postfix_stores(upstream: Postfix, willi: Willi, way: str, bodies: dic
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_postfix_stores_what_the_client_sent(way: str, start_willi: StartWilli, postfix: Postfix):
-    assert_postfix_stores(postfix, start_willi(server=postfix.server), way, BODIES)
+def test_postfix_stores_what_the_client_sent(way: str, share_willi: StartWilli, postfix: Postfix):
+    assert_postfix_stores(postfix, share_willi(server=postfix.server), way, BODIES)
 
 
 def test_postfix_without_chunking_stores_what_came_in_chunks(start_willi: StartWilli, start_postfix: StartPostfix):
@@ -114,8 +114,8 @@ def test_postfix_without_chunking_stores_what_came_in_chunks(start_willi: StartW
 
 
 @pytest.mark.parametrize("way", ["BDAT", "three chunks"])
-def test_a_missing_last_line_end_is_postfixs_to_add(way: str, start_willi: StartWilli, postfix: Postfix):
-    willi = start_willi(server=postfix.server)
+def test_a_missing_last_line_end_is_postfixs_to_add(way: str, share_willi: StartWilli, postfix: Postfix):
+    willi = share_willi(server=postfix.server)
     bodies = {"text": b"no line end", "a dot": b"x\r\n.", "a dot and CRLF before": b"\r\n\r\n."}
     recipients = iter(f"unfinished-{way[:2].lower()}-{number}@b.example" for number in range(9))
     with greeted(willi) as client:
@@ -125,9 +125,9 @@ def test_a_missing_last_line_end_is_postfixs_to_add(way: str, start_willi: Start
             assert postfix.wait_for_message(recipient).content == stored(HEADER + body)
 
 
-def test_postfix_stores_five_megabytes(start_willi: StartWilli, postfix: Postfix):
+def test_postfix_stores_five_megabytes(share_willi: StartWilli, postfix: Postfix):
     octets = HEADER + some_text(seed=5, size=5_000_000)
-    with greeted(start_willi(server=postfix.server)) as client:
+    with greeted(share_willi(server=postfix.server)) as client:
         for way in WAYS:
             recipient = f"five-megabytes-{way[0].lower()}@b.example"
             assert WAYS[way](client, recipient, octets).startswith("250 2.0.0 Ok")

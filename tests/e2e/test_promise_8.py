@@ -82,9 +82,9 @@ def hear_too_slow(client: Client, octets: bytes) -> None:
     client.close()
 
 
-def test_a_client_that_drips_runs_into_read_timeout(start_willi: StartWilli, upstream: ScriptedUpstream):
+def test_a_client_that_drips_runs_into_read_timeout(share_willi: StartWilli, upstream: ScriptedUpstream):
     """Each octet comes well within read_timeout; the whole command, or a line of the message, does not."""
-    willi = start_willi(server=upstream.server, **SHORT)
+    willi = share_willi(server=upstream.server, **SHORT)
     slow: list[tuple[Callable[[], Client], bytes]] = [
         (willi.connect, b"EHLO c.example\r\n"),
         (willi.connect, b""),
@@ -106,8 +106,8 @@ def test_a_client_that_drips_runs_into_read_timeout(start_willi: StartWilli, ups
     assert upstream.messages == []
 
 
-def test_a_chunk_that_nobody_wants_is_not_waited_for_either(start_willi: StartWilli, upstream: ScriptedUpstream):
-    willi = start_willi(server=upstream.server, **SHORT)
+def test_a_chunk_that_nobody_wants_is_not_waited_for_either(share_willi: StartWilli, upstream: ScriptedUpstream):
+    willi = share_willi(server=upstream.server, **SHORT)
 
     def drip(header: bytes) -> None:
         client = greeted(willi)
@@ -181,10 +181,10 @@ def test_a_client_that_does_not_read_its_replies_is_given_up(start_willi: StartW
     assert greeted(willi)
 
 
-def test_a_client_that_does_not_read_one_reply_is_given_up(start_willi: StartWilli, upstream: ScriptedUpstream):
+def test_a_client_that_does_not_read_one_reply_is_given_up(share_willi: StartWilli, upstream: ScriptedUpstream):
     """Long replies, one at a time; each flushed when the next command is awaited."""
     upstream.answers[b"RCPT"] = Reply(450, (b"x" * 500,) * 100)
-    willi = start_willi(server=upstream.server, **SHORT)
+    willi = share_willi(server=upstream.server, **SHORT)
     client = greeted(willi)
     client.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
     assert say(client, MAIL) == [SENDER_KEPT]
@@ -259,7 +259,7 @@ HELD_AT = {  # where the upstream takes its time, and how many answers of the gr
 
 @pytest.mark.parametrize(("pipelining", "tls"), [(True, False), (False, True)], ids=["group", "TLS, one by one"])
 def test_known_answers_do_not_wait_for_the_rest_of_their_group(
-    pipelining: bool, tls: bool, start_willi: StartWilli, start_upstream: StartUpstream, postfix_certificate: Pair
+    pipelining: bool, tls: bool, share_willi: StartWilli, start_upstream: StartUpstream, postfix_certificate: Pair
 ):
     """The upstream answers only when the client has what was known before, at each place."""
     held, table = {}, ["pattern;server;tls_verify\n"]
@@ -268,7 +268,7 @@ def test_known_answers_do_not_wait_for_the_rest_of_their_group(
         upstream.extensions = (b"SIZE", b"CHUNKING", b"XCLIENT NAME ADDR", *([b"PIPELINING"] * pipelining))
         held[where] = upstream.answers[where.replace(b"@b.", b"@%d." % number)] = Hold()
         table.append(f"{number}.example;{upstream.server};false\n")
-    willi = start_willi(
+    willi = share_willi(
         csv="".join(table), upstream_tls="always", tls_cert=postfix_certificate.cert, tls_key=postfix_certificate.key
     )
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import ssl
+from collections.abc import Callable, Iterator
+
 import pytest
 
 from tests.conftest import StartUpstream, StartWilli
 from tests.support.certificates import Authority
-from tests.support.daemon import Willi
+from tests.support.daemon import Setting, Willi
 from tests.support.dns import DnsServer, Fault
-from tests.support.loopback import HOST, free_port, wait_until
+from tests.support.loopback import HOST, free_port, steady_port, wait_until
 from tests.support.talk import (
     BOB,
     CARL,
@@ -65,28 +68,55 @@ BAD_EHLOS: dict[str, Action] = {
 }
 
 
+TwoHosts = Callable[..., tuple[Willi, ScriptedUpstream, ScriptedUpstream, bytes]]
+PAIRS = 60  # more than tests that take one
+
+
+@pytest.fixture(scope="module")
+def numbers() -> Iterator[int]:
+    """Of the pairs that no test has had."""
+    return iter(range(PAIRS))
+
+
+@pytest.fixture
+def two_hosts(share_willi: StartWilli, start_upstream: StartUpstream, numbers: Iterator[int]) -> TwoHosts:
+    """A Willi with a route of two hosts that no test had before, and a RCPT that takes it.
+
+    Tests share the Willi, since what it remembers of hosts is of others. tls: the hosts' context; all else: settings.
+    """
+
+    def ports(pair: int) -> list[int]:
+        return [steady_port(f"host {number} of {pair}") for number in (1, 2)]
+
+    def start(
+        tls: ssl.SSLContext | None = None, **settings: Setting
+    ) -> tuple[Willi, ScriptedUpstream, ScriptedUpstream, bytes]:
+        mine = next(numbers)
+        first, second = (start_upstream(port=port, tls=tls) for port in ports(mine))
+        routes = [",".join(f"{HOST}:{port}" for port in ports(pair)) for pair in range(PAIRS)]
+        lines = [f"{pair}.example;{hosts};false\n" for pair, hosts in enumerate(routes)]
+        willi = share_willi(csv=f"pattern;server;tls_verify\n{''.join(lines)}", **settings)
+        return willi, first, second, b"RCPT TO:<bob@%d.example>" % mine
+
+    return start
+
+
 @pytest.mark.parametrize("kind", BAD_GREETINGS)
-def test_after_such_a_greeting_the_next_host_is_tried(
-    kind: str, start_willi: StartWilli, start_upstream: StartUpstream
-):
-    bad, good = start_upstream(), start_upstream()
+def test_after_such_a_greeting_the_next_host_is_tried(kind: str, two_hosts: TwoHosts):
+    willi, bad, good, bob = two_hosts(connect_timeout="1s")
     bad.answers[GREETING] = BAD_GREETINGS[kind]
-    willi = start_willi(server=f"{bad.server},{good.server}", connect_timeout="1s")
     with greeted(willi) as client:
-        assert deliver(client) == QUEUED
+        assert deliver(client, bob) == QUEUED
     assert len(good.messages) == 1
     assert bad.commands == []
 
 
 @pytest.mark.parametrize("kind", BAD_EHLOS)
-def test_after_such_an_answer_to_ehlo_the_next_host_is_tried(
-    kind: str, start_willi: StartWilli, start_upstream: StartUpstream
-):
-    bad, good = start_upstream(), start_upstream()
+def test_after_such_an_answer_to_ehlo_the_next_host_is_tried(kind: str, two_hosts: TwoHosts):
+    willi, bad, good, bob = two_hosts()
     bad.answers[b"EHLO"] = BAD_EHLOS[kind]
-    willi = start_willi(server=f"{bad.server},{good.server}")
     with greeted(willi) as client:
-        assert deliver(client) == QUEUED
+        assert deliver(client, bob) == QUEUED
     assert len(good.messages) == 1
     assert b"MAIL" not in b"".join(bad.commands)
 
@@ -128,39 +158,36 @@ def test_an_upstream_that_does_not_know_ehlo_gets_helo(start_willi: StartWilli, 
 
 
 @pytest.mark.parametrize("hello", [b"EHLO", b"HELO"], ids=bytes.decode)
-def test_a_host_that_refuses_helo_has_failed(hello: bytes, start_willi: StartWilli, start_upstream: StartUpstream):
-    bad, good = start_upstream(), start_upstream()
+def test_a_host_that_refuses_helo_has_failed(hello: bytes, two_hosts: TwoHosts):
+    willi, bad, good, bob = two_hosts()
     bad.answers[b"HELO"] = reply("550 5.7.1 no HELO from you")
     if hello == b"EHLO":
         bad.answers[b"EHLO"] = reply("550 5.7.1 no EHLO from you")
-    willi = start_willi(server=f"{bad.server},{good.server}")
     with greeted(willi, hello + b" c.example") as client:
-        assert deliver(client) == QUEUED
+        assert deliver(client, bob) == QUEUED
     assert len(good.messages) == 1
 
 
-def test_hosts_are_tried_in_their_order(start_willi: StartWilli, start_upstream: StartUpstream):
-    first, second = start_upstream(), start_upstream()
-    willi = start_willi(server=f"{first.server},{second.server}")
+def test_hosts_are_tried_in_their_order(two_hosts: TwoHosts):
+    willi, first, second, bob = two_hosts()
     for _ in range(3):
         with greeted(willi) as client:
-            assert deliver(client) == QUEUED
+            assert deliver(client, bob) == QUEUED
     assert len(first.messages) == 3
     assert second.connections == []
 
 
-def test_a_host_that_failed_is_tried_last_for_a_while(start_willi: StartWilli, start_upstream: StartUpstream):
-    down, good = start_upstream(), start_upstream()
+def test_a_host_that_failed_is_tried_last_for_a_while(two_hosts: TwoHosts):
+    willi, down, good, bob = two_hosts()
     down.answers[GREETING] = [reply("421 4.3.2 just starting")]
-    willi = start_willi(server=f"{down.server},{good.server}")
     for _ in range(3):
         with greeted(willi) as client:
-            assert deliver(client) == QUEUED
+            assert deliver(client, bob) == QUEUED
     assert len(down.connections) == 1
     assert len(good.messages) == 3
     good.stop()
     with greeted(willi) as client:
-        assert deliver(client) == QUEUED
+        assert deliver(client, bob) == QUEUED
     assert len(down.messages) == 1, "it is tried all the same if there is no other"
 
 
@@ -177,70 +204,60 @@ LATE_FAILURES: dict[str, tuple[bytes, Action]] = {
 
 
 @pytest.mark.parametrize("kind", LATE_FAILURES)
-def test_a_host_that_fails_before_it_accepts_a_recipient_is_tried_last(
-    kind: str, start_willi: StartWilli, start_upstream: StartUpstream
-):
+def test_a_host_that_fails_before_it_accepts_a_recipient_is_tried_last(kind: str, two_hosts: TwoHosts):
     """One whose smtpd crashes at each MAIL would else have all mail of the route wait."""
     verb, failure = LATE_FAILURES[kind]
-    bad, good = start_upstream(), start_upstream()
+    willi, bad, good, bob = two_hosts(upstream_timeout="2s")
     bad.answers[verb] = failure
-    willi = start_willi(server=f"{bad.server},{good.server}", upstream_timeout="2s")
     willi.tolerate(bad.server)
     willi.tolerate("upstream_timeout")
     with greeted(willi) as client:
-        assert say(client, MAIL, BOB) == [SENDER_KEPT, NO_ANSWER]
+        assert say(client, MAIL, bob) == [SENDER_KEPT, NO_ANSWER]
     for _ in range(3):
         with greeted(willi) as client:
-            assert deliver(client) == QUEUED
+            assert deliver(client, bob) == QUEUED
     assert len(bad.connections) == 1
     assert len(good.messages) == 3
 
 
-def test_a_host_that_fails_after_it_has_accepted_a_recipient_stays_first(
-    start_willi: StartWilli, start_upstream: StartUpstream
-):
-    first, second = start_upstream(), start_upstream()
+def test_a_host_that_fails_after_it_has_accepted_a_recipient_stays_first(two_hosts: TwoHosts):
+    willi, first, second, bob = two_hosts()
     first.answers[b"DATA"] = [Close()]
-    willi = start_willi(server=f"{first.server},{second.server}")
     willi.tolerate(first.server)
     with greeted(willi) as client:
-        assert say(client, MAIL, BOB, b"DATA") == [SENDER_KEPT, OK, LOST]
+        assert say(client, MAIL, bob, b"DATA") == [SENDER_KEPT, OK, LOST]
     with greeted(willi) as client:
-        assert deliver(client) == QUEUED
+        assert deliver(client, bob) == QUEUED
     assert second.connections == []
 
 
 @pytest.mark.parametrize("extensions", [EXTENSIONS, ()], ids=["pipelining", "one by one"])
 @pytest.mark.parametrize("verb", [b"MAIL", b"RCPT"], ids=bytes.decode)
 def test_a_host_that_says_421_before_it_accepts_a_recipient_is_tried_last(
-    verb: bytes, extensions: tuple[bytes, ...], start_willi: StartWilli, start_upstream: StartUpstream
+    verb: bytes, extensions: tuple[bytes, ...], two_hosts: TwoHosts
 ):
-    busy, good = start_upstream(), start_upstream()
+    willi, busy, good, bob = two_hosts()
     busy.extensions = extensions
     busy.answers[verb] = reply("421 4.3.2 shutting down")
-    willi = start_willi(server=f"{busy.server},{good.server}")
     with greeted(willi) as client:
-        assert say_together(client, MAIL, BOB) == [SENDER_KEPT, "421 4.3.2 shutting down"]
+        assert say_together(client, MAIL, bob) == [SENDER_KEPT, "421 4.3.2 shutting down"]
     for _ in range(2):
         with greeted(willi) as client:
-            assert deliver(client) == QUEUED
+            assert deliver(client, bob) == QUEUED
     assert (len(busy.connections), len(good.messages)) == (1, 2)
 
 
 @pytest.mark.parametrize("death", ["at the end", "in the middle"])
 @pytest.mark.parametrize("send", [b"DATA", b"BDAT"], ids=bytes.decode)
-def test_a_host_that_dies_inside_the_message_is_tried_last(
-    death: str, send: bytes, start_willi: StartWilli, start_upstream: StartUpstream
-):
-    bad, good = start_upstream(), start_upstream()
+def test_a_host_that_dies_inside_the_message_is_tried_last(death: str, send: bytes, two_hosts: TwoHosts):
+    willi, bad, good, bob = two_hosts()
     if death == "at the end":
         bad.answers[VERDICT] = bad.answers[b"BDAT"] = Close()
     else:
         bad.kill_after = 10
-    willi = start_willi(server=f"{bad.server},{good.server}")
     willi.tolerate(bad.server)
     with greeted(willi) as client:
-        assert say(client, MAIL, BOB) == [SENDER_KEPT, OK]
+        assert say(client, MAIL, bob) == [SENDER_KEPT, OK]
         if send == b"DATA":
             assert say(client, b"DATA") == [GO_ON]
             assert content(client) == LOST
@@ -248,22 +265,21 @@ def test_a_host_that_dies_inside_the_message_is_tried_last(
             client.send(b"BDAT 100 LAST\r\n" + b"x" * 98 + b"\r\n")
             assert str(client.read_reply()) == LOST
     with greeted(willi) as client:
-        assert deliver(client) == QUEUED
+        assert deliver(client, bob) == QUEUED
     assert (len(bad.connections), len(good.messages)) == (1, 1)
 
 
 @pytest.mark.parametrize("verb", [b"EHLO", b"STARTTLS", b"XCLIENT"], ids=bytes.decode)
 def test_a_host_that_greets_and_then_is_silent_leaves_time_for_the_next_one(
-    verb: bytes, start_willi: StartWilli, start_upstream: StartUpstream, certificates: Authority
+    verb: bytes, two_hosts: TwoHosts, certificates: Authority
 ):
     tls = certificates.issue("localhost").server_context()
-    silent, good = start_upstream(tls=tls), start_upstream(tls=tls)
+    willi, silent, _, bob = two_hosts(tls=tls, connect_timeout="1s", upstream_tls="always")
     silent.extensions = (*silent.extensions, b"XCLIENT ADDR")
     silent.answers[verb] = Silence()
-    willi = start_willi(server=f"{silent.server},{good.server}", connect_timeout="1s", upstream_tls="always")
     with greeted(willi) as client:
-        assert deliver(client) == QUEUED
-        assert deliver(client) == QUEUED
+        assert deliver(client, bob) == QUEUED
+        assert deliver(client, bob) == QUEUED
     assert len(silent.connections) == 1
 
 
@@ -274,14 +290,13 @@ def test_the_only_host_has_the_whole_time_for_its_introduction(start_willi: Star
         assert deliver(client) == QUEUED
 
 
-def test_a_refused_message_marks_no_host_as_down(start_willi: StartWilli, start_upstream: StartUpstream):
-    first, second = start_upstream(), start_upstream()
+def test_a_refused_message_marks_no_host_as_down(two_hosts: TwoHosts):
+    willi, first, second, bob = two_hosts()
     first.answers[b"MAIL"] = [reply("451 4.7.1 greylisted")]
-    willi = start_willi(server=f"{first.server},{second.server}")
     with greeted(willi) as client:
-        assert say(client, MAIL, BOB) == [SENDER_KEPT, "451 4.7.1 greylisted"]
+        assert say(client, MAIL, bob) == [SENDER_KEPT, "451 4.7.1 greylisted"]
     with greeted(willi) as client:
-        assert deliver(client) == QUEUED
+        assert deliver(client, bob) == QUEUED
     assert len(first.messages) == 1
     assert second.connections == []
 
@@ -320,17 +335,14 @@ def test_all_hosts_and_addresses_together_have_one_upstream_timeout(
     assert len(silent.connections) + len(silent6.connections) == 1
 
 
-def test_a_host_that_used_up_the_time_is_tried_last_by_the_next_client(
-    start_willi: StartWilli, start_upstream: StartUpstream
-):
-    silent, good = start_upstream(), start_upstream()
+def test_a_host_that_used_up_the_time_is_tried_last_by_the_next_client(two_hosts: TwoHosts):
+    willi, silent, good, bob = two_hosts(upstream_timeout="1s")
     silent.answers[b"EHLO"] = Silence()
-    willi = start_willi(server=f"{silent.server},{good.server}", upstream_timeout="1s")
     willi.tolerate(silent.server)
     with greeted(willi) as client:
-        assert say(client, MAIL, BOB) == [SENDER_KEPT, NO_ANSWER]
+        assert say(client, MAIL, bob) == [SENDER_KEPT, NO_ANSWER]
     with greeted(willi) as client:
-        assert deliver(client) == QUEUED
+        assert deliver(client, bob) == QUEUED
     assert len(silent.connections) == len(good.messages) == 1
 
 

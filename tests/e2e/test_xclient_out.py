@@ -273,10 +273,10 @@ def test_where_xclient_is_gone_after_starttls_the_mail_does_not_go_in_our_own_na
 
 @pytest.mark.parametrize("offer", [b"XCLIENT", b"XCLIENT LOGIN", b"XCLIENT NAME HELO PROTO PORT"], ids=bytes.decode)
 def test_where_xclient_is_required_it_has_to_take_the_address(
-    offer: bytes, start_willi: StartWilli, upstream: ScriptedUpstream
+    offer: bytes, share_willi: StartWilli, upstream: ScriptedUpstream
 ):
     upstream.extensions = (*EXTENSIONS, offer)
-    willi = start_willi(server=upstream.server, xclient="require")
+    willi = share_willi(server=upstream.server, xclient="require")
     willi.tolerate("XCLIENT failed")
     with greeted(willi) as client:
         assert say(client, MAIL, BOB) == [SENDER_KEPT, NEEDED]
@@ -404,13 +404,13 @@ def test_an_upstream_that_dies_at_xclient_has_failed(answer: Action, willi: Will
     "answer", [reply("503 5.5.1 no"), reply("550 5.7.0 Error: insufficient authorization"), None], ids=str
 )
 def test_where_xclient_is_required_nothing_goes_without(
-    answer: Action | None, start_willi: StartWilli, upstream: ScriptedUpstream
+    answer: Action | None, share_willi: StartWilli, upstream: ScriptedUpstream
 ):
     if answer is None:
         upstream.extensions = EXTENSIONS
     else:
         upstream.answers[b"XCLIENT"] = answer
-    willi = start_willi(server=upstream.server, xclient="require")
+    willi = share_willi(server=upstream.server, xclient="require")
     willi.tolerate("XCLIENT")
     with greeted(willi) as client:
         assert say(client, MAIL, BOB, BOB) == [SENDER_KEPT, NEEDED, NEEDED]
@@ -447,8 +447,8 @@ def test_where_xclient_is_required_the_next_host_is_asked(
         assert say(client, MAIL, BOB) == [SENDER_KEPT, heard]
 
 
-def test_where_xclient_is_required_and_taken_all_is_well(start_willi: StartWilli, upstream: ScriptedUpstream):
-    with greeted(start_willi(server=upstream.server, xclient="require")) as client:
+def test_where_xclient_is_required_and_taken_all_is_well(share_willi: StartWilli, upstream: ScriptedUpstream):
+    with greeted(share_willi(server=upstream.server, xclient="require")) as client:
         assert deliver(client) == QUEUED
 
 
