@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import re
 import textwrap
+from functools import cache
 
 import pytest
 
@@ -253,8 +254,13 @@ def test_a_page_that_an_installed_file_names_is_in_the_release_and_has_that_sect
 MEANINGS = re.findall(r"^\| (`.+?`) \| (\w+(?:, \w+)?) \|", MANUAL["operate.md"], re.MULTILINE)
 EXPLAINED = [(text, levels.split(", ")) for texts, levels in MEANINGS for text in re.findall(r"`(.+?)`", texts)]
 SOURCES = [ROOT / "willi.py", *sorted((ROOT / "willi_lib").rglob("*.py"))]
-NODES = [node for path in SOURCES for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))]
 LEVELS = {"info": "info", "warn": "warn", "error": "error", "bug": "error"}
+
+
+@cache
+def nodes() -> list[ast.AST]:
+    """Of all sources."""
+    return [node for path in SOURCES for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))]
 
 
 def text_of(node: ast.AST) -> str:
@@ -270,10 +276,10 @@ def is_log(node: ast.expr) -> bool:
 
 def logged() -> set[tuple[str, str]]:
     """Each message that is written as log.warn("..."), and its level. Those that another process tells are not seen."""
-    assigned = [node for node in NODES if isinstance(node, ast.Assign)]
+    assigned = [node for node in nodes() if isinstance(node, ast.Assign)]
     names = {getattr(node.targets[0], "id", ""): text_of(node.value) for node in assigned}
     found = set()
-    for node in NODES:
+    for node in nodes():
         if not (isinstance(node, ast.Call) and node.args and isinstance(node.func, ast.Attribute)):
             continue
         if node.func.attr in LEVELS and is_log(node.func.value):
@@ -284,7 +290,7 @@ def logged() -> set[tuple[str, str]]:
 
 
 def test_each_message_that_is_explained_stands_in_the_code():
-    known = {text_of(node) for node in NODES}
+    known = {text_of(node) for node in nodes()}
     assert len(EXPLAINED) > 50
     assert [message for message, _ in EXPLAINED if not any(message in text for text in known)] == []
 
