@@ -210,7 +210,7 @@ def test_a_header_alone_is_an_empty_mapping(file):
     assert find(mapping, "b.example") is None
 
 
-@given(st.dictionaries(ADDRESSES | DOMAINS, st.sampled_from(["mx1", "mx2"]), max_size=20))
+@given(st.dictionaries(ADDRESSES | DOMAINS, st.sampled_from(["mx1", "mx2"]), max_size=10))
 def test_what_a_csv_writer_writes_is_found_again(tmp_path_factory, patterns):
     routes = {fold_pattern(pattern): server for pattern, server in patterns.items()}
     text = io.StringIO()
