@@ -503,7 +503,7 @@ def test_the_status_page_needs_a_port_of_its_own(tmp_path: Path):
 
 
 def test_the_resolver_and_the_domain(tmp_path: Path, dns: DnsServer):
-    path = configure(tmp_path, "")
+    path = configure(tmp_path, "", dns_timeout="2s")
     [domain] = about(findings(path, dns.prefix), "domain")
     assert domain.level == "warn" and domain.what == "mx.willi.example has no address in the DNS"
     dns.zone["mx.willi.example"] = {"A": ["192.0.2.25"], "AAAA": ["2001:db8::25"]}
@@ -535,7 +535,7 @@ def test_many_hosts_behind_a_silent_resolver_are_one_finding(tmp_path: Path, dns
 def test_an_odd_line_in_resolv_conf_is_passed_over(tmp_path: Path, dns: DnsServer):
     dns.zone["mx.willi.example"] = {"A": ["192.0.2.25"]}
     dns.resolv_conf.write_text("search a..b\nnameserver 192.0.2.1,192.0.2.2\n" + dns.resolv_conf.read_text())
-    [resolver] = about(findings(configure(tmp_path, ""), dns.prefix), "DNS")
+    [resolver] = about(findings(configure(tmp_path, "", dns_timeout="2s"), dns.prefix), "DNS")
     assert resolver.level == "ok"
 
 

@@ -76,6 +76,7 @@ def test_every_address_of_every_host_is_asked_once(tmp_path: Path, careful: Scri
         f"a.example;several.example:{port};no\naa.example;several.example:{port};no\n"
         f"d.example;down.example:{port};no\n"
         "b.example;mx:b.example;no\nc.example;mx:c.example;no\nn.example;mx:null.example;no\n",
+        dns_timeout="2s",
     )
     found = findings(path, dns.prefix)
     hosts = [(one.level, one.subject, one.what) for one in found if ".example:" in one.subject]
@@ -99,7 +100,7 @@ def test_every_address_of_every_host_is_asked_once(tmp_path: Path, careful: Scri
 def test_mx_hosts_among_which_is_willi_itself(tmp_path: Path, dns: DnsServer):
     dns.zone["b.example"] = {"MX": ["10 mx1.b.example.", "20 MX.Willi.Example.", "30 mx3.b.example."]}
     dns.zone["c.example"] = {"MX": ["10 mx.willi.example.", "10 mx1.b.example.", "20 mx3.b.example."]}
-    path = configure(tmp_path, "b.example;mx:b.example\nc.example;mx:c.example\n")
+    path = configure(tmp_path, "b.example;mx:b.example\nc.example;mx:c.example\n", dns_timeout="2s")
     found = findings(path, dns.prefix)
     [backup] = about(found, "mx:b.example")
     assert (backup.level, backup.what) == ("ok", "mx1.b.example, and Willi is the backup MX")

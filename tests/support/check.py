@@ -25,13 +25,16 @@ class Finding:
     advice: str
 
 
-def configure(directory: Path, csv: str, more: str = "", mappings: str = "") -> Path:
-    """A willi.conf with one CSV mapping. more: lines above [mappings]; mappings: sections behind the CSV's."""
+def configure(directory: Path, csv: str, more: str = "", mappings: str = "", dns_timeout: str = "0.3s") -> Path:
+    """A willi.conf with one CSV mapping. more: lines above [mappings]; mappings: sections behind the CSV's.
+
+    dns_timeout: so short where a test does not need the machine's DNS, which is silent on some.
+    """
     (directory / "map.csv").write_text("pattern;server;tls_verify\n" + csv)
     path = directory / "willi.conf"
     path.write_text(
-        f"domain = mx.willi.example\nlisten = {HOST}:{free_port()}\nconnect_timeout = 5s\n{more}\ndns_timeout = 2s\n"
-        f"[mappings]\n[[people]]\ntype = csv\nfile = map.csv\n{mappings}"
+        f"domain = mx.willi.example\nlisten = {HOST}:{free_port()}\nconnect_timeout = 5s\n{more}\n"
+        f"dns_timeout = {dns_timeout}\n[mappings]\n[[people]]\ntype = csv\nfile = map.csv\n{mappings}"
     )
     return path
 
