@@ -18,7 +18,7 @@ from tests.support.certificates import Authority
 from tests.support.client import Client
 from tests.support.daemon import Willi, in_a_hurry
 from tests.support.dns import DnsServer
-from tests.support.loopback import HOST, free_port, wait_until
+from tests.support.loopback import HOST, free_port, steady_port, wait_until
 from tests.support.promise import greeted, in_data
 from tests.support.status import Status, status_process
 from tests.support.talk import BEN, BOB, CARL, MAIL, QUEUED, chunk, content, deliver, reply, say
@@ -241,7 +241,7 @@ def test_no_counter_goes_back_over_reloads_and_killed_workers(
     start_willi: StartWilli, upstream: ScriptedUpstream, status: Status
 ):
     allow(600)
-    hurry = in_a_hurry(**{"master.FIRST_DELAY": 0.1, "master.LONGEST_DELAY": 0.1})
+    hurry = in_a_hurry(**{"child.FIRST_DELAY": 0.1, "child.LONGEST_DELAY": 0.1})
     willi = start_willi(server=upstream.server, workers=2, status_listen=status.setting, prefix=hurry)
     willi.tolerate(DIED)
     wait_until(status.answers, "an answer of the status")
@@ -487,6 +487,23 @@ def test_a_host_shows_what_was_wrong_with_each_of_its_addresses(
 # What it says to whom
 
 
+@pytest.fixture
+def asked_willi(share_willi: StartWilli, upstream: ScriptedUpstream) -> Willi:
+    """Tests that send no mail and only ask the status share it; b.example is the upstream's."""
+    return share_willi(
+        csv=f"pattern;server;tls_verify\nb.example;{upstream.server};no\n",
+        status_listen=f"{HOST}:{steady_port('status')}",
+    )
+
+
+@pytest.fixture
+def asked(asked_willi: Willi) -> Status:
+    """Its status."""
+    status = Status(steady_port("status"))
+    wait_until(status.answers, f"an answer of the status of {asked_willi.directory}")
+    return status
+
+
 OURS = ("localhost", "localhost:", "127.0.0.1:8025", "[::1]:8025", "willi.example", "WILLI.example.:80", "192.0.2.1")
 NOT_OURS = (
     "evil.example", "127.0.0.1.evil.example", "willi.example.evil.example", "", "[evil]", "127.1", "2130706433",
@@ -496,18 +513,18 @@ NOT_OURS = (
 )  # fmt: skip
 
 
-def test_our_names_and_addresses_are_answered_and_no_others(willi: Willi, status: Status):
+def test_our_names_and_addresses_are_answered_and_no_others(asked: Status):
     for host in OURS:
-        assert status.get("/status.json", Host=host).status == 200, host
-        assert status.get(f"http://{host}/status.json", Host="evil.example").status == 200, host
+        assert asked.get("/status.json", Host=host).status == 200, host
+        assert asked.get(f"http://{host}/status.json", Host="evil.example").status == 200, host
     for host in NOT_OURS:
-        answer = status.get("/status.json", Host=host)
+        answer = asked.get("/status.json", Host=host)
         assert answer.status == 421, host
         assert "willi.example" not in answer.body
     for host in set(NOT_OURS) - {"localhost evil.example", "localhost/evil.example"}:
-        assert status.get(f"http://{host}/status.json", Host="localhost").status == 421, host
+        assert asked.get(f"http://{host}/status.json", Host="localhost").status == 421, host
     for path in ("/", "/metrics", "/readyz"):
-        assert status.get(path, Host="evil.example").status == 421
+        assert asked.get(path, Host="evil.example").status == 421
 
 
 @pytest.mark.parametrize(("request_line", "hosts", "code"), [
@@ -524,36 +541,36 @@ def test_our_names_and_addresses_are_answered_and_no_others(willi: Willi, status
     ("GET http://localhost/nowhere HTTP/1.0", [], 404),
     ("GET http://evil.example/healthz HTTP/1.0", [], 421),
 ])  # fmt: skip
-def test_a_request_names_its_host_once(willi: Willi, status: Status, request_line: str, hosts: list[str], code: int):
+def test_a_request_names_its_host_once(asked: Status, request_line: str, hosts: list[str], code: int):
     lines = [request_line, *(f"Host: {host}" for host in hosts), "", ""]
-    with Client(status.port) as client:
+    with Client(asked.port) as client:
         client.send("\r\n".join(lines).encode())
         assert client.read_to_end().startswith(b"HTTP/1.1 %d " % code)
 
 
-def test_another_site_may_lead_here_and_not_have_a_browser_ask(willi: Willi, status: Status):
-    asked = {"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "no-cors"}
-    assert status.get("/?address=bob@b.example", **asked).status == 403
-    assert status.get("/?address=bob@b.example", **{**asked, "Sec-Fetch-Site": "same-site"}).status == 403
-    followed = {**asked, "Sec-Fetch-Mode": "navigate", "Sec-Fetch-Dest": "document"}
-    assert status.get("/", **followed).status == 200
-    assert status.get("/", **{**followed, "Sec-Fetch-Dest": "iframe"}).status == 403
-    assert status.get("/", **{**asked, "Sec-Fetch-Site": "same-origin"}).status == 200
+def test_another_site_may_lead_here_and_not_have_a_browser_ask(asked: Status):
+    embedded = {"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "no-cors"}
+    assert asked.get("/?address=bob@b.example", **embedded).status == 403
+    assert asked.get("/?address=bob@b.example", **{**embedded, "Sec-Fetch-Site": "same-site"}).status == 403
+    followed = {**embedded, "Sec-Fetch-Mode": "navigate", "Sec-Fetch-Dest": "document"}
+    assert asked.get("/", **followed).status == 200
+    assert asked.get("/", **{**followed, "Sec-Fetch-Dest": "iframe"}).status == 403
+    assert asked.get("/", **{**embedded, "Sec-Fetch-Site": "same-origin"}).status == 200
 
 
-def test_only_get_and_head(willi: Willi, status: Status):
+def test_only_get_and_head(asked: Status):
     for method in ("POST", "PUT", "DELETE", "OPTIONS"):
-        answer = status.get("/", method)
+        answer = asked.get("/", method)
         assert (answer.status, answer.headers["allow"]) == (405, "GET, HEAD")
-    head = status.get("/", "HEAD")
+    head = asked.get("/", "HEAD")
     assert (head.status, head.body) == (200, "")
     assert int(head.headers["content-length"]) > 0
-    assert status.get("/willi.conf").status == 404
+    assert asked.get("/willi.conf").status == 404
 
 
-def test_a_browser_is_told_to_be_strict(willi: Willi, status: Status):
+def test_a_browser_is_told_to_be_strict(asked: Status):
     for path in ("/", "/status.json", "/nowhere"):
-        headers = status.get(path).headers
+        headers = asked.get(path).headers
         assert "default-src 'none'" in headers["content-security-policy"]
         assert "frame-ancestors 'none'" in headers["content-security-policy"]
         assert headers["x-content-type-options"] == "nosniff"
@@ -561,9 +578,9 @@ def test_a_browser_is_told_to_be_strict(willi: Willi, status: Status):
         assert headers["cache-control"] == "no-store"
 
 
-def test_what_is_no_request_ends_the_connection_and_nothing_else(willi: Willi, status: Status):
+def test_what_is_no_request_ends_the_connection_and_nothing_else(asked_willi: Willi, asked: Status):
     for request in (b"\0\xff\r\n\r\n", b"GET /" + b"x" * 9000, b"GET / HTTP/1.1\r\n" + b"X: y\r\n" * 5000, b"HELO\r\n"):
-        with Client(status.port) as client:
+        with Client(asked.port) as client:
             client.send(request)
             client.socket.shutdown(socket.SHUT_WR)
             try:
@@ -571,34 +588,34 @@ def test_what_is_no_request_ends_the_connection_and_nothing_else(willi: Willi, s
                     pass
             except ConnectionResetError:  # it has not read all of that
                 continue
-    assert status.get("/readyz").status == 200
-    assert "Traceback" not in willi.text
+    assert asked.get("/readyz").status == 200
+    assert "Traceback" not in asked_willi.text
 
 
 @pytest.mark.parametrize("octets", [b"", b"GET /", b"GET / HTTP/1.1\r\nHost: localhost\r\n"])
-def test_connections_that_ask_nothing_keep_no_other_waiting(willi: Willi, status: Status, octets: bytes):
-    idle = [Client(status.port) for _ in range(300)]
+def test_connections_that_ask_nothing_keep_no_other_waiting(asked: Status, octets: bytes):
+    idle = [Client(asked.port) for _ in range(300)]
     try:
         for client in idle:
             client.send(octets)
         for _ in range(3):
-            assert status.get("/healthz").status == 200  # within 10 s, the limit of each of the others
+            assert asked.get("/healthz").status == 200  # within 10 s, the limit of each of the others
     finally:
         for client in idle:
             client.close()
 
 
-def test_connections_that_do_not_read_keep_no_other_waiting(willi: Willi, status: Status):
+def test_connections_that_do_not_read_keep_no_other_waiting(asked: Status):
     """The page is larger than a socket takes whose reader does nothing."""
     deaf = []
     try:
         for _ in range(300):
             one = socket.socket()
             one.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1)
-            one.connect((HOST, status.port))
+            one.connect((HOST, asked.port))
             one.sendall(b"GET /style.css HTTP/1.0\r\n\r\n")
             deaf.append(one)
-        assert status.get("/healthz").status == 200
+        assert asked.get("/healthz").status == 200
     finally:
         for one in deaf:
             one.close()
@@ -607,19 +624,19 @@ def test_connections_that_do_not_read_keep_no_other_waiting(willi: Willi, status
 # Lookup
 
 
-def test_lookup_shows_a_hit_key_by_key(willi: Willi, upstream: ScriptedUpstream, status: Status):
-    text = status.lookup("Bob@B.example")
-    for word in ("bob@b.example", f"csv:{willi.csv}", f"route: {upstream.server}"):
+def test_lookup_shows_a_hit_key_by_key(asked_willi: Willi, upstream: ScriptedUpstream, asked: Status):
+    text = asked.lookup("Bob@B.example")
+    for word in ("bob@b.example", f"csv:{asked_willi.csv}", f"route: {upstream.server}"):
         assert word in text
-    assert status.value("willi_lookups_total") == 0  # it is no client's
+    assert asked.value("willi_lookups_total") == 0  # it is no client's
 
 
-def test_lookup_shows_a_miss(willi: Willi, status: Status):
-    assert "554 5.7.1 Relay access denied" in status.lookup("eve@elsewhere.example")
+def test_lookup_shows_a_miss(asked: Status):
+    assert "554 5.7.1 Relay access denied" in asked.lookup("eve@elsewhere.example")
 
 
-def test_lookup_of_what_is_no_address_is_escaped(willi: Willi, status: Status):
-    body = status.get("/?address=%3Cscript%3Ealert(1)%3C/script%3E%40b.example").body
+def test_lookup_of_what_is_no_address_is_escaped(asked: Status):
+    body = asked.get("/?address=%3Cscript%3Ealert(1)%3C/script%3E%40b.example").body
     assert "<script" not in body
 
 

@@ -76,10 +76,10 @@ PIPES_HANG: dict[str, object] = {"files.REGULAR": (stat.S_IFREG, stat.S_IFIFO)}
 
 
 def in_a_hurry(**constants: object) -> list[str]:
-    """A prefix for the command: changes constants, as `master.TICK`, in the program that is run."""
+    """A prefix for the command: changes constants, as `master.TICK`, in the program. An unknown one ends it."""
     modules = ["from willi_lib.processes import child, master", "from willi_lib import files"]
     lines = ["import runpy, sys", *modules, "from willi_lib.mappings import csv_file"]
-    program = "\n".join([*lines, *(f"{name} = {value}" for name, value in constants.items()), ""])
+    program = "\n".join([*lines, *(f"{name}; {name} = {value}" for name, value in constants.items()), ""])
     run = "sys.argv = sys.argv[2:]; sys.path.insert(0, ''); runpy.run_path(sys.argv[0], run_name='__main__')"
     return [PYTHON, "-c", f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{program}{run}"]
 
