@@ -130,8 +130,9 @@ def test_a_client_that_leaves_before_354_has_sent_nothing(willi: Willi, upstream
     assert_nothing_was_finished(upstream, MESSAGE)
 
 
-@pytest.mark.parametrize("ending", ["client", "drain_timeout"])
-@pytest.mark.parametrize("extensions", [(), (b"PIPELINING",)], ids=["one by one", "group"])
+@pytest.mark.parametrize(
+    ("extensions", "ending"), [((), "drain_timeout"), ((b"PIPELINING",), "client")], ids=["one by one", "group"]
+)
 def test_nothing_is_said_behind_a_data_that_was_not_answered_yet(
     extensions: tuple[bytes, ...], ending: str, start_willi: StartWilli, raw: RawUpstream
 ):
