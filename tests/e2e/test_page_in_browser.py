@@ -144,7 +144,7 @@ def test_the_page_fits_every_width_and_all_text_can_be_read(
     request: pytest.FixtureRequest, base_url: str, open_page: Open, complaints: list[str], scheme: str
 ):
     page = open_page(base_url, scheme=scheme)
-    for width in WIDTHS:
+    for width in WIDTHS if scheme == "light" else ():  # both schemes have the same boxes
         page.set_viewport_size({"width": width, "height": 900})
         needed, there = page.evaluate("[document.documentElement.scrollWidth, innerWidth]")
         assert needed <= there == width
@@ -178,8 +178,8 @@ def test_malice_is_shown_as_text_and_does_nothing(open_page: Open, server: Statu
     elements = page.evaluate("[...new Set([...document.querySelectorAll('*')].map((node) => node.localName))]")
     assert {"script", "img", "iframe", "b", "font"}.isdisjoint(elements)
     assert page.locator("h1").count() == 1
-    for badge in page.locator("tr").all()[:40]:
-        badge.hover()
+    for row in page.locator("tr").all()[:10]:
+        row.hover()
     assert complaints == []
     assert page.url == f"{server.url}/"
 
@@ -205,17 +205,16 @@ def test_the_form_shows_the_answer_which_then_stands_still(
     assert complaints == []
 
 
-@pytest.mark.parametrize("malice", HOSTILE[:6])
-def test_a_malicious_question_is_answered_as_text(
-    open_page: Open, server: StatusServer, complaints: list[str], malice: str
-):
+def test_a_malicious_question_is_answered_as_text(open_page: Open, server: StatusServer, complaints: list[str]):
     page = open_page(server.url)
-    page.get_by_label("Where does mail go for").fill(malice)
-    page.get_by_role("button", name="Look up").click()
-    page.wait_for_url("**/?address=*")
-    assert page.locator("#answer").inner_text() == f"Where mail goes for {malice}"
-    assert page.get_by_label("Where does mail go for").input_value() == malice
-    assert complaints == []
+    for malice in HOSTILE[:6]:
+        page.goto(server.url)
+        page.get_by_label("Where does mail go for").fill(malice)
+        page.get_by_role("button", name="Look up").click()
+        page.wait_for_url("**/?address=*")
+        assert page.locator("#answer").inner_text() == f"Where mail goes for {malice}"
+        assert page.get_by_label("Where does mail go for").input_value() == malice
+        assert complaints == [], malice
 
 
 @pytest.mark.parametrize("fragment", ["", "#events"])
