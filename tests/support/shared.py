@@ -17,7 +17,10 @@ from tests.support.loopback import wait_until
 # fault have other lines.
 HARMLESS = {
     "Message accepted", "Message rejected", "RCPT refused", "Too many errors", "Hanging up", "TLS failed",
-    "Upstream failed", "Badly framed reply to a message",
+    "Upstream failed", "Badly framed reply to a message", "Too many upstream connections without a message",
+    "Connection refused", "Connection dropped", "Clear text after STARTTLS dropped",
+    "XCLIENT refused", "XCLIENT failed, and the mail must not go without",
+    "XCLIENT: the upstream does not take this address, and was told none",
 }  # fmt: skip
 LOOKS = 100  # at its sockets, of which the least count: for a moment it may have one more, of its start or the probe's
 LEFT_OPEN = 3.0  # seconds for what a test left open; then Willi is ended, which waits for it, too
