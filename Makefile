@@ -12,7 +12,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --use-pep517 --requirement
 # A run of tests with an end. A worker that dies is replaced as often as it takes.
-TESTS := $(BIN)/python -m tests.runner --numprocesses 3 --dist loadfile --max-worker-restart 1000
+TESTS := $(BIN)/python -m tests.runner --dist loadfile --max-worker-restart 1000
 PYTEST ?=
 E2E ?= tests/e2e
 CHAOS_MINUTES = $(shell expr $(SECONDS) / 60 + 15)
@@ -69,19 +69,20 @@ demo: $(VENV)/demo
 check: venv
 	@$(BIN)/ruff check $(CHECKED) && $(BIN)/ruff format --check --quiet $(CHECKED)
 	@$(BIN)/mypy --strict $(CHECKED) & types=$$!; \
-	$(TESTS) --minutes $(MINUTES) --quiet --ignore=tests/e2e --ignore=tests/fuzz --ignore=tests/chaos; tests=$$?; \
+	$(TESTS) --numprocesses 3 --minutes $(MINUTES) --quiet --ignore=tests/e2e --ignore=tests/fuzz --ignore=tests/chaos; tests=$$?; \
 	wait $$types && exit $$tests
 
-# In the order of tests/runner/plugin.py: the files that take longest come first.
+# In the order of tests/runner/plugin.py: the files that take longest come first. Many tests wait most of the time, so
+# there are more processes than CPUs.
 test: venv
 	@tests/install-packages.sh tests/e2e/packages.txt
 	@$(BIN)/ruff check $(CHECKED) && $(BIN)/ruff format --check --quiet $(CHECKED)
 	@$(BIN)/mypy --strict $(CHECKED) & types=$$!; \
-	CHAOS_SECONDS=60 $(TESTS) --minutes $(MINUTES) --no-loadscope-reorder $(PYTEST); tests=$$?; \
+	CHAOS_SECONDS=60 $(TESTS) --numprocesses 4 --minutes $(MINUTES) --no-loadscope-reorder $(PYTEST); tests=$$?; \
 	wait $$types && exit $$tests
 
 e2e: venv
-	@$(TESTS) --minutes $(MINUTES) --quiet $(PYTEST) $(E2E)
+	@$(TESTS) --numprocesses 4 --minutes $(MINUTES) --quiet $(PYTEST) $(E2E)
 
 test-pythons:
 	@E2E="$(E2E)" tests/pythons.sh $(PYTHONS)

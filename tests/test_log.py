@@ -326,7 +326,7 @@ def test_several_processes_share_a_pipe_and_a_hanging_reader_stops_none(stdout):
     for process in range(1, 5):
         pid = os.fork()
         if not pid:
-            for number in range(500):
+            for number in range(100):
                 log.info("m", process=process, number=number, long=long)
             os._exit(0)
         children.append(pid)

@@ -295,7 +295,7 @@ def test_tls_that_breaks_upstream_is_no_fault_of_the_clients(
 
 @pytest.mark.parametrize("trust", ["expired", "self-signed", "another name"])
 def test_an_upstream_that_is_not_who_it_should_be_is_a_451(
-    trust: str, start_willi: StartWilli, start_upstream: StartUpstream, certificates: Authority
+    trust: str, share_willi: StartWilli, start_upstream: StartUpstream, certificates: Authority
 ):
     pair = {
         "expired": lambda: certificates.expired("localhost"),
@@ -303,7 +303,7 @@ def test_an_upstream_that_is_not_who_it_should_be_is_a_451(
         "another name": lambda: certificates.issue("other.example"),
     }[trust]()
     upstream = start_upstream(tls=pair.server_context())
-    willi = start_willi(
+    willi = share_willi(
         csv=f"pattern;server;tls_verify\nb.example;localhost:{upstream.port};true\n",
         upstream_tls="always", upstream_tls_ca=certificates.ca,
     )  # fmt: skip

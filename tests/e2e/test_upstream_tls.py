@@ -83,10 +83,10 @@ def outcome(client: Client) -> str:
 )
 def test_tls_is_used_as_the_setting_says(
     upstream_tls: str, client_tls: bool, offered: bool, used: bool | None,
-    start_willi: StartWilli, upstream: ScriptedUpstream, secure: ScriptedUpstream, pair: Pair,
+    share_willi: StartWilli, upstream: ScriptedUpstream, secure: ScriptedUpstream, pair: Pair,
 ):  # fmt: skip
     target = secure if offered else upstream
-    willi = start_willi(server=target.server, upstream_tls=upstream_tls, tls_cert=str(pair.cert), tls_key=str(pair.key))
+    willi = share_willi(server=target.server, upstream_tls=upstream_tls, tls_cert=str(pair.cert), tls_key=str(pair.key))
     willi.tolerate("STARTTLS is required and not offered")
     assert sends(willi, client_tls) == (NO_ANSWER if used is None else QUEUED)
     if used is None:
@@ -142,10 +142,10 @@ def bad_pair(certificates: Authority, kind: str) -> Pair:
 
 @pytest.mark.parametrize("kind", BAD)
 def test_a_bad_certificate_is_a_451_and_the_log_says_why(
-    kind: str, start_willi: StartWilli, certificates: Authority, start_upstream: StartUpstream
+    kind: str, share_willi: StartWilli, certificates: Authority, start_upstream: StartUpstream
 ):
     bad = start_upstream(tls=bad_pair(certificates, kind).server_context())
-    willi = start_willi(csv=to_verified(bad), upstream_tls="always", upstream_tls_ca=str(certificates.ca))
+    willi = share_willi(csv=to_verified(bad), upstream_tls="always", upstream_tls_ca=str(certificates.ca))
     willi.tolerate("certificate")
     assert sends(willi, over_tls=False) == NO_ANSWER
     line = willi.wait_for_log(msg="Upstream failed", lvl="error")
@@ -157,10 +157,10 @@ def test_a_bad_certificate_is_a_451_and_the_log_says_why(
 
 @pytest.mark.parametrize("kind", BAD)
 def test_without_tls_verify_a_bad_certificate_is_no_obstacle(
-    kind: str, start_willi: StartWilli, certificates: Authority, start_upstream: StartUpstream
+    kind: str, share_willi: StartWilli, certificates: Authority, start_upstream: StartUpstream
 ):
     bad = start_upstream(tls=bad_pair(certificates, kind).server_context())
-    willi = start_willi(server=bad.server, upstream_tls="require")
+    willi = share_willi(server=bad.server, upstream_tls="require")
     assert sends(willi, over_tls=False) == QUEUED
     assert bad.connection().tls
 
@@ -193,10 +193,10 @@ FAILURES: dict[str, Action] = {
 @pytest.mark.parametrize("kind", FAILURES)
 @pytest.mark.parametrize("setting", ["always", "require"])
 def test_if_starttls_does_not_work_nothing_goes_in_clear(
-    kind: str, setting: str, start_willi: StartWilli, secure: ScriptedUpstream
+    kind: str, setting: str, share_willi: StartWilli, secure: ScriptedUpstream
 ):
     secure.answers[b"STARTTLS"] = FAILURES[kind]
-    willi = start_willi(server=secure.server, upstream_tls=setting)
+    willi = share_willi(server=secure.server, upstream_tls=setting)
     willi.tolerate(secure.server)
     assert sends(willi, over_tls=False) == NO_ANSWER
     secure.wait_for_ends()
@@ -207,10 +207,10 @@ def test_if_starttls_does_not_work_nothing_goes_in_clear(
     "injected", [b"250 2.0.0 evil\r\n", b"250-upstream.example\r\n250 XCLIENT ADDR\r\n", b"x"], ids=repr
 )
 def test_answers_injected_behind_the_220_are_not_believed(
-    injected: bytes, start_willi: StartWilli, secure: ScriptedUpstream
+    injected: bytes, share_willi: StartWilli, secure: ScriptedUpstream
 ):
     secure.answers[b"STARTTLS"] = b"220 2.0.0 go ahead\r\n" + injected
-    willi = start_willi(server=secure.server, upstream_tls="always")
+    willi = share_willi(server=secure.server, upstream_tls="always")
     willi.tolerate("clear text after the 220")
     assert sends(willi, over_tls=False) == NO_ANSWER
     assert MAIL not in secure.commands
@@ -262,25 +262,26 @@ def test_postfix_is_verified(start_willi: StartWilli, certificates: Authority, p
 # An upstream that takes nothing in clear (RFC 3207 §4): 530 is about us, not about the client
 
 WANTS_TLS = "530 5.7.0 Must issue a STARTTLS command first"
+WANTS_TLS_LATER = "451 5.7.3 STARTTLS is required to send mail"
 WANTS_LOGIN = "530 5.7.57 Client not authenticated to send mail"
 NOT_FROM_US = "451 4.7.0 Server for this recipient wants TLS or a password from us, try again"
 
 
 @pytest.mark.parametrize(
-    ("step", "hello", "pipelining"),
+    ("step", "hello", "pipelining", "words"),
     [
-        (b"MAIL", b"EHLO c.example", True),
-        (b"MAIL", b"HELO c.example", False),
-        (b"RCPT", b"EHLO c.example", True),
-        (b"RCPT", b"EHLO c.example", False),
-        (b"XCLIENT", b"EHLO c.example", True),
-        (b"EHLO c.example", b"EHLO c.example", True),
-        (b"HELO c.example", b"HELO c.example", True),
+        (b"MAIL", b"EHLO c.example", True, WANTS_TLS),
+        (b"MAIL", b"EHLO c.example", True, WANTS_TLS_LATER),
+        (b"MAIL", b"HELO c.example", False, WANTS_TLS),
+        (b"RCPT", b"EHLO c.example", True, WANTS_TLS),
+        (b"RCPT", b"EHLO c.example", False, WANTS_TLS_LATER),
+        (b"XCLIENT", b"EHLO c.example", True, WANTS_TLS),
+        (b"EHLO c.example", b"EHLO c.example", True, WANTS_TLS),
+        (b"HELO c.example", b"HELO c.example", True, WANTS_TLS_LATER),
     ],
 )
-@pytest.mark.parametrize("words", [WANTS_TLS, "451 5.7.3 STARTTLS is required to send mail"])
 def test_an_upstream_that_wants_tls_gets_it(
-    words: str, step: bytes, hello: bytes, pipelining: bool, start_willi: StartWilli, secure: ScriptedUpstream
+    step: bytes, hello: bytes, pipelining: bool, words: str, start_willi: StartWilli, secure: ScriptedUpstream
 ):
     secure.extensions = (*((b"PIPELINING",) if pipelining else ()), b"XCLIENT NAME ADDR PORT PROTO HELO")
     secure.answers[step] = [reply(words)]
@@ -316,11 +317,14 @@ def test_a_postfix_that_wants_tls_gets_it(start_willi: StartWilli, start_postfix
     assert len(willi.lines(msg="The upstream wants TLS, and gets it from now on")) == 1
 
 
-@pytest.mark.parametrize("words", [WANTS_TLS, WANTS_LOGIN])
-@pytest.mark.parametrize(("step", "answer"), [(b"MAIL", NO_ANSWER), (b"RCPT", NOT_FROM_US)], ids=["MAIL", "RCPT"])
+@pytest.mark.parametrize(
+    ("step", "words", "answer"),
+    [(b"MAIL", WANTS_TLS, NO_ANSWER), (b"MAIL", WANTS_LOGIN, NO_ANSWER), (b"RCPT", WANTS_LOGIN, NOT_FROM_US)],
+    ids=["MAIL, TLS", "MAIL, a password", "RCPT"],
+)
 @pytest.mark.parametrize("kind", ["no STARTTLS", "in TLS already", "never"])
 def test_a_530_that_tls_does_not_cure_is_a_451_and_an_error(
-    kind: str, step: bytes, answer: str, words: str, start_willi: StartWilli,
+    kind: str, step: bytes, words: str, answer: str, start_willi: StartWilli,
     upstream: ScriptedUpstream, secure: ScriptedUpstream,
 ):  # fmt: skip
     target = upstream if kind == "no STARTTLS" else secure

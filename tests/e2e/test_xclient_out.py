@@ -258,12 +258,12 @@ def test_a_250_to_xclient_is_a_yes_too(willi: Willi, upstream: ScriptedUpstream)
 
 @pytest.mark.parametrize("second_ehlo", ["250 upstream.example / PIPELINING", "502 5.5.2 what?"])
 def test_where_xclient_is_gone_after_starttls_the_mail_does_not_go_in_our_own_name(
-    second_ehlo: str, start_willi: StartWilli, certificates: Authority, upstream: ScriptedUpstream
+    second_ehlo: str, share_willi: StartWilli, certificates: Authority, upstream: ScriptedUpstream
 ):
     upstream.tls = certificates.issue("mx.example").server_context()
     first = reply("250 upstream.example / STARTTLS / XCLIENT NAME ADDR")
     upstream.answers[b"EHLO"] = [first, reply(second_ehlo)]
-    willi = start_willi(server=upstream.server, upstream_tls="always")
+    willi = share_willi(server=upstream.server, upstream_tls="always")
     willi.tolerate("XCLIENT failed")
     with greeted(willi) as client:
         assert say(client, MAIL, BOB) == [SENDER_KEPT, NEEDED]

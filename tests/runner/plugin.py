@@ -25,7 +25,8 @@ DIRECTORY = "WILLI_TEST_RUN"  # the variable that names the directory of this ru
 LIMITS = pytest.StashKey[limits.Limits]()
 # Begun last, one of these would run alone at the end, while other processes have nothing to do.
 LONGEST = (
-    "test_chaos.py", "test_install.py", "test_load.py", "test_mysql.py", "test_page_in_browser.py", "test_processes.py",
+    "test_chaos.py", "test_install.py", "test_interoperation.py", "test_reload.py", "test_load.py", "test_mysql.py",
+    "test_page_in_browser.py", "test_processes.py", "test_promise_8.py", "test_check.py", "test_status.py",
 )  # fmt: skip
 
 
