@@ -11,6 +11,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from time import monotonic
 
@@ -63,6 +64,10 @@ def rcpt(client: Client, recipient: str) -> str:
     answers = say(client, MAIL + b" SMTPUTF8", b"RCPT TO:<" + recipient.encode() + b">", b"RSET")
     assert answers[0] == SENDER_KEPT
     return answers[1]
+
+
+def is_routed(client: Client) -> bool:
+    return rcpt(client, "new@b.example") == OK
 
 
 # What is found
@@ -309,26 +314,30 @@ def test_a_new_password_in_its_file_needs_no_signal(
         assert rcpt(client, "bob@b.example") == OK
 
 
-@pytest.mark.parametrize("tls", [False, True], ids=["plain", "TLS"])
 def test_a_database_that_hangs_stops_nobody_who_does_not_need_it(
-    tls: bool, mariadb: Mariadb, routed: StartWithDatabase, upstream: ScriptedUpstream, certificates: Authority
+    mariadb: Mariadb, routed: StartWithDatabase, upstream: ScriptedUpstream, certificates: Authority
 ):
-    settings: dict[str, Setting] = {"tls_ca": str(certificates.ca)} if tls else {}
-    willi = routed(("b.example", upstream.server, False), timeout="10s", **settings)
-    with greeted(willi) as known, greeted(willi) as unknown, greeted(willi) as late:
+    """In clear and over TLS, side by side, since each waits for the time limit."""
+    row = ("b.example", upstream.server, False)
+    willis = [routed(row, timeout="10s"), routed(row, timeout="10s", tls_ca=str(certificates.ca))]
+    clients = [[greeted(willi) for _ in range(3)] for willi in willis]
+    for known, _, _ in clients:
         assert rcpt(known, "bob@b.example") == OK
-        with mariadb.hanging():
+    with mariadb.hanging():
+        for known, unknown, _ in clients:
             assert say(unknown, MAIL) == [SENDER_KEPT]
             unknown.send(b"RCPT TO:<new@b.example>\r\n")
             for _ in range(20):
                 assert deliver(known) == QUEUED
             assert not unknown.has_octets(), "they went on while the other one waited"
+        for _, unknown, late in clients:
             assert str(unknown.read_reply()) == CANNOT_LOOK_UP
             for number in range(50):  # it is known to hang: nobody waits again, or this would take too long
                 assert rcpt(late, f"{number}@b.example") == CANNOT_LOOK_UP
-        wait_until(lambda: rcpt(late, "new@b.example") == OK, "the first answer after it was back")
-    assert len(willi.lines(msg="Database is down")) == 1
-    willi.tolerate("mysql:db")
+    for willi, (_, _, late) in zip(willis, clients, strict=True):
+        wait_until(partial(is_routed, late), "the first answer after it was back")
+        assert len(willi.lines(msg="Database is down")) == 1
+        willi.tolerate("mysql:db")
 
 
 def test_what_is_known_goes_on_and_the_log_tells_the_outage_once(

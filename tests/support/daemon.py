@@ -9,6 +9,7 @@ import smtplib
 import stat
 import subprocess
 import sys
+import threading
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -110,7 +111,9 @@ class Willi:
         self.config = write_config(directory / "willi.conf", self.settings)
         self.log_file = directory / "willi.log"
         self.tolerated: list[str] = []
-        self._log_begins = 0
+        self._log_begins = self._log_read = 0  # octets
+        self._lines: list[dict[str, str]] = []  # of what was read
+        self._reading = threading.Lock()
         self._environment = {**_environment(), **(environment or {})}
         self._command = [*prefix, PYTHON, str(ROOT / "willi.py"), "-c", str(self.config), *options]
         self.start()
@@ -238,13 +241,21 @@ class Willi:
 
     def forget_log(self) -> None:
         """What it has so far, and what it may have, is of another test."""
-        self._log_begins = self.log_file.stat().st_size
+        with self._reading:
+            self._log_begins = self._log_read = self.log_file.stat().st_size
+            self._lines = []
         self.tolerated = []
 
     @property
     def log(self) -> list[dict[str, str]]:
         """All complete lines, each as its fields. What is not logfmt (a traceback) is an AssertionError."""
-        return [parse_logfmt(line) for line in self.text.split("\n")[:-1]]
+        with self._reading:  # a test may wait in several threads; and it asks so often that only what is new is read
+            with self.log_file.open("rb") as file:
+                file.seek(self._log_read)
+                *lines, rest = (octets := file.read()).split(b"\n")
+            self._lines += [parse_logfmt(line.decode(errors="backslashreplace")) for line in lines]
+            self._log_read += len(octets) - len(rest)
+            return self._lines.copy()
 
     def lines(self, **fields: str) -> list[dict[str, str]]:
         """Those lines that have all these fields."""
