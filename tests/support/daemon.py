@@ -255,7 +255,7 @@ class Willi:
                 *lines, rest = (octets := file.read()).split(b"\n")
             self._lines += [parse_logfmt(line.decode(errors="backslashreplace")) for line in lines]
             self._log_read += len(octets) - len(rest)
-            return self._lines.copy()
+            return [line.copy() for line in self._lines]
 
     def lines(self, **fields: str) -> list[dict[str, str]]:
         """Those lines that have all these fields."""
