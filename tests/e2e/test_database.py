@@ -284,6 +284,19 @@ def test_waiting_for_a_connection_counts(mariadb: Mariadb, open_database: Open):
     assert all(isinstance(answer, Down) for answer in answers[1:])
 
 
+def test_a_slow_key_among_answers_does_not_mark_its_host_as_failed(mariadb: Mariadb, open_database: Open):
+    name = mariadb.table(("b.example", "mx1", True), ("slow.example", "mx2", True))
+    query = "SELECT server FROM routes WHERE pattern = ? AND (pattern <> 'slow.example' OR SLEEP(300) = 0)"
+    database = open_database(name, query)
+    slow = gevent.spawn(database.ask, "slow.example")
+    gevent.sleep(0)
+    while not slow.ready():
+        assert database.ask("b.example") == to("mx1")
+        gevent.sleep(0.01)
+    assert isinstance(slow.exception, Down)
+    assert not any(host.rests() for host in database._hosts)
+
+
 def test_a_server_that_takes_no_more_connections_still_answers_on_those_it_has(mariadb: Mariadb, open_database: Open):
     name = mariadb.table(("b.example", "mx1", True))
     database = open_database(name, "SELECT server FROM routes WHERE pattern = ? AND SLEEP(0.02) = 0", pool_size=5)

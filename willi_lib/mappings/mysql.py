@@ -151,14 +151,16 @@ class _Host:
         except (TooSlow, OwnLack):
             raise
         except Down:
-            self._failed = monotonic()
-            self.close_idle()
+            self._note_failed()
             raise
         except gevent.Timeout:
-            self._failed = monotonic()
             if self._answered < began:  # else it is a matter of this key
-                self.close_idle()
+                self._note_failed()
             raise Down(f"no answer within {seconds:.1f} s") from None
+
+    def _note_failed(self) -> None:
+        self._failed = monotonic()
+        self.close_idle()
 
     def _connection(self) -> Connection:
         """One that is idle, or a new one, or, if there can be no more, the next one that becomes idle. Raises Down."""
@@ -276,7 +278,9 @@ class Database:
             faults: list[tuple[_Host, Down]] = []
             for untried, host in zip(range(len(hosts), 0, -1), hosts, strict=True):
                 try:
-                    return host.ask(self._query, key, max(0.0, deadline - monotonic()) / untried)
+                    if (seconds := deadline - monotonic()) <= 0:
+                        raise Down("no time was left for it")
+                    return host.ask(self._query, key, seconds / untried)
                 except Down as why:
                     faults.append((host, why))
         finally:
