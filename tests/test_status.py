@@ -56,8 +56,8 @@ def certificate(expires: float) -> CertificateState:
 def totals() -> Totals:
     """Of a Willi that is well."""
     totals = Totals()
-    totals.take_in(master(), NOW)
-    totals.take_in(worker(), NOW)
+    totals.add_report(master(), NOW)
+    totals.add_report(worker(), NOW)
     return totals
 
 
@@ -83,8 +83,8 @@ def test_reports_of_all_workers_add_up(totals: Totals):
         for _ in range(2):
             own.add(counts.MESSAGES, ACCEPTED, "csv:a")
             own.took(0.3, counts.SESSION_SECONDS)
-            totals.take_in(worker(own), NOW)
-            totals.take_in(worker(own), NOW)  # nothing new
+            totals.add_report(worker(own), NOW)
+            totals.add_report(worker(own), NOW)  # nothing new
     assert totals.number(counts.MESSAGES) == totals.number(counts.MESSAGES, ACCEPTED) == 6
     assert totals.number(counts.MESSAGES, "failed") == 0
     [row] = totals.durations[counts.SESSION_SECONDS].values()
@@ -95,13 +95,13 @@ def test_reports_of_all_workers_add_up(totals: Totals):
 def test_what_a_worker_counted_stays_when_it_is_gone(totals: Totals):
     own = Counts()
     own.add(counts.SESSIONS, number=5)
-    totals.take_in(worker(own), NOW)
+    totals.add_report(worker(own), NOW)
     for second in range(100):
-        totals.take_in(master(workers={"3": "serving"}), NOW + second)
+        totals.add_report(master(workers={"3": "serving"}), NOW + second)
     assert totals.workers == {}
     next_one = Counts()
     next_one.add(counts.SESSIONS)
-    totals.take_in(worker(next_one), NOW + 100)  # its number may be the same
+    totals.add_report(worker(next_one), NOW + 100)  # its number may be the same
     assert totals.number(counts.SESSIONS) == 6
 
 
@@ -115,8 +115,8 @@ def test_another_status_process_begins_at_zero_and_misses_nothing_after_that():
             own.took(0.3, counts.VERDICT_SECONDS)
             own.add(counts.REFUSED, f"in turn {turn}")
             first, second = own.rows()[:2], own.rows()[2:]
-            totals.take_in(worker(own, pid=pid, turn=turn, rows=first), NOW)
-            totals.take_in(worker(own, pid=pid, turn=turn, rows=second), NOW)
+            totals.add_report(worker(own, pid=pid, turn=turn, rows=first), NOW)
+            totals.add_report(worker(own, pid=pid, turn=turn, rows=second), NOW)
     assert totals.number(counts.SESSIONS) == 20 + 30
     assert sum(totals.durations[counts.VERDICT_SECONDS][()][:-1]) == 2 + 3
     assert [totals.number(counts.REFUSED, f"in turn {turn}") for turn in range(3)] == [1, 2, 2]
@@ -128,7 +128,7 @@ def test_minutes_are_the_last_sixty_with_those_in_which_nothing_happened(totals:
     for minute in (0, 1, 59, 60):
         own.add(counts.SESSIONS)
         own.add(counts.VERDICTS, "failed", number=2)
-        totals.take_in(worker(own), NOW + minute * MINUTE)
+        totals.add_report(worker(own), NOW + minute * MINUTE)
     minutes = minutes_of(totals, NOW + 60 * MINUTE + 59)
     assert [minute.began for minute in minutes] == [NOW + minute * MINUTE for minute in range(1, 61)]
     assert [number for number, minute in enumerate(minutes, 1) if minute.sessions] == [1, 59, 60]
@@ -150,12 +150,12 @@ def test_a_clock_that_is_set_back_leaves_no_gap_and_nothing_that_is_to_come(tota
     own = Counts()
     for minute in range(70):
         own.add(counts.SESSIONS)
-        totals.take_in(worker(own), NOW + DAY + minute * MINUTE)
-    totals.take_in(worker(peaks={"max_connections_per_ip": 7}), NOW + DAY)
+        totals.add_report(worker(own), NOW + DAY + minute * MINUTE)
+    totals.add_report(worker(peaks={"max_connections_per_ip": 7}), NOW + DAY)
     for minute in range(3):
         hour.add(NOW + minute * MINUTE, number=1, seconds=2.0)
         own.add(counts.SESSIONS)
-        totals.take_in(worker(own), NOW + minute * MINUTE)
+        totals.add_report(worker(own), NOW + minute * MINUTE)
     assert [minute.sessions for minute in minutes_of(totals, NOW + 2 * MINUTE)][-4:] == [0, 1, 1, 1]
     assert totals.peak("max_connections_per_ip", NOW + 2 * MINUTE) == 0
     assert hour.mean(NOW + 2 * MINUTE) == 2.0
@@ -172,7 +172,7 @@ def test_a_clock_that_is_set_back_does_not_hide_how_a_host_is_now(
     totals: Totals, before: HostState, after: HostState, up: bool
 ):
     note(totals, "a:25", before, NOW + DAY)
-    totals.take_in(master(), NOW)
+    totals.add_report(master(), NOW)
     note(totals, "b:25", after, NOW + 1)
     for second in (1, 2):  # the first worker still says what it has seen
         note(totals, "a:25", before, NOW + second)
@@ -181,11 +181,11 @@ def test_a_clock_that_is_set_back_does_not_hide_how_a_host_is_now(
 
 
 def test_sessions_are_those_of_workers_that_are_there_the_draining_ones_too(totals: Totals):
-    totals.take_in(master(workers={"2": "serving", "3": "draining"}), NOW)
-    totals.take_in(worker(sessions=4), NOW)
-    totals.take_in(worker(pid=3, sessions=5), NOW)
+    totals.add_report(master(workers={"2": "serving", "3": "draining"}), NOW)
+    totals.add_report(worker(sessions=4), NOW)
+    totals.add_report(worker(pid=3, sessions=5), NOW)
     assert overview.overview(totals, NOW).sessions == 9
-    totals.take_in(master(workers={"2": "serving"}), NOW)
+    totals.add_report(master(workers={"2": "serving"}), NOW)
     assert overview.overview(totals, NOW).sessions == 4
 
 
@@ -194,7 +194,7 @@ def test_sessions_are_those_of_workers_that_are_there_the_draining_ones_too(tota
 
 def note(totals: Totals, name: str, state: HostState, now: float, pid: int = 2) -> None:
     """A worker tells that."""
-    totals.take_in(worker(pid=pid, rows=[[counts.HOST, [name], vars(state)]]), now)
+    totals.add_report(worker(pid=pid, rows=[[counts.HOST, [name], vars(state)]]), now)
 
 
 def test_hosts_beyond_the_limit_are_one_and_keep_their_name(totals: Totals):
@@ -206,8 +206,8 @@ def test_hosts_beyond_the_limit_are_one_and_keep_their_name(totals: Totals):
         own.opened(f"mx{MAX_HOSTS}", 0.1, "none", "off")
         other.opened(f"mx{MAX_HOSTS}", 0.1, "none", "off")
         other.lost("mx0", "no")  # which has a name, but not in this worker
-        totals.take_in(worker(own), NOW)
-        totals.take_in(worker(other, pid=3), NOW)
+        totals.add_report(worker(own), NOW)
+        totals.add_report(worker(other, pid=3), NOW)
     names = totals.busiest_hosts()
     assert set(names) == {*(f"mx{number}" for number in range(MAX_HOSTS)), counts.OTHER}
     assert names[-1] == counts.OTHER
@@ -258,13 +258,13 @@ def test_a_willi_that_is_well_has_none(totals: Totals):
     ],
 )
 def test_what_is_wrong_is_told(totals: Totals, report: dict[str, Any], problem: str):
-    totals.take_in(report, NOW)
+    totals.add_report(report, NOW)
     assert problems(totals) == [problem]
 
 
 @pytest.mark.parametrize("report", [master(connections=79), worker(certificates=[certificate(NOW + 14 * DAY + 1)])])
 def test_what_is_just_well_is_no_problem(totals: Totals, report: dict[str, Any]):
-    totals.take_in(report, NOW)
+    totals.add_report(report, NOW)
     assert problems(totals) == []
 
 
@@ -285,11 +285,11 @@ def test_of_a_database_what_was_seen_last_is_shown(totals: Totals):
     def table(pid: int, **facts: Any) -> dict[str, Any]:
         return worker(pid=pid, mappings=[{"name": "mysql:x", "kind": "mysql", **facts}])
 
-    totals.take_in(master(workers={"2": "serving", "3": "serving"}, wanted=2), NOW)
-    totals.take_in(table(2, database_up=False, seen=5.0), NOW)
-    totals.take_in(table(3, database_up=True, seen=0.0), NOW)  # it has not asked yet
+    totals.add_report(master(workers={"2": "serving", "3": "serving"}, wanted=2), NOW)
+    totals.add_report(table(2, database_up=False, seen=5.0), NOW)
+    totals.add_report(table(3, database_up=True, seen=0.0), NOW)  # it has not asked yet
     assert [one.database_up for one in overview.overview(totals, NOW).mappings] == [False]
-    totals.take_in(table(3, database_up=True, seen=6.0), NOW)
+    totals.add_report(table(3, database_up=True, seen=6.0), NOW)
     assert [one.database_up for one in overview.overview(totals, NOW).mappings] == [True]
 
 
@@ -321,7 +321,7 @@ def test_buckets_are_cumulative_as_prometheus_wants_them(totals: Totals):
     own = Counts()
     for seconds in (0.0005, 0.0005, 0.02, 1000.0):
         own.took(seconds, counts.LOOKUP_SECONDS, "csv:a")
-        totals.take_in(worker(own), NOW)
+        totals.add_report(worker(own), NOW)
     found = samples(totals)
     name = "willi_lookup_duration_seconds"
     buckets = {"0.0001": 0, "0.0005": 2, "0.001": 2, "0.01": 2, "0.05": 3, "5.0": 3, "+Inf": 4}
@@ -338,8 +338,8 @@ def test_every_row_of_the_table_is_shown_once_it_has_a_value_and_no_other(totals
         elif metric.kind == counts.COUNTER and metric is not counts.RELOADS:
             own.add(metric, *metric.labels)
     table = {"name": "csv:a", "kind": "csv", "patterns": 1, "loaded_at": NOW, "database_up": True}
-    totals.take_in(worker(own, mappings=[table], certificates=[certificate(NOW)]), NOW)
-    totals.take_in(master(last_reload=NOW), NOW)
+    totals.add_report(worker(own, mappings=[table], certificates=[certificate(NOW)]), NOW)
+    totals.add_report(master(last_reload=NOW), NOW)
     note(totals, "a:25", HostState(0, NOW - 5, NOW, "no"), NOW)
     shown = {metric.full_name for metric in TABLE.values() if metric.kind != counts.FOR_PAGE}
     names = {name.partition("{")[0] for name in samples(totals)}
@@ -355,7 +355,7 @@ def test_a_counter_is_there_before_it_counts_if_its_labels_are_known(totals: Tot
 
 def test_a_report_of_another_version_does_no_harm_to_the_metrics(totals: Totals):
     rows = [["unknown", ["x"], 1], ["sessions", ["too many"], 1], ["session_duration_seconds", [], [1, 2]]]
-    totals.take_in(worker(rows=rows), NOW)
+    totals.add_report(worker(rows=rows), NOW)
     found = samples(totals)
     assert found["willi_sessions_total{}"] == 0
     assert not any("unknown" in name or "too many" in name for name in found)
@@ -457,12 +457,12 @@ def clock(monkeypatch):
 
 def test_ready_means_a_worker_serves_says_so_and_is_not_to_end(totals: Totals, clock: list[float]):
     assert ask(totals, "/readyz") == ("200 OK", "ok\n")
-    totals.take_in(master(stopping=True), NOW)
+    totals.add_report(master(stopping=True), NOW)
     assert ask(totals, "/readyz") == ("503 Service Unavailable", "Willi is being stopped\n")
-    totals.take_in(master(workers={"2": "draining"}), NOW)
+    totals.add_report(master(workers={"2": "draining"}), NOW)
     assert ask(totals, "/readyz") == ("503 Service Unavailable", "no worker serves\n")
     assert ask(totals, "/healthz") == ("503 Service Unavailable", "no worker serves\n")
-    totals.take_in(master(), NOW)
+    totals.add_report(master(), NOW)
     clock[0] += FRESH + 1
     assert ask(totals, "/readyz") == ("503 Service Unavailable", "the last reports of the workers are too old\n")
     assert ask(totals, "/healthz") == ("200 OK", "ok\n")

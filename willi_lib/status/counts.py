@@ -154,7 +154,7 @@ class HostState:
         began = (self.failing_since, other.failing_since, self.failed, other.failed)
         self.failing_since = min((moment for moment in began if moment > self.reached), default=0.0)
 
-    def not_after(self, now: float) -> None:
+    def cut_at(self, now: float) -> None:
         """A clock that was fast must not make what it saw outweigh what comes."""
         self.reached, self.failing_since, self.failed = (
             min(moment, now) for moment in (self.reached, self.failing_since, self.failed)
@@ -230,7 +230,7 @@ class Counts:
         return name
 
     def _failed(self, server: object, error: str) -> str:
-        self._settle()  # it was opened before
+        self._count_pending()  # it was opened before
         name = self._host(server)
         state, now = self._hosts[name], time()
         state.failing_since = state.failing_since or now
@@ -250,7 +250,7 @@ class Counts:
 
     def rows(self) -> list[Row]:
         """How much so far, and the events since the last time."""
-        self._settle()
+        self._count_pending()
         events, self._events = self._events, deque(maxlen=MAX_EVENTS)
         counted = [*self._numbers.items(), *self._durations.items()]
         return [
@@ -259,7 +259,7 @@ class Counts:
             *([EVENT, [], vars(_event(*event))] for event in events),
         ]
 
-    def _settle(self) -> None:
+    def _count_pending(self) -> None:
         """Make the numbers of what was counted together."""
         for tls, samples in self._ended.items():
             self.add(TLS, "client", tls, number=len(samples))

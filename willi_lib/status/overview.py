@@ -261,7 +261,7 @@ def limit_state(limit: Limit) -> tuple[Level, str]:
     return level, f"{number(limit.used)} of {number(limit.most)}"
 
 
-def filled(limit: Limit) -> float:
+def percent_used(limit: Limit) -> float:
     """How much of its bar, in percent; one of 5,000 shall be seen."""
     return min(100.0, max(1.0, 100 * limit.used / limit.most)) if limit.most and limit.used else 0.0
 
@@ -273,11 +273,11 @@ def event_level(event: Event) -> Level:
     return "wrong" if event.error_src == "internal" and event.reply.startswith("451") else "warn"
 
 
-def refuser(event: Event) -> str:
+def refused_by(event: Event) -> str:
     return {"upstream": "by upstream", "internal": "by Willi", "client": "client lost"}.get(event.error_src, "")
 
 
-def answer(event: Event) -> tuple[str, str]:
+def reply_and_reason(event: Event) -> tuple[str, str]:
     """What the client was told, and what the log knows besides."""
     if not event.reply:
         return event.error, ""

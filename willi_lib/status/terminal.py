@@ -216,8 +216,8 @@ def view(overview: Overview, height: int | None = None, fault: str = "", bars: s
 def _head(overview: Overview, fault: str) -> list[Line]:
     now = overview.now
     since = f"up {words.duration(now - overview.started)}, workers {overview.workers} of {overview.workers_wanted}"
-    who = f"Willi {overview.version}  {words.shorten(overview.domain, 60)}"
-    first = f" {state.headline(overview)}  {who}  {words.clock(now, now)} UTC  {since}"
+    name = f"Willi {overview.version}  {words.shorten(overview.domain, 60)}"
+    first = f" {state.headline(overview)}  {name}  {words.clock(now, now)} UTC  {since}"
     lines = [(first, "ill" if overview.problems else "well"), ("", "")]
     if fault:
         lines.insert(1, (f" No newer answer: {fault} ", "ill"))
@@ -304,11 +304,11 @@ def _certificates(overview: Overview) -> Iterator[Row]:
 
 def _events(overview: Overview) -> Iterator[Row]:
     for event in overview.events:
-        reply, reason = state.answer(event)
+        reply, reason = state.reply_and_reason(event)
         way = "" if event.kind == "refused" else f"{event.sender or '<>'} → {event.recipients}"
         others = (event.client, event.upstream, words.shorten(reason, 100))
         yield state.event_level(event), (
-            words.clock(event.at, overview.now)[-8:], event.sid, f"{event.kind} {state.refuser(event)}",
+            words.clock(event.at, overview.now)[-8:], event.sid, f"{event.kind} {state.refused_by(event)}",
             words.shorten(way, 50), words.shorten(reply, 80), "  ".join(filter(None, others)),
         )  # fmt: skip
 

@@ -51,7 +51,7 @@ class Worker:
     report: WorkerReport
     first_turn: int  # of its reports
     at: float = 0.0  # when it said so
-    said: dict[tuple[str, ...], Any] = field(default_factory=dict)  # the value of each row
+    values: dict[tuple[str, ...], Any] = field(default_factory=dict)  # the value of each row
 
 
 class Totals:
@@ -103,7 +103,7 @@ class Totals:
     def mappings(self) -> list[MappingState]:
         """As the workers that serve have told them; of a database what was seen last."""
         merged: dict[str, MappingState] = {}
-        for report in self._told():
+        for report in self._serving_reports():
             for mapping in report.mappings:
                 known = merged.setdefault(mapping.name, mapping)
                 if mapping.seen > known.seen or (mapping.loaded_at or 0.0) > (known.loaded_at or 0.0):
@@ -112,18 +112,18 @@ class Totals:
 
     def certificates(self) -> tuple[CertificateState, ...]:
         """As the workers have read them."""
-        return next((tuple(report.certificates) for report in self._told() if report.certificates), ())
+        return next((tuple(report.certificates) for report in self._serving_reports() if report.certificates), ())
 
-    def _told(self) -> list[WorkerReport]:
-        """Of those that serve; if none serves, of the last one that did."""
+    def _serving_reports(self) -> list[WorkerReport]:
+        """Of the workers that serve; if none serves, of the last one that did."""
         return [worker.report for worker in self.present("serving") or list(self.workers.values())[-1:]]
 
     # -- adding up
 
-    def take_in(self, report: dict[str, Any], now: float) -> None:
+    def add_report(self, report: dict[str, Any], now: float) -> None:
         """Add a report. What is of another version's making may raise anything."""
         if "worker" in report:
-            self._hear_worker(WorkerReport.parse(**report["worker"]), now)
+            self._add_worker(WorkerReport.parse(**report["worker"]), now)
         if "master" in report:
             self.master, self.master_at = MasterReport(**report["master"]), now
             self.workers = {
@@ -131,22 +131,22 @@ class Totals:
                 if str(worker.report.pid) in self.master.workers or worker.at > now - FORGET
             }  # fmt: skip
             for state in self.hosts.values():
-                state.not_after(now)
+                state.cut_at(now)
 
-    def _hear_worker(self, report: WorkerReport, now: float) -> None:
-        who = report.pid, report.began
-        worker = self.workers.pop(who, None) or Worker(report, first_turn=report.turn)
+    def _add_worker(self, report: WorkerReport, now: float) -> None:
+        identity = report.pid, report.began
+        worker = self.workers.pop(identity, None) or Worker(report, first_turn=report.turn)
         worker.report, worker.at = report, now
-        self.workers[who] = worker
+        self.workers[identity] = worker
         self._peaks.append((now, report.peaks))
         is_past = report.began < self._since and report.turn == worker.first_turn
         for name, labels, value in report.rows:
             key = (name, *labels)
-            before = worker.said.get(key)
+            before = worker.values.get(key)
             if name == counts.EVENT:
                 self.events.append(Event(**value))
             elif value != before:
-                worker.said[key] = value
+                worker.values[key] = value
                 if name == counts.HOST:
                     self._note_host(labels[0], HostState(**value), now)
                 else:
@@ -154,7 +154,7 @@ class Totals:
 
     def _note_host(self, name: str, state: HostState, now: float) -> None:
         if self._host(name) != counts.OTHER:
-            state.not_after(now)
+            state.cut_at(now)
             self.hosts[name].merge(state)
 
     def _host(self, name: str) -> str:

@@ -38,7 +38,7 @@ from .overview import overview
 from .reports import ANSWER_TIMEOUT, Asked, AskedStep, Links, receive, send
 from .totals import FRESH, Totals
 
-NEWS_TIMEOUT = 3.0  # seconds for the first reports
+FIRST_REPORTS = 3.0  # seconds for the first reports
 MAX_CONNECTIONS = 200  # at the same time; one more ends the oldest. gevent accepts up to 100 before it serves one
 TIME_LIMIT = 10.0  # seconds for a connection, which is one request
 MAX_REQUEST = 16 << 10  # octets, without a body, which is not read
@@ -115,7 +115,7 @@ class Application:
         if hosts and not self._is_ours(hosts[0]):
             why = "This name is not one of ours. Use an address, localhost, or `domain` of willi.conf.\n"
             return HttpAnswer(why, status=HTTPStatus.MISDIRECTED_REQUEST)
-        if _is_drawn_in(request.headers):
+        if _is_cross_site(request.headers):
             return HttpAnswer("Not from another site.\n", status=HTTPStatus.FORBIDDEN)
         path, _, query = target.partition("?")
         route = self._routes.get(path)
@@ -164,7 +164,7 @@ def _verdict(why_not: str) -> HttpAnswer:
     return HttpAnswer(why_not, status=HTTPStatus.SERVICE_UNAVAILABLE) if why_not else HttpAnswer("ok\n")
 
 
-def _is_drawn_in(headers: Message) -> bool:
+def _is_cross_site(headers: Message) -> bool:
     """Whether a page of another site has a browser ask, not a person who follows a link (Fetch Metadata).
 
     Another port of this host is the same site, and another page all the same. A frame is navigated, too.
@@ -234,23 +234,23 @@ class Serving:
         self._servers = make_servers(sockets, Application(self._totals, self._ask))
         self._numbers = count(1)
         self._asked: dict[int, AsyncResult[tuple[list[Any], str]]] = {}
-        self._has_news = Event()
+        self._has_reports = Event()
 
     def start(self) -> None:
         """Begin to read; then to answer: not that no worker serves, only because none has had the time to say so."""
         gevent.spawn(keep_going, self._read)
-        self._has_news.wait(NEWS_TIMEOUT)
+        self._has_reports.wait(FIRST_REPORTS)
         for server in self._servers:
             server.start()
 
     def _read(self) -> None:
         with gevent.socket.socket(fileno=os.dup(self._links.reports.fileno())) as reports:
             while True:
-                self._take_in(receive(reports))
+                self._add_report(receive(reports))
 
-    def _take_in(self, report: dict[str, Any]) -> None:
+    def _add_report(self, report: dict[str, Any]) -> None:
         try:
-            self._totals.take_in(report, time())
+            self._totals.add_report(report, time())
         except Exception:  # noqa: BLE001 -- of another version's making, perhaps: the next one may be better
             log.bug("Internal error")
         master = self._totals.master
@@ -258,7 +258,7 @@ class Serving:
             self._log = master.log, master.loglevel
             log.set_up(master.loglevel, master.log)
         if self._totals.fresh_workers(time()):
-            self._has_news.set()
+            self._has_reports.set()
         if "answer" in report:
             number, *answer = report["answer"]
             if asked := self._asked.get(number):
