@@ -13,6 +13,7 @@ from __future__ import annotations
 import ipaddress
 import random
 import socket
+from _socket import socket as Socket
 from collections.abc import Callable
 from contextlib import suppress
 from operator import itemgetter
@@ -66,20 +67,19 @@ class Cache(Generic[T]):
         self._entries: dict[str, tuple[float, T]] = {}
 
     def get(self, key: str) -> T | None:
-        """The value, unless it is too old."""
+        """None: there is none, or it is too old."""
         entry = self._entries.get(key)
         return entry[1] if entry and entry[0] > monotonic() else None
 
     def put(self, key: str, value: T, seconds: float) -> T:
         """Keep the value for so long, and return it."""
-        self._entries.pop(key, None)
+        self.forget(key)
         if len(self._entries) >= MAX_ENTRIES:
             del self._entries[next(iter(self._entries))]
         self._entries[key] = (monotonic() + seconds, value)
         return value
 
     def forget(self, key: str) -> None:
-        """It was not so."""
         self._entries.pop(key, None)
 
 
@@ -104,7 +104,7 @@ class _Channel(cares.channel):
         def answer(result: Any) -> None:
             if result.exception:
                 try:
-                    socket.socket().close()
+                    Socket().close()
                 except OSError as lack:
                     result = cares.Result(exception=lack)
             self._loop.run_callback(callback, result)

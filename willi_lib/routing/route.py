@@ -40,7 +40,7 @@ class Server:
     mx: bool = False
 
     def __str__(self) -> str:
-        """As an administrator writes it: `host:port`, `[address]:port` or `mx:domain`."""
+        """As an administrator writes it."""
         return f"mx:{self.host}" if self.mx else with_port(self.host, self.port)
 
 
@@ -54,7 +54,6 @@ class Route:
     mapping: str = field(default="", compare=False)  # the name of the mapping, for the log
 
     def __str__(self) -> str:
-        """The servers, as an administrator writes them."""
         return ",".join(map(str, self.servers))
 
 
@@ -63,14 +62,11 @@ class NoRoute(Exception):
 
 
 class LookupFailed(Exception):
-    """A mapping could not answer: try again later.
-
-    logged: the log has this already; it is not repeated for every client.
-    """
+    """A mapping could not answer: try again later."""
 
     def __init__(self, why: str = "", logged: bool = False) -> None:
         super().__init__(why)
-        self.logged = logged
+        self.logged = logged  # the log has this already; it is not repeated for every client
 
 
 class Answer(NamedTuple):
@@ -81,17 +77,13 @@ class Answer(NamedTuple):
 
 
 class MappingError(Exception):
-    """A mapping that cannot be used; one fault a line of the text.
-
-    passing: nothing is wrong with it as far as we know, it could not be read just now.
-    missing: its file is not there, or not yet.
-    """
+    """A mapping that cannot be used; one fault a line of the text."""
 
     def __init__(self, *faults: str, passing: bool = False, missing: bool = False) -> None:
         super().__init__("\n".join(faults))
         self.faults = faults
-        self.passing = passing
-        self.missing = missing
+        self.passing = passing  # nothing is wrong with it as far as we know, it could not be read just now
+        self.missing = missing  # its file is not there, or not yet
 
 
 class HeldTable(NamedTuple):
@@ -169,11 +161,9 @@ def parse_tls_verify(text: str) -> bool:
 
 
 def parse_servers(text: str) -> tuple[Server, ...]:
-    """What an administrator calls `server`, several with commas between them.
+    """`host`, `host:port`, `[2001:db8::1]:port` or `mx:domain`, several with commas between them.
 
-    One is `host`, `host:port`, `[2001:db8::1]:port` or `mx:domain`. Names must have
-    the form of one, and become lower case and A-labels.
-    Raises ValueError with a short reason for the administrator.
+    Names become lower case and A-labels. Raises ValueError with a short reason for the administrator.
     """
     refuse_invisible(text)
     entries = [entry.strip() for entry in text.split(",")]

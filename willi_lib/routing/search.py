@@ -28,9 +28,8 @@ def find_route(
 ) -> Route:  # fmt: skip
     """The first match, so that an earlier mapping's domain beats a later one's address.
 
-    observe: called after each key.
-    Raises NoRoute, or LookupFailed from the first mapping that fails: the search
-    ends there, since a later, more general mapping might send the mail elsewhere.
+    observe: called after each key. Raises NoRoute, or LookupFailed from the first mapping that fails: the search ends
+    there, since a later, more general mapping might send the mail elsewhere.
     """
     keys = keys_of(recipient, delimiter)
     unsure = ""
