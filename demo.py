@@ -1,8 +1,6 @@
 #!/usr/bin/env python3
 """Willi at work: two upstream servers for two domains, Willi in front of them, three messages.
 
-Usage: demo.py [--once]
-
 It shows what was routed where, what each upstream received and what the client was told, and then waits for mail
 that you send by hand, until Ctrl-C. With --once it ends after the three messages; the exit status is 1 if one of them
 did not go as it should. WILLI_DEMO_PORT is the port of Willi, 2525 if it is not set.
@@ -10,9 +8,9 @@ did not go as it should. WILLI_DEMO_PORT is the port of Willi, 2525 if it is not
 
 from __future__ import annotations
 
+import argparse
 import os
 import re
-import shutil
 import signal
 import smtplib
 import socket
@@ -20,13 +18,14 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from io import TextIOWrapper
 from pathlib import Path
 from queue import Empty, SimpleQueue
-from typing import Any, NoReturn
+from typing import Any
 
 try:
     from aiosmtpd.controller import Controller
@@ -36,12 +35,14 @@ except ImportError:
 ROOT = Path(__file__).resolve().parent
 HOST = "127.0.0.1"
 PATIENCE = 15.0  # seconds for what takes a tenth of one
+CANNOT_LISTEN = 3  # exit status of Willi
 SYSTEMD = ("JOURNAL_STREAM", "NOTIFY_SOCKET", "LISTEN_FDS", "LISTEN_PID")  # would be about us, not about our Willi
 
 BOLD, DIM, RED, GREEN, CYAN, MAGENTA = "1", "2", "31", "32", "36", "35"
+COLOURED = sys.stdout.isatty() and os.environ.get("TERM") != "dumb" and not os.environ.get("NO_COLOR")
+
 SENDER = "eva@client.example"
 NO_ROUTE = (554, b"5.7.1 Relay access denied")
-
 CONFIG = """\
 listen = {host}:{port}
 domain = willi.example
@@ -63,345 +64,226 @@ Good-bye.
 """
 
 
-# -- the terminal
-
-
-class Screen:
-    """Lines on stdout, in colour if that is a terminal and NO_COLOR is not set."""
-
-    def __init__(self) -> None:
-        terminal = sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
-        self._colour = terminal and not os.environ.get("NO_COLOR")
-        self.gone = False
-        if isinstance(sys.stdout, TextIOWrapper):
-            sys.stdout.reconfigure(errors="replace")  # a Subject may have letters that this terminal has not
-
-    def say(self, text: str = "", colour: str = "") -> None:
-        """Print one line. A reader that has gone away is no reason to leave a process behind."""
-        try:
-            print(self.paint(text, colour), flush=True)
-        except OSError:  # a closed pipe, or a terminal that was shut
-            self.gone = True
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-    def paint(self, text: str, colour: str) -> str:
-        """The text in that colour; what a stranger sent cannot do more to the terminal than be read."""
-        text = "".join(letter if letter.isprintable() or letter == "\n" else "?" for letter in text)
-        return f"\033[{colour}m{text}\033[0m" if colour and self._colour else text
-
-
-# -- what happens, in the order in which it is shown
-
-
-@dataclass(frozen=True)
-class Mail:
-    """A message that an upstream has received."""
-
-    upstream: Upstream
-    sender: str
-    recipients: tuple[str, ...]
-    content: bytes
-
-
-@dataclass(frozen=True)
-class LogLine:
-    """Willi has written a line."""
-
-    text: str
-
-
-@dataclass(frozen=True)
-class WilliEnded:
-    """And will write no more."""
-
-
-@dataclass(frozen=True)
-class Asked:
-    """Somebody wants us to end: Ctrl-C, SIGTERM."""
-
-
-Event = Mail | LogLine | WilliEnded | Asked
-Events = SimpleQueue[Event]  # whose `put` a signal handler may call
+Events = SimpleQueue[Callable[[], None]]  # what the main thread does next; a signal handler may call its `put`
 
 
 class Failed(Exception):
     """The demo cannot go on, or did not show what it should."""
 
 
+class WilliEnded(Failed):
+    """The demo did not ask it to."""
+
+
 class AskedToEnd(Exception):
-    """Not a fault."""
+    """By Ctrl-C, a signal, or because nothing reads what the demo shows."""
 
 
-# -- the actors
+def ask_to_end(*_: object) -> None:
+    raise AskedToEnd
+
+
+def say(text: str = "", colour: str = "") -> None:
+    """Print one line. What a stranger sent cannot do more to the terminal than be read."""
+    text = "".join(letter if letter.isprintable() or letter == "\n" else "?" for letter in text)
+    try:
+        print(f"\033[{colour}m{text}\033[0m" if colour and COLOURED else text, flush=True)
+    except OSError:  # a closed pipe, or a terminal that was shut
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise AskedToEnd from None
+
+
+def row(name: str, text: str, colour: str = "") -> None:
+    say(f"  {name:<7} {text}", colour)
 
 
 @dataclass(eq=False)
 class Upstream:
-    """A mail server for one domain: it takes everything, and shows it."""
+    """A mail server for one domain, which takes everything."""
 
     name: str
     colour: str
     events: Events
     port: int = 0
-    received: list[Mail] = field(default_factory=list)
+    received: list[Any] = field(default_factory=list)  # envelopes of aiosmtpd
 
-    @property
-    def domain(self) -> str:
-        return f"{self.name}.example"
-
-    async def handle_RCPT(  # noqa: N802 -- aiosmtpd's name
-        self, _server: Any, _session: Any, envelope: Any, address: str, _options: Any
-    ) -> str:
-        """Take every recipient."""
-        envelope.rcpt_tos.append(address)
-        return f"250 2.1.5 {self.name} knows {address}"
-
-    async def handle_DATA(self, _server: Any, _session: Any, envelope: Any) -> str:  # noqa: N802 -- aiosmtpd's name
-        """Take every message."""
-        mail = Mail(self, envelope.mail_from, tuple(envelope.rcpt_tos), envelope.original_content)
-        self.received.append(mail)
-        self.events.put(mail)
-        return f"250 2.0.0 {self.name} has it, number {len(self.received)}"
-
-    @contextmanager
-    def running(self) -> Iterator[None]:
-        """It calls itself mail.<domain>: with the name that Willi has, it would look like a loop."""
+    def start(self) -> Controller:
         with socket.create_server((HOST, 0)) as free:
             self.port = free.getsockname()[1]
-        server = Controller(self, hostname=HOST, port=self.port, server_hostname=f"mail.{self.domain}")
-        server.start()
-        try:
-            yield
-        finally:
-            server.stop()
+        # With the name that Willi has it would look like a loop.
+        controller = Controller(self, hostname=HOST, port=self.port, server_hostname=f"mail.{self.name}.example")
+        controller.start()
+        return controller
 
+    async def handle_DATA(self, _server: Any, _session: Any, envelope: Any) -> str:  # noqa: N802 -- aiosmtpd's name
+        self.received.append(envelope)
+        self.events.put(partial(self.show, envelope))
+        return f"250 2.0.0 {self.name} has it, number {len(self.received)}"
 
-@contextmanager
-def running_willi(config: Path, events: Events) -> Iterator[subprocess.Popen[str]]:
-    """The real thing. Ctrl-C does not reach it, so that it is we who end it."""
-    process = subprocess.Popen(
-        [sys.executable, str(ROOT / "willi.py"), "-c", str(config)],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="backslashreplace",
-        start_new_session=True,
-        env={name: value for name, value in os.environ.items() if name not in SYSTEMD},
-    )
-    reader = threading.Thread(target=read_log, args=(process, events))
-    reader.start()
-    try:
-        yield process
-    finally:
-        process.terminate()
-        try:
-            process.wait(PATIENCE)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-        reader.join()
-
-
-def read_log(process: subprocess.Popen[str], events: Events) -> None:
-    """Until Willi closes its end of the pipe."""
-    assert process.stdout
-    with process.stdout:
-        for line in process.stdout:
-            events.put(LogLine(line.rstrip("\n")))
-    events.put(WilliEnded())
-
-
-@dataclass
-class Client:
-    """A mail client that notes what it is told."""
-
-    port: int
-    told: list[tuple[str, int, bytes]] = field(default_factory=list)  # command, code, text
-
-    def send(self, recipient: str, content: str) -> tuple[int, bytes]:
-        """The whole dialogue for one message; the last answer before QUIT. Raises OSError, smtplib.SMTPException."""
-        with smtplib.SMTP(HOST, self.port, "client.example", PATIENCE) as server:
-            self.note("EHLO client.example", server.ehlo())
-            self.note(f"MAIL FROM:<{SENDER}>", server.mail(SENDER))
-            answer = self.note(f"RCPT TO:<{recipient}>", server.rcpt(recipient))
-            if answer[0] == 250:
-                answer = self.note("DATA, and the message", server.data(content))
-        return answer
-
-    def note(self, command: str, answer: tuple[int, bytes]) -> tuple[int, bytes]:
-        self.told.append((command, *answer))
-        return answer
-
-
-# -- the play
+    def show(self, envelope: Any) -> None:
+        content = envelope.original_content
+        subject = re.search(rb"(?im)\A(?:.+\r\n)*?subject:[ \t]*(.*?)\r$", content)
+        row(self.name, f"received {len(content)} octets", self.colour)
+        row("", f"    from <{envelope.mail_from}> to <{'>, <'.join(envelope.rcpt_tos)}>", self.colour)
+        if subject:
+            row("", f"    Subject: {subject[1].decode('utf-8', 'replace')}", self.colour)
 
 
 class Demo:
-    """Everything is shown from here, in one thread: the others only report what happened."""
+    """Everything is shown in the main thread."""
 
     def __init__(self, port: int) -> None:
         self.port = port
         self.events: Events = SimpleQueue()
-        self.screen = Screen()
-        self.last_error = ""
         self.upstreams = [Upstream("east", CYAN, self.events), Upstream("west", MAGENTA, self.events)]
+        self.last_line = ""
+        self.last_error = ""
 
     def run(self, once: bool) -> None:
         """Raises Failed, AskedToEnd."""
-        with ExitStack() as running:
+        with ExitStack() as ends:
             for upstream in self.upstreams:
-                running.enter_context(upstream.running())
-            config = self.write_files(Path(running.enter_context(tempfile.TemporaryDirectory(prefix="willi-demo-"))))
-            willi = running.enter_context(running_willi(config, self.events))
-            self.wait_until_ready(willi)
+                ends.callback(upstream.start().stop)
+            config = self.write_files(Path(ends.enter_context(tempfile.TemporaryDirectory(prefix="willi-demo-"))))
+            self.start_willi(config, ends)
             for number, name in enumerate(("east", "west", "north"), 1):
-                self.show_one(number, f"ann@{name}.example")
-            self.say("\nAll three went as they should.", GREEN)
+                say(f"\n{number}. A mail to ann@{name}.example", BOLD)
+                self.send(name, f"ann@{name}.example")
+            say("\nAll three went as they should.", GREEN)
             if not once:
                 self.wait_for_mail()
 
-    def say(self, text: str = "", colour: str = "") -> None:
-        self.screen.say(text, colour)
-        if self.screen.gone:
-            raise AskedToEnd
-
-    def row(self, who: str, text: str, colour: str = "") -> None:
-        self.say(f"  {who:<7} {text}", colour)
-
     def write_files(self, folder: Path) -> Path:
         """willi.conf and its CSV; both are shown."""
-        table = ["pattern;server;tls_verify"]
-        table += [f"{upstream.domain};{HOST}:{upstream.port};false" for upstream in self.upstreams]
-        (folder / "upstream_servers.csv").write_text("\n".join(table) + "\n", encoding="utf-8")
-        (folder / "willi.conf").write_text(CONFIG.format(host=HOST, port=self.port), encoding="utf-8")
-        self.say(f"Willi listens on {HOST}:{self.port}. Two mail servers stand behind it, one for each domain.", BOLD)
-        for name in ("willi.conf", "upstream_servers.csv"):
-            self.say(f"\n{folder / name}", BOLD)
-            for line in (folder / name).read_text(encoding="utf-8").splitlines():
-                self.say(f"  {line}")
+        rows = [f"{upstream.name}.example;{HOST}:{upstream.port};false\n" for upstream in self.upstreams]
+        files = {
+            "willi.conf": CONFIG.format(host=HOST, port=self.port),
+            "upstream_servers.csv": "pattern;server;tls_verify\n" + "".join(rows),
+        }
+        say(f"Willi listens on {HOST}:{self.port}. Two mail servers stand behind it, one for each domain.", BOLD)
+        for name, text in files.items():
+            (folder / name).write_text(text, encoding="utf-8")
+            say(f"\n{folder / name}", BOLD)
+            for line in text.splitlines():
+                say(f"  {line}")
         return folder / "willi.conf"
 
-    def wait_until_ready(self, willi: subprocess.Popen[str]) -> None:
-        self.say("\nThe log of Willi", BOLD)
+    def start_willi(self, config: Path, ends: ExitStack) -> None:
+        """The real one, until it is ready. Ctrl-C does not reach it: the demo ends it."""
+        process = subprocess.Popen(
+            [sys.executable, str(ROOT / "willi.py"), "-c", str(config)],
+            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            text=True, errors="backslashreplace", start_new_session=True,
+            env={name: value for name, value in os.environ.items() if name not in SYSTEMD},
+        )  # fmt: skip
+        reader = threading.Thread(target=self.read_log, args=(process,))
+        ends.callback(stop, process, reader)
+        reader.start()
+        say("\nThe log of Willi", BOLD)
         try:
             self.show_until("msg=Ready")
-        except WilliGone as gone:
-            if willi.wait(PATIENCE) != 3:
+        except WilliEnded:
+            if process.wait(PATIENCE) != CANNOT_LISTEN:
                 raise
+            another = min(max(self.port, 2525), 65534) + 1
             raise Failed(
-                f"Willi cannot have port {self.port}: {gone.last_error}.\n"
-                f"Choose another port, for example: WILLI_DEMO_PORT={min(max(self.port, 2525), 65534) + 1} make demo"
+                f"Willi cannot have port {self.port}: {self.last_error}.\n"
+                f"Choose another port, for example: WILLI_DEMO_PORT={another} make demo"
             ) from None
 
-    def show_one(self, number: int, recipient: str) -> None:
-        """Send a message; show and verify what became of it."""
-        upstream = next((one for one in self.upstreams if recipient.endswith(f"@{one.domain}")), None)
+    def read_log(self, process: subprocess.Popen[str]) -> None:
+        """In a thread, until Willi closes its end of the pipe."""
+        assert process.stdout
+        with process.stdout as log:
+            for line in log:
+                self.events.put(partial(self.show_line, line.rstrip("\n")))
+        self.events.put(self.willi_has_ended)
+
+    def willi_has_ended(self) -> None:
+        raise WilliEnded(f"Willi has ended: {self.last_error}")
+
+    def send(self, name: str, recipient: str) -> None:
+        """One message. Raises Failed if it does not arrive at the upstream of this name, or elsewhere."""
         content = MESSAGE.format(sender=SENDER, recipient=recipient)
-        before = {one: len(one.received) for one in self.upstreams}
-        client = Client(self.port)
-        self.say(f"\n{number}. A mail to {recipient}", BOLD)
+        before = {upstream: len(upstream.received) for upstream in self.upstreams}
         try:
-            outcome = client.send(recipient, content)
+            answer = talk(self.port, recipient, content)
         except (OSError, smtplib.SMTPException) as error:
             raise Failed(f"The client failed: {error!r}") from None
-        for command, code, text in client.told:
-            self.row("client", command)
-            first, *more = text.decode("utf-8", "replace").splitlines() or [""]
-            self.row("", f"    {code} {first}" + (f"  (and {len(more)} extensions)" if more else ""), colour_of(code))
         self.show_until(f"to={recipient}")
-        new = [mail for one in self.upstreams for mail in one.received[before[one] :]]
-        self.verify(upstream, recipient, content, outcome, new)
-
-    def verify(
-        self, upstream: Upstream | None, recipient: str, content: str, outcome: tuple[int, bytes], new: list[Mail]
-    ) -> None:
-        """Raises Failed."""
-        if upstream is None:
-            good = outcome == NO_ROUTE and not new
+        arrived = [
+            (one.name, mail.mail_from, mail.rcpt_tos, mail.original_content)
+            for one in self.upstreams
+            for mail in one.received[before[one] :]
+        ]
+        if arrived:
+            due = 250, f"2.0.0 {name} has it, number 1".encode()
+            good = arrived == [(name, SENDER, [recipient], content.replace("\n", "\r\n").encode())] and answer == due
         else:
-            octets = content.replace("\n", "\r\n").encode()
-            own_words = f"2.0.0 {upstream.name} has it, number {len(upstream.received)}".encode()
-            good = outcome == (250, own_words) and new == [Mail(upstream, SENDER, (recipient,), octets)]
+            good = name == "north" and answer == NO_ROUTE
         if not good:
             raise Failed(f"This is not what should happen to a mail to {recipient}.")
 
     def wait_for_mail(self) -> None:
-        """Show whatever comes, until somebody has enough."""
-        self.say("\nNow you. Type this in another terminal:", BOLD)
-        for line in try_lines(self.port):
-            self.say(f"  {line}", GREEN)
-        self.say("Every mail is shown here. Ctrl-C ends the demo and removes its files.\n")
+        """Show whatever comes, until AskedToEnd or Failed."""
+        say("\nNow you. Type this in another terminal:", BOLD)
+        say(f"  swaks --server {HOST}:{self.port} --from me@me.example --to bob@west.example", GREEN)
+        say("Every mail is shown here. Ctrl-C ends the demo and removes its files.\n")
         while True:
-            self.show(self.events.get())
-
-    # What happened
+            self.events.get()()
 
     def show_until(self, text: str) -> None:
         """Show what happens up to a log line with this text. Raises Failed, AskedToEnd."""
-        while True:
+        while text not in self.last_line.split():
             try:
-                event = self.events.get(timeout=PATIENCE)
+                self.events.get(timeout=PATIENCE)()
             except Empty:
                 raise Failed(f"Not in Willi's log after {PATIENCE:g} seconds: {text}") from None
-            self.show(event)
-            if isinstance(event, LogLine) and text in event.text.split():
-                return
-
-    def show(self, event: Event) -> None:
-        """Raises Failed, AskedToEnd."""
-        if isinstance(event, Mail):
-            self.show_mail(event)
-        elif isinstance(event, LogLine):
-            self.show_line(event.text)
-        elif isinstance(event, WilliEnded):
-            raise WilliGone(self.last_error)
-        else:
-            raise AskedToEnd
 
     def show_line(self, line: str) -> None:
         """A line of Willi's log, and what it means if it is about a mail."""
-        self.row("log", line, DIM)
+        self.last_line = line
+        row("log", line, DIM)
         fields = dict(re.findall(r'(\w+)=("(?:[^"\\]|\\.)*"|[^" ]*)', line))
         self.last_error = fields.get("error", line).strip('"')
         if not fields.get("msg", "").startswith('"Message '):
             return
         recipient, server, why = (fields.get(name, "").strip('"') for name in ("to", "upstream", "error"))
-        upstream = next((one.name for one in self.upstreams if server == f"{HOST}:{one.port}"), server)
+        name = next((one.name for one in self.upstreams if server == f"{HOST}:{one.port}"), server)
         if not why:
-            self.row("willi", f"{recipient}: routed to {server}, which is {upstream}", GREEN)
+            row("willi", f"{recipient}: routed to {server}, which is {name}", GREEN)
         else:
-            self.row("willi", f"{recipient}: {f'not taken by {upstream}' if server else 'not routed'}: {why}", RED)
-
-    def show_mail(self, mail: Mail) -> None:
-        """Envelope and subject."""
-        upstream = mail.upstream
-        subject = re.search(rb"(?im)\A(?:.+\r\n)*?subject:[ \t]*(.*?)\r$", mail.content)
-        self.row(upstream.name, f"received {len(mail.content)} octets", upstream.colour)
-        self.row("", f"    from <{mail.sender}> to {', '.join(f'<{one}>' for one in mail.recipients)}", upstream.colour)
-        if subject:
-            self.row("", f"    Subject: {subject[1].decode('utf-8', 'replace')}", upstream.colour)
+            row("willi", f"{recipient}: {f'not taken by {name}' if server else 'not routed'}: {why}", RED)
 
 
-class WilliGone(Failed):
-    """It was not we who ended it."""
-
-    def __init__(self, last_error: str) -> None:
-        super().__init__(f"Willi has ended: {last_error}")
-        self.last_error = last_error
-
-
-def colour_of(code: int) -> str:
-    return GREEN if code < 400 else RED
+def stop(process: subprocess.Popen[str], reader: threading.Thread) -> None:
+    process.terminate()
+    try:
+        process.wait(PATIENCE)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+    reader.join()
 
 
-def try_lines(port: int) -> list[str]:
-    """One line, and for telnet what to type next."""
-    if shutil.which("telnet") and not shutil.which("swaks"):
-        dialogue = ["EHLO me.example", "MAIL FROM:<me@me.example>", "RCPT TO:<bob@west.example>", "DATA", "Hello!", "."]
-        return [f"telnet {HOST} {port}", *(f"    {line}" for line in dialogue)]
-    line = f"swaks --server {HOST}:{port} --from me@me.example --to bob@west.example"
-    return [line] if shutil.which("swaks") else [line, "(swaks is not installed here: the package is called swaks)"]
+def talk(port: int, recipient: str, content: str) -> tuple[int, bytes]:
+    """The whole dialogue for one message; the last answer before QUIT. Raises OSError, smtplib.SMTPException."""
+    with smtplib.SMTP(HOST, port, "client.example", PATIENCE) as client:
+        steps: dict[str, Callable[[], tuple[int, bytes]]] = {
+            "EHLO client.example": client.ehlo,
+            f"MAIL FROM:<{SENDER}>": lambda: client.mail(SENDER),
+            f"RCPT TO:<{recipient}>": lambda: client.rcpt(recipient),
+            "DATA, and the message": lambda: client.data(content),
+        }
+        for command, send in steps.items():
+            code, text = send()
+            first, *more = text.decode("utf-8", "replace").splitlines() or [""]
+            extensions = f"  (and {len(more)} extensions)" if more else ""
+            row("client", command)
+            row("", f"    {code} {first}{extensions}", GREEN if code < 400 else RED)
+            if code >= 400:
+                break
+    return code, text
 
 
 def port_wanted() -> int:
@@ -412,27 +294,23 @@ def port_wanted() -> int:
     return int(text)
 
 
-def usage() -> NoReturn:
-    print(__doc__)
-    sys.exit(0 if sys.argv[1:] in (["-h"], ["--help"]) else 2)
-
-
 def main() -> int:
     """The exit status."""
-    if sys.argv[1:] not in ([], ["--once"]):
-        usage()
-    once = sys.argv[1:] == ["--once"]
-    screen = Screen()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--once", action="store_true", help="end after the three messages")
+    once = parser.parse_args().once
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a Subject may have letters that this terminal has not
     try:
         demo = Demo(port_wanted())
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, lambda *_: demo.events.put(Asked()))
+            signal.signal(number, lambda *_: demo.events.put(ask_to_end))
         demo.run(once)
     except AskedToEnd:
-        screen.say("\nThe demo has ended; nothing of it is left.")
+        say("\nThe demo has ended; nothing of it is left.")
         return 1 if once else 0  # --once has promised an outcome
     except Failed as failure:
-        screen.say(f"\n{failure}", RED)
+        say(f"\n{failure}", RED)
         return 1
     return 0
 
