@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Build the release tarball, and install it on another host. `make release` and `make install` call this.
 
-The same commit gives the same octets, whoever builds it, where and when: only what is committed goes in, with sorted
-names, one owner, plain modes and the time of the commit, and exactly those wheels whose checksums wheels.sha256 lists.
+The same commit gives the same octets, whoever builds it, where and when: `git archive` of what is committed, with the
+version in it, and exactly those wheels whose checksums wheels.sha256 lists.
 """
 
 from __future__ import annotations
@@ -10,29 +10,28 @@ from __future__ import annotations
 import argparse
 import fcntl
 import hashlib
-import io
 import os
 import re
 import shlex
 import subprocess
 import sys
-import tarfile
 import tempfile
 import venv
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
 RELEASE = ROOT / "release"
 LOCK = ROOT / "wheels.sha256"  # as sha256sum writes it
 
-# What a host needs, if it is committed.
-PACKED = {
+# What a host needs.
+PACKED = (
     "willi.py", "willi_lib", "etc", "docs", "install.sh", "requirements.txt", "README.md", "CHANGES.md",
     "SECURITY.md", "CONTRIBUTING.md", "LICENSE",
-}  # fmt: skip
+)  # fmt: skip
+VERSION_FILE = "willi_lib/__init__.py"
+VERSION_LINE = re.compile(r'^VERSION = "([^"\n]+)"$', re.MULTILINE)
 
 # The wheels that a tarball carries, by machine and CPython. Others get theirs from the network.
 # gevent has none for 3.10 on aarch64.
@@ -42,6 +41,8 @@ BUILT = "docopt"  # the only one that its author publishes without a wheel
 BUILT_BY = "setuptools==80.9.0"  # it writes its own version into the wheel
 MAX_NAMES = 5  # of files that are not committed; git status shows them all
 
+# gzip itself: that of git or Python is another one on some systems, and writes other octets.
+GZIP = "tar.tar.gz.command=env --unset=GZIP gzip -9 --no-name"
 PIP_SECONDS = 600  # one call of pip; it has its own limits for each answer of the network
 SSH_FAILED = 255  # ssh's own exit status; any other is that of the command
 SSH_LIMITS = ("-o", "ConnectTimeout=20", "-o", "ServerAliveInterval=15", "-o", "ServerAliveCountMax=4")
@@ -51,10 +52,10 @@ class Failed(Exception):
     """There is no release, and the text says why."""
 
 
-def run(command: Sequence[str | Path], stdin: bytes | None = None, seconds: float = 60) -> bytes:
+def run(*command: str | Path, seconds: float = 300) -> bytes:
     """The standard output of a command. Raises Failed, with its last word."""
     try:
-        done = subprocess.run(command, cwd=ROOT, input=stdin, capture_output=True, check=False, timeout=seconds)
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, check=False, timeout=seconds)
     except FileNotFoundError:
         raise Failed(f"{command[0]} is missing: install it first") from None
     except subprocess.TimeoutExpired as error:
@@ -68,7 +69,7 @@ def run(command: Sequence[str | Path], stdin: bytes | None = None, seconds: floa
 def pip(python: Path, *arguments: str | Path) -> None:
     """Run pip for what it gets from the network. Raises Failed."""
     try:
-        run([python, "-m", "pip", "-qq", "--disable-pip-version-check", *arguments], seconds=PIP_SECONDS)
+        run(python, "-m", "pip", "-qq", "--disable-pip-version-check", *arguments, seconds=PIP_SECONDS)
     except Failed as failure:
         said = str(failure).rpartition(": ")[2]
         raise Failed(
@@ -79,12 +80,12 @@ def pip(python: Path, *arguments: str | Path) -> None:
 
 def git(*arguments: str) -> bytes:
     """What git prints, whatever its user may have set."""
-    plain = ("core.autocrlf=false", "core.attributesFile=/dev/null", "log.showSignature=false")
-    return run(["git", *(option for setting in plain for option in ("-c", setting)), *arguments])
+    plain = ("core.autocrlf=false", "core.attributesFile=/dev/null", "log.showSignature=false", "tar.umask=0022", GZIP)
+    return run("git", *(option for setting in plain for option in ("-c", setting)), *arguments)
 
 
-def sha256(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
+def sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 # The commit
@@ -101,24 +102,6 @@ def refuse_changes() -> None:
         )
 
 
-def committed() -> dict[str, tuple[bytes, int]]:
-    """The files of HEAD that a host needs: their octets and their mode."""
-    files = {}
-    with tarfile.open(fileobj=io.BytesIO(git("archive", "--format=tar", "HEAD"))) as archive:
-        for entry in archive:
-            if entry.name.split("/")[0] not in PACKED or entry.isdir():
-                continue
-            content = archive.extractfile(entry) if entry.isfile() else None
-            if content is None:
-                raise Failed(f"{entry.name} is no plain file")
-            files[entry.name] = content.read(), 0o755 if entry.mode & 0o100 else 0o644
-    return files
-
-
-VERSION_FILE = "willi_lib/__init__.py"
-VERSION_LINE = re.compile(r'^VERSION = "([^"\n]+)"$', re.MULTILINE)
-
-
 def find_version(of_source: str) -> str:
     """That of the last tag: 2.0.0, or 2.0.0-5-g0123456789ab five commits later. Without a tag that of the source."""
     # A fixed length of the hash: git's own choice depends on how many objects a clone has.
@@ -129,61 +112,34 @@ def find_version(of_source: str) -> str:
     return version
 
 
-def stamp(files: dict[str, tuple[bytes, int]]) -> str:
-    """Write the version into the source; return it."""
-    if VERSION_FILE not in files:
-        raise Failed(f"git archive leaves {VERSION_FILE} out: look for export-ignore in .git/info/attributes")
-    content, mode = files[VERSION_FILE]
-    module = content.decode()
-    found = VERSION_LINE.findall(module)
-    if len(found) != 1:
-        raise Failed(f"{VERSION_FILE} has no line VERSION, or several")
-    version = find_version(found[0])
-    files[VERSION_FILE] = VERSION_LINE.sub(f'VERSION = "{version}"', module).encode(), mode
-    return version
-
-
 # The wheels
 
 
-def read_lock() -> dict[str, str]:
-    """The checksum of each wheel by its name."""
-    lines = [line.split("  ") for line in LOCK.read_text(encoding="ascii").splitlines()]
-    return {name: checksum for checksum, name in lines}
-
-
-def wheels(cache: Path) -> dict[str, bytes]:
+def wheels(cache: Path) -> list[Path]:
     """Exactly the wheels of wheels.sha256, fetched if they are not in the cache already. Raises Failed."""
-    lock = read_lock()
     cache.mkdir(parents=True, exist_ok=True)
-    with alone_in(cache):
-        for name in differing(cache, lock):
-            (cache / name).unlink(missing_ok=True)
-        if differing(cache, lock):
-            print("Fetching the wheels ...", flush=True)
-            fetch(cache)
-    if wrong := differing(cache, lock):
-        lines = [f"{name}: {'another one' if (cache / name).exists() else 'not to be had'}" for name in wrong]
+    directory = os.open(cache, os.O_RDONLY)
+    fcntl.flock(directory, fcntl.LOCK_EX)  # others may build at the same time; the kernel forgets it when we end
+    lock = [line.split("  ") for line in LOCK.read_text(encoding="ascii").splitlines()]
+
+    def differing() -> list[Path]:
+        return [
+            cache / name
+            for checksum, name in lock
+            if not ((cache / name).exists() and sha256(cache / name) == checksum)
+        ]
+
+    if wrong := differing():
+        print("Fetching the wheels ...", flush=True)
+        for path in wrong:
+            path.unlink(missing_ok=True)
+        fetch(cache)
+    if wrong := differing():
+        lines = [f"{path.name}: {'another one' if path.exists() else 'not to be had'}" for path in wrong]
         advice = "If requirements.txt has changed: make lock"
         raise Failed("\n".join(["These wheels are not those of wheels.sha256:", *lines, advice]))
-    return {name: (cache / name).read_bytes() for name in lock}
-
-
-@contextmanager
-def alone_in(directory: Path) -> Iterator[None]:
-    """Wait for others who build a release at the same time. The kernel forgets this when we end, however."""
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
-
-
-def differing(cache: Path, lock: Mapping[str, str]) -> list[str]:
-    """The wheels of the lock that the cache lacks, or has with other octets."""
-    found = {path.name: sha256(path.read_bytes()) for path in cache.glob("*.whl")}
-    return [name for name, checksum in lock.items() if found.get(name) != checksum]
+    os.close(directory)
+    return [cache / name for _, name in lock]
 
 
 def fetch(directory: Path) -> None:
@@ -224,7 +180,7 @@ def lock() -> None:
     """Choose the wheels again, and write wheels.sha256."""
     with tempfile.TemporaryDirectory(prefix="willi-lock-") as scratch:
         fetch(Path(scratch))
-        lines = [f"{sha256(path.read_bytes())}  {path.name}\n" for path in sorted(Path(scratch).glob("*.whl"))]
+        lines = [f"{sha256(path)}  {path.name}\n" for path in sorted(Path(scratch).glob("*.whl"))]
     LOCK.write_text("".join(lines), encoding="ascii")
     print(f"{LOCK.name}: {len(lines)} wheels")
 
@@ -235,41 +191,24 @@ def lock() -> None:
 def build() -> Path:
     """Make release/willi-<version>.tar.gz and release/SHA256SUMS from HEAD. Raises Failed."""
     refuse_changes()
-    files = committed()
-    version = stamp(files)
-    cache = Path(os.environ.get("WILLI_WHEELS", RELEASE / "wheels"))
-    files.update({f"wheels/{name}": (content, 0o644) for name, content in wheels(cache).items()})
-    time = int(git("show", "--no-patch", "--format=%ct", "HEAD"))
-    tar = pack(f"willi-{version}", files, time)
-    # gzip itself: the zlib of Python is another one on some systems, and writes other octets.
-    tarball = RELEASE / f"willi-{version}.tar.gz"
-    compressed = run(["env", "--unset=GZIP", "gzip", "-9", "--no-name"], stdin=tar, seconds=300)
+    source = git("show", f"HEAD:{VERSION_FILE}").decode()
+    found = VERSION_LINE.findall(source)
+    if len(found) != 1:
+        raise Failed(f"{VERSION_FILE} has no line VERSION, or several")
+    version = find_version(*found)
+    packed = wheels(Path(os.environ.get("WILLI_WHEELS", RELEASE / "wheels")))
+    top = f"willi-{version}"
+    with tempfile.TemporaryDirectory(prefix="willi-release-") as scratch:
+        stamped = Path(scratch, Path(VERSION_FILE).name)
+        stamped.write_text(VERSION_LINE.sub(f'VERSION = "{version}"', source), encoding="utf-8")
+        added = [f"--prefix={top}/willi_lib/", f"--add-file={stamped}", f"--prefix={top}/wheels/"]
+        added += [f"--add-file={wheel}" for wheel in packed]
+        committed = ["HEAD", "--", *PACKED, f":(exclude){VERSION_FILE}"]
+        compressed = git("archive", "--format=tar.gz", *added, f"--prefix={top}/", *committed)
+    tarball = RELEASE / f"{top}.tar.gz"
     write(tarball, compressed)
-    write(RELEASE / "SHA256SUMS", f"{sha256(compressed)}  {tarball.name}\n".encode())
+    write(RELEASE / "SHA256SUMS", f"{sha256(tarball)}  {tarball.name}\n".encode())
     return tarball
-
-
-def pack(top: str, files: Mapping[str, tuple[bytes, int]], time: int) -> bytes:
-    """A tar archive of one directory."""
-    packed = io.BytesIO()
-    # GNU's format for names of more than 100 octets, which some wheels have.
-    with tarfile.open(fileobj=packed, mode="w", format=tarfile.GNU_FORMAT) as archive:
-        for name in sorted({top, *parents(top, files), *(f"{top}/{name}" for name in files)}):
-            content, mode = files.get(name.removeprefix(f"{top}/"), (None, 0o755))
-            entry = tarfile.TarInfo(name)
-            entry.type = tarfile.DIRTYPE if content is None else tarfile.REGTYPE
-            entry.size = len(content or b"")
-            entry.mode, entry.mtime, entry.uname, entry.gname = mode, time, "root", "root"
-            archive.addfile(entry, io.BytesIO(content or b""))
-    return packed.getvalue()
-
-
-def parents(top: str, files: Mapping[str, tuple[bytes, int]]) -> Iterator[str]:
-    """The directories of the files: in the archive their mode does not depend on who unpacks it."""
-    for name in files:
-        for parent in Path(name).parents:
-            if parent.name:
-                yield f"{top}/{parent}"
 
 
 def write(path: Path, content: bytes) -> None:
