@@ -19,7 +19,8 @@ import pytest
 import release as builder
 from tests.conftest import show_on_failure
 from tests.support.loopback import ROOT, free_port, need
-from tests.support.release import WHEELS, build_release, commit, environment, git, make, tarball_of
+from tests.support.release import WHEELS, commit, environment, git, make, tarball_of
+from tests.support.release import release as make_release
 from tests.support.sshd import OPERATOR, Sshd
 from willi_lib import VERSION
 
@@ -30,15 +31,10 @@ COMMIT_TIME = 981173106  # of tests.support.release.GIT
 OFFLINE = {"PIP_CONFIG_FILE": os.devnull, "PIP_NO_INDEX": "1", "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def tools() -> None:
-    need("git", "make", "gzip", "sha256sum")
-
-
 @pytest.fixture(scope="module")
-def release(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def release() -> Path:
     """A tarball of this tree with the tag v2.1.0."""
-    return build_release(tmp_path_factory.mktemp("release"), tag="v2.1.0")
+    return make_release()
 
 
 @pytest.fixture(scope="module")
@@ -160,18 +156,17 @@ def module_of(tarball: Path) -> str:
         return module.read().decode()
 
 
-def test_a_commit_after_the_tag_is_named_by_its_hash(clone: Path):
+def test_the_version_is_that_of_the_tag_or_else_of_the_source_with_the_hash(clone: Path):
     commit(clone, "CHANGES.md", "# Changes\n")
     git(clone, "tag", "of-something-else")
-    version = f"2.1.0-1-g{git(clone, 'rev-parse', '--short=12', 'HEAD')}"
+    hash_of_it = git(clone, "rev-parse", "--short=12", "HEAD")
     tarball = tarball_of(clone)
-    assert tarball.name == f"willi-{version}.tar.gz"
-    assert f'\nVERSION = "{version}"\n' in module_of(tarball)
-
-
-def test_without_a_tag_the_version_is_that_of_the_source_and_the_hash(clone: Path):
+    assert tarball.name == f"willi-2.1.0-1-g{hash_of_it}.tar.gz"
+    assert f'\nVERSION = "2.1.0-1-g{hash_of_it}"\n' in module_of(tarball)
     git(clone, "tag", "--delete", "v2.1.0")
-    assert tarball_of(clone).name == f"willi-{VERSION}+g{git(clone, 'rev-parse', '--short=12', 'HEAD')}.tar.gz"
+    assert tarball_of(clone).name == f"willi-{VERSION}+g{hash_of_it}.tar.gz"
+    assert make(clone, "clean").returncode == 0
+    assert not (clone / "release").exists()
 
 
 def test_a_tag_that_is_no_version_is_refused(clone: Path):
@@ -190,14 +185,6 @@ def test_a_source_without_a_version_is_refused(clone: Path):
 
 
 # Only what is committed
-
-
-def test_files_that_git_ignores_stay_outside(clone: Path, release: Path):
-    stray = "release/wheels/stray-1-py3-none-any.whl"
-    for name in ("willi.conf", "willi_lib/stray.pyc", "etc/__pycache__/stray", stray):
-        (clone / name).parent.mkdir(parents=True, exist_ok=True)
-        (clone / name).write_text("password = secret\n", encoding="ascii")
-    assert digest(tarball_of(clone)) == digest(release)
 
 
 @pytest.mark.parametrize("name", ["willi.py", "willi_lib/forgotten.py"])
@@ -243,11 +230,16 @@ def public() -> Iterator[Path]:
 
 
 def test_another_user_elsewhere_builds_the_same(public: Path, tree: Path, release: Path):
-    """His umask, his time zone, his locale and his git, which turns line ends into CRLF."""
+    """His umask, his time zone, his locale and his git, which turns line ends into CRLF; and files that git ignores."""
     need("git", root=True)
     shutil.copytree(WHEELS, public / "wheels")
     place = public / "another place"
     git(tree, "clone", "--quiet", str(tree), str(place))
+    stray = "release/wheels/stray-1-py3-none-any.whl"
+    for name in ("willi.conf", "willi_lib/stray.pyc", "etc/__pycache__/stray", stray):
+        (place / name).parent.mkdir(parents=True, exist_ok=True)
+        (place / name).write_text("password = secret\n", encoding="ascii")
+    shutil.copy(place / stray, public / "wheels")
     for path in (place, *place.rglob("*")):
         os.utime(path, (0, 0), follow_symlinks=False)
         os.chown(path, NOBODY, NOBODY, follow_symlinks=False)
@@ -285,12 +277,6 @@ def test_without_a_cache_the_wheels_are_the_same_and_no_others_are_taken(clone: 
     assert digest(clone / "release" / release.name) == digest(release)
 
 
-def test_make_clean_removes_it(clone: Path):
-    tarball = tarball_of(clone)
-    assert make(clone, "clean").returncode == 0
-    assert not tarball.parent.exists()
-
-
 # Another host
 
 
@@ -311,14 +297,8 @@ set -e
 id -u >{record}/user
 pwd >{record}/directory
 cp -a . {record}/files
-exit {status}
+exit "$(cat {record}/status)"
 """
-
-
-def recording(clone: Path, record: Path, status: int = 0) -> None:
-    """Let install.sh do nothing but record what it is given."""
-    record.mkdir()
-    commit(clone, "install.sh", RECORDING.format(record=record, status=status))
 
 
 def contents(directory: Path) -> Mapping[str, tuple[int, str]]:
@@ -327,29 +307,26 @@ def contents(directory: Path) -> Mapping[str, tuple[int, str]]:
     return {str(path.relative_to(directory)): (path.stat().st_mode, digest(path)) for path in files}
 
 
-@pytest.mark.parametrize("user", ["root", OPERATOR])
-def test_install_runs_install_sh_there_as_root(host: Sshd, clone: Path, tmp_path: Path, user: str):
+def test_install_runs_install_sh_there_as_root_and_a_failure_of_it_is_one_of_install(
+    host: Sshd, clone: Path, tmp_path: Path
+):
     record = tmp_path / "record"
-    recording(clone, record)
-    done = make(clone, "install", f"TARGET_HOST={user}@127.0.0.1", f"SSH_OPTIONS={host.options}")
-    assert done.returncode == 0, done.stdout
-    assert (record / "user").read_text() == "0\n"
-    [tarball] = (clone / "release").glob("*.tar.gz")
-    with tarfile.open(tarball) as archive:
-        archive.extractall(tmp_path / "unpacked")
-    name = tarball.name.removesuffix(".tar.gz")
-    assert re.fullmatch(rf"/srv/tmp\.\w+/{re.escape(name)}\n", (record / "directory").read_text())
-    assert contents(record / "files") == contents(tmp_path / "unpacked" / name)
-    assert host.left() == []
-
-
-def test_a_failure_of_install_sh_is_a_failure_of_install(host: Sshd, clone: Path, tmp_path: Path):
-    recording(clone, tmp_path / "record", status=3)
-    done = make(clone, "install", "TARGET_HOST=root@127.0.0.1", f"SSH_OPTIONS={host.options}")
-    assert done.returncode != 0
-    assert "install.sh on root@127.0.0.1 failed: exit status 3\n" in done.stdout
-    assert (tmp_path / "record" / "files" / "install.sh").exists()
-    assert host.left() == []
+    commit(clone, "install.sh", RECORDING.format(record=record))  # it does nothing else
+    for user, status in (("root", "0"), (OPERATOR, "3")):
+        record.mkdir()
+        (record / "status").write_text(status)
+        done = make(clone, "install", f"TARGET_HOST={user}@127.0.0.1", f"SSH_OPTIONS={host.options}")
+        assert (done.returncode != 0) == (status != "0"), done.stdout
+        assert (f"install.sh on {user}@127.0.0.1 failed: exit status 3\n" in done.stdout) == (status != "0")
+        assert (record / "user").read_text() == "0\n"
+        [tarball] = (clone / "release").glob("*.tar.gz")
+        with tarfile.open(tarball) as archive:
+            archive.extractall(tmp_path / f"unpacked by {user}")
+        name = tarball.name.removesuffix(".tar.gz")
+        assert re.fullmatch(rf"/srv/tmp\.\w+/{re.escape(name)}\n", (record / "directory").read_text())
+        assert contents(record / "files") == contents(tmp_path / f"unpacked by {user}" / name)
+        assert host.left() == []
+        shutil.rmtree(record)
 
 
 def test_a_host_that_does_not_answer_is_told(clone: Path):

@@ -1,4 +1,4 @@
-"""etc/willi.service in the eyes of systemd itself. test_install.py has it do its work."""
+"""etc/willi.service in the eyes of systemd itself. install/test_with_systemd.py has it do its work."""
 
 from __future__ import annotations
 

@@ -23,10 +23,12 @@ from tests.runner import limits
 
 DIRECTORY = "WILLI_TEST_RUN"  # the variable that names the directory of this run, if the runner made one
 LIMITS = pytest.StashKey[limits.Limits]()
-# Begun last, one of these would run alone at the end, while other processes have nothing to do.
+# Begun last, one of these would run alone at the end, while other processes have nothing to do. The first one that
+# needs a Debian makes it for all; those that come meanwhile would wait for it.
 LONGEST = (
-    "test_chaos.py", "test_install.py", "test_interoperation.py", "test_reload.py", "test_load.py", "test_mysql.py",
-    "test_page_in_browser.py", "test_processes.py", "test_promise_8.py", "test_check.py", "test_status.py",
+    "test_chaos.py", "test_install.py", "test_reload.py", "test_interoperation.py", "test_upgrade.py", "test_load.py",
+    "test_mysql.py", "test_page_in_browser.py", "test_processes.py", "test_with_systemd.py", "test_promise_8.py",
+    "test_release.py", "test_check.py", "test_status.py",
 )  # fmt: skip
 
 

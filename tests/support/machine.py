@@ -9,7 +9,6 @@ place of each other, for tests/support/twin.py.
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
 import subprocess
@@ -22,6 +21,7 @@ from tests.runner.limits import allow
 from tests.runner.plugin import run_directory
 from tests.support.loopback import need, wait_until
 from tests.support.network import Host
+from tests.support.once import MAKING, once
 
 PACKAGES = ("python3", "python3-venv", "systemd-sysv", "logrotate")
 MAIL_SERVERS = ("exim4-daemon-heavy", "opensmtpd")  # Exim's light one does not know the PROXY protocol
@@ -31,9 +31,7 @@ FETCH = (  # $1: the root
     f'--no-install-recommends -o "Dir::Cache::Archives=$1{KEPT}/{{package}}/" -o APT::Sandbox::User=root '
     "-o Acquire::Retries=3 install --download-only {package}"
 )
-NEEDLESS = "--dpkgopt=path-exclude=/usr/share/{doc,man,locale,i18n}/*"
 PATH = "/usr/sbin:/usr/bin:/sbin:/bin"
-MAKING = 900.0  # seconds for a Debian; about 40 are usual
 BOOTING = 90.0  # seconds; less than one is usual
 RUNNING = 240.0  # seconds for one command
 JOURNAL_TO_CONSOLE = "[Journal]\nForwardToConsole=yes\nMaxLevelConsole=info\n"
@@ -69,13 +67,12 @@ class Layers:
 
     @contextmanager
     def change(
-        self, *below: Path, boot: bool = False, binds: Mapping[Path, str] | None = None
-    ) -> Iterator[tuple[Machine, Path]]:
-        """A machine, and the layer that keeps what the block does with it."""
-        layer = self.directory("layer")
+        self, layer: Path, *below: Path, boot: bool = False, binds: Mapping[Path, str] | None = None
+    ) -> Iterator[Machine]:
+        """A machine; `layer`, an empty directory, keeps what the block does with it."""
         machine = Machine(self, below, layer, boot, binds)
         try:
-            yield machine, layer
+            yield machine
         finally:
             machine.stop()
 
@@ -86,21 +83,12 @@ class Layers:
 def debian() -> Path:
     """A small Debian of this machine's release, from where this machine has its packages. No test changes it."""
     need("mmdebstrap", "apt-get", root=True)
-    allow(MAKING)
-    made = run_directory() / "debian"
-    with (run_directory() / "debian.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # one process makes it, the others wait
-        if not made.exists():
-            half_made = made.with_name("debian.new")
-            shutil.rmtree(half_made, ignore_errors=True)
-            _make_debian(half_made)
-            half_made.rename(made)
-    return made
+    return once("debian", _make_debian)
 
 
 def _make_debian(path: Path) -> None:
     command = [
-        "mmdebstrap", "--quiet", "--variant=minbase", f"--include={','.join(PACKAGES)}", NEEDLESS,
+        "mmdebstrap", "--quiet", "--variant=minbase", f"--include={','.join(PACKAGES)}",
         "--dpkgopt=force-unsafe-io",
         *(f"--customize-hook={FETCH.format(package=package)}" for package in MAIL_SERVERS),
     ]  # fmt: skip

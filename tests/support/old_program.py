@@ -61,10 +61,15 @@ socketserver.ThreadingTCPServer(("", 25), Session).serve_forever()
 """
 
 
-def start(machine: Machine) -> None:
-    """As its own install.sh leaves it: an account without a group, a unit without Type=, and both running."""
+def make_account(machine: Machine) -> None:
+    """Without a group, as its own install.sh does."""
     machine.run("useradd", "--system", "--gid=nogroup", "--no-create-home", "--shell=/usr/sbin/nologin", "willi")
     machine.run("install", "-d", "-o", "willi", f"{HOME}/etc")
+
+
+def start(machine: Machine) -> None:
+    """As its own install.sh leaves it, with a unit without Type=."""
+    make_account(machine)
     machine.write(f"{HOME}/willi", PROGRAM, 0o755)
     machine.write(f"{HOME}/willi.service", UNIT_TEXT)
     machine.write(UNIT, UNIT_TEXT)

@@ -8,8 +8,10 @@ import sys
 from pathlib import Path
 
 from tests.runner.limits import allow
-from tests.support.loopback import ROOT
+from tests.support.loopback import ROOT, need
+from tests.support.once import once
 
+VERSION = "2.1.0"  # of `release`
 WHEELS = ROOT / "release" / "wheels"  # of all releases that the tests build: fetched once
 SECONDS = 900  # for a command that may have to fetch the wheels; thirty are usual
 
@@ -69,9 +71,13 @@ def tarball_of(tree: Path) -> Path:
     return tree / done.stdout.splitlines()[-1]
 
 
-def build_release(directory: Path, tag: str = "") -> Path:
-    """The tarball of our tree as it stands, committed in directory/tree first. tag: v2.1.0, for instance; else none."""
+def release() -> Path:
+    """The tarball of our tree as it stands, of this run: directory/release/willi-2.1.0.tar.gz, built in `directory`."""
+    need("git", "make", "gzip", "sha256sum")
+    return once("release", _build) / "tree" / "release" / f"willi-{VERSION}.tar.gz"
+
+
+def _build(directory: Path) -> None:
     tree = commit_tree(directory / "tree")
-    if tag:
-        git(tree, "tag", tag)
-    return tarball_of(tree)
+    git(tree, "tag", f"v{VERSION}")
+    tarball_of(tree)
