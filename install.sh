@@ -152,14 +152,8 @@ need_system_account() {
 make_account() {
     getent group willi >/dev/null || groupadd --system willi
     getent passwd willi >/dev/null ||
-        useradd --system --gid willi --no-create-home --home-dir /nonexistent --shell "$(no_login)" willi
-}
-
-no_login() {
-    for shell in /usr/sbin/nologin /sbin/nologin /bin/false; do
-        [ ! -x $shell ] || break
-    done
-    echo $shell
+        useradd --system --gid willi --no-create-home --home-dir /nonexistent \
+            --shell "$(command -v nologin || echo /bin/false)" willi
 }
 
 make_directories() {
@@ -245,7 +239,7 @@ for module in pkgutil.walk_packages(willi_lib.__path__, "willi_lib."):
 # All that Willi needs at its start: the file, tables, certificates, addresses. Nothing is connected to.
 check_configuration() {
     [ -e "$configuration" ] || return 0
-    if faults=$(new_program check --quick -c "$configuration" 2>&1); then
+    if faults=$(as_service "$release/venv/bin/python" "$release/willi.py" check --quick -c "$configuration" 2>&1); then
         faults=
         return
     fi
@@ -255,8 +249,6 @@ check_configuration() {
 $faults" ;;
     esac
 }
-
-new_program() { as_service "$release/venv/bin/python" "$release/willi.py" "$@"; }
 
 # As the user of the service: root could read more. Drop-ins and /etc/default/willi may name others.
 as_service() (
@@ -382,8 +374,9 @@ service_state() {
 
 run_service() {
     has_systemd || has_init || return 0
-    [ -n "$previous" ] && [ "$serving" != none ] || enable_service
-    if [ "$serving" = stopped ] && [ -n "$previous" ]; then
+    if [ -z "$previous" ] || [ "$serving" = none ]; then
+        enable_service
+    elif [ "$serving" = stopped ]; then
         return
     fi
     if [ ! -e $CONFIG ]; then
@@ -404,16 +397,18 @@ enable_service() {
     fi
 }
 
-# Its own words if it fails; those of systemctl ("See journalctl -xe") say less than the log.
 restart_service() {
-    began=$(date +%s)
     [ "$serving" != running ] || [ -z "$previous" ] || say_what_a_restart_waits_for
+    control_service restart || { say_why >&2; false; }
+}
+
+# control_service start|stop|restart. What systemctl says of a failure ("See journalctl -xe") is less than the log says.
+control_service() {
+    began=$(date +%s)
     if has_systemd; then
-        patiently systemctl restart willi 2>/dev/null || { say_why >&2; false; }
-    elif [ "$serving" = running ]; then
-        patiently $INIT restart
+        patiently systemctl "$1" willi 2>/dev/null
     else
-        patiently $INIT start
+        patiently $INIT "$1"
     fi
 }
 
@@ -435,8 +430,9 @@ patiently() {
     wait $!
 }
 
+# The init script has said it by itself.
 say_why() {
-    journalctl --unit willi --since "@$began" --output cat --no-pager 2>/dev/null | tail -n 20
+    ! has_systemd || journalctl --unit willi --since "@$began" --output cat --no-pager 2>/dev/null | tail -n 20
 }
 
 give_up() {
@@ -476,7 +472,7 @@ go_back() {
         return
     fi
     say "The program that was here before does not start; the lines above say why. Willi is put back ..."
-    stop_service
+    control_service stop
     write_service_files "$previous"
     swap_configurations $CONFIG.new $CONFIG.old
     restart_service || fail "and Willi does not start either. Correct what is said above, then: $(start_command)"
@@ -497,19 +493,14 @@ kept_service_files() {
 # sockets for a program that does not know what they are.
 put_predecessor_back() {
     say "The program that was here before is put back ..."
-    began=$(date +%s)
     old=$(kept_service_files)
-    stop_service
+    control_service stop
     for pair in $old; do
         cp -p "$TARGET/etc/${pair#*:}.old" "${pair%:*}"
     done
     swap_configurations $CONFIG.old $CONFIG.new
-    if has_systemd; then
-        systemctl daemon-reload
-        patiently systemctl start willi 2>/dev/null && stays_up || { say_why >&2; false; }
-    else
-        patiently $INIT start && stays_up
-    fi
+    ! has_systemd || systemctl daemon-reload
+    control_service start && stays_up || { say_why >&2; false; }
 }
 
 # swap_configurations FROM TO: what is in FROM is in force, and what was is in TO.
@@ -517,14 +508,6 @@ swap_configurations() {
     [ -e "$1" ] || return 0
     mv $CONFIG "$2"
     mv "$1" $CONFIG
-}
-
-stop_service() {
-    if has_systemd; then
-        patiently systemctl stop willi
-    else
-        patiently $INIT stop
-    fi
 }
 
 # A unit without Type=, as that of the Go program, is "started" before its program has read a line of its file.
@@ -567,7 +550,9 @@ It does not run yet, since there is no $CONFIG. Next:
     $(start_command)
 END
     elif [ "$serving" = running ]; then
-        say "It is running. Its log: $(log_command)"
+        log=/var/log/willi.log
+        ! has_systemd || log="journalctl -u willi"
+        say "It is running. Its log: $log"
     elif [ "$serving" = stopped ]; then
         say "It was stopped, and stays so. To start it: $(start_command)"
     else
@@ -575,14 +560,6 @@ END
     fi
     [ -z "${faults-}" ] || say "It will not start with this configuration:
 $faults"
-}
-
-log_command() {
-    if has_systemd; then
-        echo "journalctl -u willi"
-    else
-        echo "/var/log/willi.log"
-    fi
 }
 
 # What put_in_force and build have made.
