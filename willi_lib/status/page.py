@@ -26,7 +26,7 @@ def _shown(value: object) -> object:
 _environment = Environment(
     autoescape=True, finalize=_shown, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
 )
-_environment.filters |= vars(overview) | vars(words)  # {{ size | number }}
+_environment.filters = vars(overview) | vars(words) | _environment.filters  # {{ size | number }}
 _page = _environment.from_string(Path(__file__).with_name("page.html").read_text(encoding="utf-8"))
 
 
