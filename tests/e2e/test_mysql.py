@@ -470,6 +470,26 @@ def test_a_new_worker_says_no_definite_no_from_a_table_that_is_empty_for_a_momen
         assert rcpt(client, "bob@d.example") == NO_ROUTE
 
 
+def test_a_new_worker_says_no_definite_no_for_a_row_that_others_have_found_in_a_table_that_is_half_filled(
+    mariadb: Mariadb, routed: StartWithDatabase, upstream: ScriptedUpstream
+):
+    rows = [(f"{letter}.example", upstream.server, False) for letter in "bc"]
+    name = mariadb.table(*rows)
+    willi = routed(database=name, cache_ttl="0s")
+    with greeted(willi) as client:
+        assert rcpt(client, "bob@b.example") == OK
+        assert rcpt(client, "bob@c.example") == OK
+    mariadb.query(f"DELETE FROM {name}.routes WHERE pattern = 'b.example'")
+    willi.reload()
+    with greeted(willi) as client:
+        assert rcpt(client, "bob@c.example") == OK
+        assert rcpt(client, "bob@b.example") == CANNOT_LOOK_UP
+        assert rcpt(client, "bob@d.example") == NO_ROUTE
+        mariadb.query(f"INSERT INTO {name}.routes VALUES ('b.example', '{upstream.server}', false)")
+        assert rcpt(client, "bob@b.example") == OK
+    assert willi.wait_for_log(lvl="warn", mapping="mysql:db")["error"] == "b.example"
+
+
 def test_an_empty_table_bounces_no_mail_at_the_start_and_a_later_mapping_serves(
     mariadb: Mariadb, routed: StartWithDatabase, upstream: ScriptedUpstream, start_willi: StartWilli
 ):
