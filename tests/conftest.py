@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import ssl
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -15,7 +16,7 @@ from tests.support.certificates import Authority, Pair
 from tests.support.daemon import Setting, Willi
 from tests.support.dns import DnsServer
 from tests.support.examples import examples
-from tests.support.loopback import need, steady_port
+from tests.support.loopback import HOST, need, steady_port
 from tests.support.mariadb import Mariadb
 from tests.support.postfix import Postfix
 from tests.support.raw import RawUpstream
@@ -30,6 +31,8 @@ SHOWN = 20_000  # characters of a log, from its end
 StartWilli = Callable[..., Willi]
 StartUpstream = Callable[..., ScriptedUpstream]
 StartPostfix = Callable[..., Postfix]
+TwoHosts = Callable[..., tuple[Willi, ScriptedUpstream, ScriptedUpstream, bytes]]
+PAIRS = 60  # of hosts, more than the tests of a file that take one
 
 # A loaded machine is no fault of the code; and a failure must come again at the next run.
 hypothesis.settings.register_profile(
@@ -176,6 +179,35 @@ def share_willi(
             return willi
 
         yield share
+
+
+@pytest.fixture(scope="module")
+def pairs() -> Iterator[int]:
+    """Of the pairs that no test has had."""
+    return iter(range(PAIRS))
+
+
+@pytest.fixture
+def two_hosts(share_willi: StartWilli, start_upstream: StartUpstream, pairs: Iterator[int]) -> TwoHosts:
+    """A Willi with a route of two hosts that no test had before, and a RCPT that takes it.
+
+    Tests of a file share it: what it remembers of hosts is of others. tls, proxy: the hosts'; all else: settings.
+    """
+
+    def ports(pair: int) -> list[int]:
+        return [steady_port(f"host {number} of {pair}") for number in (1, 2)]
+
+    def start(
+        tls: ssl.SSLContext | None = None, proxy: bool = False, **settings: Setting
+    ) -> tuple[Willi, ScriptedUpstream, ScriptedUpstream, bytes]:
+        mine = next(pairs)
+        first, second = (start_upstream(port=port, tls=tls, proxy=proxy) for port in ports(mine))
+        routes = [",".join(f"{HOST}:{port}" for port in ports(pair)) for pair in range(PAIRS)]
+        lines = [f"{pair}.example;{hosts};false\n" for pair, hosts in enumerate(routes)]
+        willi = share_willi(csv=f"pattern;server;tls_verify\n{''.join(lines)}", **settings)
+        return willi, first, second, b"RCPT TO:<bob@%d.example>" % mine
+
+    return start
 
 
 @pytest.fixture

@@ -443,7 +443,7 @@ def test_endless_refused_recipients_take_no_memory(fresh_willi: Willi, upstream:
     client = greeted(fresh_willi)
     assert say(client, MAIL) == [SENDER_KEPT]
     before = resident(fresh_willi)
-    for _ in range(80):
+    for _ in range(60):
         assert {reply.code for reply in client.commands(*[BOB] * 50)} == {450}
     assert resident(fresh_willi) - before < FLAT
     assert say(client, b"DATA") == ["451 4.5.1 No valid recipients, try again"]

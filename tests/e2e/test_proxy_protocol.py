@@ -8,7 +8,7 @@ from contextlib import suppress
 
 import pytest
 
-from tests.conftest import StartUpstream, StartWilli
+from tests.conftest import StartUpstream, StartWilli, TwoHosts
 from tests.support.certificates import Authority
 from tests.support.client import Client
 from tests.support.daemon import Willi
@@ -296,18 +296,17 @@ VERDICTS = ["554 5.7.1 192.0.2.7 is blocked", "450 4.7.1 no good name", "421 4.7
 @pytest.mark.parametrize("step", [GREETING, b"EHLO"], ids=["greeting", "EHLO"])
 @pytest.mark.parametrize("verb", [b"EHLO", b"HELO"], ids=bytes.decode)
 def test_what_an_upstream_says_of_a_client_that_it_knows_is_its_verdict(
-    verb: bytes, step: bytes, verdict: str, start_willi: StartWilli, start_upstream: StartUpstream
+    verb: bytes, step: bytes, verdict: str, two_hosts: TwoHosts
 ):
     """The client hears it, from one host, which is not down for that: the next client goes there, too."""
-    first, second = start_upstream(proxy=True), start_upstream(proxy=True)
+    willi, first, second, bob = two_hosts(proxy=True, send_proxy="v1")
     first.answers[step] = [reply(verdict)]
     first.answers[b"HELO"] = [reply(verdict)]
-    willi = start_willi(server=f"{first.server},{second.server}", send_proxy="v1")
     with greeted(willi, verb + b" c.example") as client:
-        assert say(client, MAIL, BOB) == [SENDER_KEPT, verdict]
+        assert say(client, MAIL, bob) == [SENDER_KEPT, verdict]
     first.answers.clear()
     with greeted(willi) as client:
-        assert deliver(client) == QUEUED
+        assert deliver(client, bob) == QUEUED
     assert (len(first.messages), second.connections) == (1, [])
 
 
@@ -322,11 +321,11 @@ def test_what_an_upstream_says_of_a_client_that_it_knows_is_its_verdict(
 )
 @pytest.mark.parametrize("verb", [b"EHLO", b"HELO"], ids=bytes.decode)
 def test_an_upstream_that_expects_no_header_bounces_no_mail(
-    verb: bytes, step: bytes, answer: str, start_willi: StartWilli, start_upstream: StartUpstream
+    verb: bytes, step: bytes, answer: str, share_willi: StartWilli, start_upstream: StartUpstream
 ):
     upstream = start_upstream(proxy=step != b"PROXY")
     upstream.answers[step] = reply(answer)
-    willi = start_willi(server=upstream.server, send_proxy="v1", connect_timeout="2s")
+    willi = share_willi(server=upstream.server, send_proxy="v1", connect_timeout="2s")
     willi.tolerate("Upstream failed")
     with greeted(willi, verb + b" c.example") as client:
         answers = say(client, MAIL, BOB, b"DATA")
@@ -340,11 +339,10 @@ def test_an_upstream_that_expects_no_header_bounces_no_mail(
     ids=["of the client", "EHLO is not known"],
 )
 def test_a_refusal_of_ehlo_after_which_the_upstream_hangs_up_is_its_verdict_unless_it_does_not_know_ehlo(
-    verdict: str, heard: str, start_willi: StartWilli, start_upstream: StartUpstream
+    verdict: str, heard: str, two_hosts: TwoHosts
 ):
-    first, second = start_upstream(proxy=True), start_upstream(proxy=True)
+    willi, first, _, bob = two_hosts(proxy=True, send_proxy="v1")
     first.answers[b"EHLO"] = [reply(verdict)]
     first.answers[b"HELO"] = Close()
-    willi = start_willi(server=f"{first.server},{second.server}", send_proxy="v1")
     with greeted(willi) as client:
-        assert say(client, MAIL, BOB) == [SENDER_KEPT, heard]
+        assert say(client, MAIL, bob) == [SENDER_KEPT, heard]

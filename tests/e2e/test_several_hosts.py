@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import ssl
-from collections.abc import Callable, Iterator
-
 import pytest
 
-from tests.conftest import StartUpstream, StartWilli
+from tests.conftest import StartUpstream, StartWilli, TwoHosts
 from tests.support.certificates import Authority
-from tests.support.daemon import Setting, Willi
+from tests.support.daemon import Willi
 from tests.support.dns import DnsServer, Fault
-from tests.support.loopback import HOST, free_port, steady_port, wait_until
+from tests.support.loopback import HOST, free_port, wait_until
 from tests.support.talk import (
     BOB,
     CARL,
@@ -66,39 +63,6 @@ BAD_EHLOS: dict[str, Action] = {
     "close": Close(),
     "reset": Reset(),
 }
-
-
-TwoHosts = Callable[..., tuple[Willi, ScriptedUpstream, ScriptedUpstream, bytes]]
-PAIRS = 60  # more than tests that take one
-
-
-@pytest.fixture(scope="module")
-def numbers() -> Iterator[int]:
-    """Of the pairs that no test has had."""
-    return iter(range(PAIRS))
-
-
-@pytest.fixture
-def two_hosts(share_willi: StartWilli, start_upstream: StartUpstream, numbers: Iterator[int]) -> TwoHosts:
-    """A Willi with a route of two hosts that no test had before, and a RCPT that takes it.
-
-    Tests share the Willi, since what it remembers of hosts is of others. tls: the hosts' context; all else: settings.
-    """
-
-    def ports(pair: int) -> list[int]:
-        return [steady_port(f"host {number} of {pair}") for number in (1, 2)]
-
-    def start(
-        tls: ssl.SSLContext | None = None, **settings: Setting
-    ) -> tuple[Willi, ScriptedUpstream, ScriptedUpstream, bytes]:
-        mine = next(numbers)
-        first, second = (start_upstream(port=port, tls=tls) for port in ports(mine))
-        routes = [",".join(f"{HOST}:{port}" for port in ports(pair)) for pair in range(PAIRS)]
-        lines = [f"{pair}.example;{hosts};false\n" for pair, hosts in enumerate(routes)]
-        willi = share_willi(csv=f"pattern;server;tls_verify\n{''.join(lines)}", **settings)
-        return willi, first, second, b"RCPT TO:<bob@%d.example>" % mine
-
-    return start
 
 
 @pytest.mark.parametrize("kind", BAD_GREETINGS)

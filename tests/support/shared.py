@@ -19,6 +19,7 @@ HARMLESS = {
     "Message accepted", "Message rejected", "RCPT refused", "Too many errors", "Hanging up", "TLS failed",
     "Upstream failed", "Badly framed reply to a message", "Too many upstream connections without a message",
     "Connection refused", "Connection dropped", "Clear text after STARTTLS dropped",
+    "A PROXY header is not expected from this host: is it missing in proxy_protocol_hosts?",
     "XCLIENT refused", "XCLIENT failed, and the mail must not go without",
     "XCLIENT: the upstream does not take this address, and was told none",
 }  # fmt: skip
