@@ -1,4 +1,4 @@
-"""A finding, and from where on something is one: for the status (page, `top`, /status.json) and for `check`."""
+"""What a finding is, and when a certificate is one: for the status (page, `top`, /status.json) and for `check`."""
 
 from __future__ import annotations
 
