@@ -59,6 +59,10 @@ T = TypeVar("T")
 class DnsFailed(Exception):
     """No answer, or none that is of use; the text says which."""
 
+    def __init__(self, text: str, own_lack: bool = False) -> None:
+        super().__init__(text)
+        self.own_lack = own_lack  # no name server could be asked, since we have no descriptor, say
+
 
 class Cache(Generic[T]):
     """What is known for a while, at most `MAX_ENTRIES` of it; the oldest goes first."""
@@ -301,7 +305,8 @@ class Resolver:
             found = self._ares.getaddrinfo(host, 0, socket.AF_UNSPEC, socket.SOCK_STREAM)
         except (OSError, UnicodeError) as error:  # UnicodeError: an MX host that no host can be called
             silent = any(word in str(error) for word in ("ARES_ETIMEOUT", "ARES_ECONNREFUSED", "ARES_ESERVFAIL"))
-            raise DnsFailed(f"no address for {host}: {NO_ANSWER if silent else error.args[-1]}") from None
+            why = NO_ANSWER if silent else error.args[-1]
+            raise DnsFailed(f"no address for {host}: {why}", bool(_own_lack(error))) from None
         addresses = [(socket.AddressFamily(entry[0]), str(entry[4][0])) for entry in found]
         return self._addresses.put(host, list(dict.fromkeys(addresses)), ADDRESS_TTL)
 
@@ -318,7 +323,8 @@ class Resolver:
         except dns.resolver.NoAnswer:
             records = [(0, domain)]
         except (dns.exception.Timeout, dns.resolver.NoNameservers) as error:
-            raise DnsFailed(f"no MX for {domain}: {_own_lack(error) or NO_ANSWER}") from None
+            lack = _own_lack(error)
+            raise DnsFailed(f"no MX for {domain}: {lack or NO_ANSWER}", bool(lack)) from None
         except dns.exception.DNSException as error:
             raise DnsFailed(f"no MX for {domain}: {error}") from None
         if not all(host for _, host in records):
