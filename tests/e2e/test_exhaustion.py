@@ -9,7 +9,7 @@ from pathlib import Path
 from time import monotonic
 
 from tests.conftest import StartWilli
-from tests.support.daemon import Willi
+from tests.support.daemon import Willi, in_a_hurry
 from tests.support.loopback import wait_until
 from tests.support.promise import meet_in_data
 from tests.support.raw import Meanwhile, RawUpstream
@@ -114,7 +114,7 @@ def test_too_little_memory_for_a_changed_table_leaves_the_old_one_and_it_is_read
     start_willi: StartWilli, upstream: ScriptedUpstream
 ):
     head = f"pattern;server\nb.example;{upstream.server}\n"
-    willi = start_willi(csv=head)
+    willi = start_willi(csv=head, prefix=in_a_hurry(**{"csv_file.RETRY": 1.0}))
     willi.tolerate("CSV file not read, the old table stays")
     (worker,) = willi.workers
     leave_memory(worker, 20 * MEGABYTE)
