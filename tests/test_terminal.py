@@ -331,9 +331,11 @@ def test_what_a_client_has_sent_does_not_control_the_terminal(server: StatusServ
     with terminal(configure(tmp_path, f"{HOST}:{server.port}"), columns=160, rows=200) as opened:
         opened.shows("problems need you")
         opened.shows("SESSION")
+        os.write(opened.master, b"q")
+        assert opened.ended() == 0  # so that the screen does not end within a control sequence
         screen = opened.screen
         assert "\x07" not in screen and "\x9b" not in screen and "\u202e" not in screen
         assert set(ESCAPE.findall(screen)) <= {
-            *ESCAPE.findall("".join(top.COLOURS.values()) + top.ENTER), top.PLAIN, "\x1b[H", "\x1b[K",
+            *ESCAPE.findall("".join(top.COLOURS.values()) + top.ENTER + top.LEAVE), top.PLAIN, "\x1b[H", "\x1b[K",
         }  # fmt: skip
         assert "\x1b" not in ESCAPE.sub("", screen)
