@@ -12,7 +12,7 @@ from willi_lib.smtp import reply as replies
 from willi_lib.smtp.reply import (
     MAX_REPLY_LINES,
     BadReply,
-    Reject,
+    Rejected,
     Reply,
     at_rcpt,
     first_reply,
@@ -62,7 +62,7 @@ def test_for_the_log_a_reply_is_one_line_whatever_is_in_it():
 
 
 def test_a_refusal_carries_its_reply():
-    refusal = Reject(replies.TOO_BIG)
+    refusal = Rejected(replies.TOO_BIG)
     assert refusal.reply is replies.TOO_BIG
     assert str(refusal) == "552 5.3.4 Message is too big"
 

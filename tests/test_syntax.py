@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from willi_lib.hosts import is_host_name
 from willi_lib.smtp import reply as replies
 from willi_lib.smtp import xclient
-from willi_lib.smtp.reply import Reject, Reply
+from willi_lib.smtp.reply import Rejected, Reply
 from willi_lib.smtp.syntax import (
     MAX_COMMAND_LINE,
     MAX_HELO,
@@ -35,7 +35,7 @@ MOST_SECONDS = 0.005  # for one line of any content
 
 
 def refusal(function, *arguments) -> Reply:
-    with pytest.raises(Reject) as refused:
+    with pytest.raises(Rejected) as refused:
         function(*arguments)
     return refused.value.reply
 
@@ -256,7 +256,7 @@ def test_what_goes_upstream_is_one_command_with_one_path(octets):
     for form in (b"TO:%b", b"TO:<%b>", b"TO:<%b@b>", b'TO:<"%b"@b>', b"TO:<a@%b>"):
         try:
             path = parse_rcpt(form % octets, smtputf8=True)
-        except Reject:
+        except Rejected:
             continue
         sent = path.octets
         assert sent in form % octets or sent[1:-1] in form % octets
@@ -310,7 +310,7 @@ def seconds(work) -> float:
     times = []
     for _ in range(3):
         began = time.thread_time()
-        with suppress(Reject):
+        with suppress(Rejected):
             work()
         times.append(time.thread_time() - began)
     return min(times)

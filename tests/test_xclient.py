@@ -9,12 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from willi_lib.smtp import reply as replies
-from willi_lib.smtp.reply import Reject
+from willi_lib.smtp.reply import Rejected
 from willi_lib.smtp.xclient import MAX_LINE, MAX_VALUE, Told, from_xtext, lines, parse, xtext
 
 
 def is_refused(argument: bytes) -> bool:
-    with pytest.raises(Reject) as refused:
+    with pytest.raises(Rejected) as refused:
         parse(argument)
     return refused.value.reply == replies.BAD_XCLIENT
 

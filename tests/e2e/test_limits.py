@@ -33,7 +33,7 @@ from tests.support.talk import (
     two_domains,
 )
 from tests.support.upstream import GREETING, Close, Delay, Ended, ScriptedUpstream, Silence
-from willi_lib.proxy.session import MAX_DEFERRALS, MAX_JUNK
+from willi_lib.proxy.commands import MAX_DEFERRALS, MAX_JUNK
 from willi_lib.proxy.transaction import MAX_IN_VAIN
 
 TOO_MANY = "421 4.3.2 Too many connections, try again later"

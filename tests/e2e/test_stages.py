@@ -10,7 +10,8 @@ from tests.support.client import Client
 from tests.support.daemon import Willi
 from tests.support.talk import BEN, BOB, EHLO, GO_ON, LOST, MAIL, NO_ANSWER, OK, QUEUED, SENDER_KEPT
 from tests.support.upstream import Close, ScriptedUpstream
-from willi_lib.proxy.session import VERBS, Stage
+from willi_lib.proxy.session import VERBS
+from willi_lib.proxy.stage import Stage
 
 DEAD = b"RCPT TO:<dead@b.example>"  # at this one the upstream hangs up
 COMMANDS = {

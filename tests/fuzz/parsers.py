@@ -12,7 +12,7 @@ from willi_lib import log
 from willi_lib.smtp import proxy_header, syntax, xclient
 from willi_lib.smtp.body import MAX_HELD, DataReader, Stuffer
 from willi_lib.smtp.proxy_header import MAX_V1_LINE, MAX_V2_BLOCK, BadHeader, Endpoints
-from willi_lib.smtp.reply import MAX_REPLY_LINES, BadReply, Reject, Reply, first_reply, parse_reply_line
+from willi_lib.smtp.reply import MAX_REPLY_LINES, BadReply, Rejected, Reply, first_reply, parse_reply_line
 
 T = TypeVar("T")
 EXTENSIONS = frozenset(("SMTPUTF8", "8BITMIME"))
@@ -54,7 +54,7 @@ def check_syntax(line: bytes) -> None:
 def _unless_refused(parse: Callable[[], T]) -> T | None:
     try:
         return parse()
-    except Reject:
+    except Rejected:
         return None
 
 

@@ -22,11 +22,11 @@ from ..net.deadline import Clock, WireError
 from ..net.resolver import NO_ANSWER, Address, Resolver
 from ..net.tls import CertificateError, CertificateFacts
 from ..proxy.connector import Connector
-from ..proxy.upstream import Client, Refused, Upstream, UpstreamFailed, WantsTls, is_not_from_us
+from ..proxy.upstream import Client, Upstream, UpstreamFailed, WantsTls, is_not_from_us
 from ..routing.route import Route
 from ..smtp import reply as replies
 from ..smtp import xclient
-from ..smtp.reply import BadReply, Reject, Reply
+from ..smtp.reply import BadReply, Rejected, Reply
 from ..status.finding import Finding, Level, certificate_level
 from ..status.words import DAY, several
 from .finding import faults, show_progress
@@ -41,7 +41,7 @@ SILENT_DNS = rf"{NO_ANSWER}|\(dns_timeout\)"
 STRANGER, STRANGER6 = "192.0.2.1", "2001:db8::1"  # RFC 5737, RFC 3849
 STRANGERS_NAME = "willi-check.invalid"  # RFC 2606
 RCPT_OF_STRANGER = b"RCPT TO:<relay-test@willi-check.invalid>"
-FAULTS = (UpstreamFailed, WireError, BadReply, Reject, Refused)
+FAULTS = (UpstreamFailed, WireError, BadReply, Rejected)
 
 ALLOW_XCLIENT = "allow Willi's address to use XCLIENT there (Postfix: smtpd_authorized_xclient_hosts)"
 ALLOW_IPV6 = "have it use IPv6 (Postfix: inet_protocols = all), if it takes IPv4 clients"
@@ -151,7 +151,7 @@ class HostProbe:
 
     def _failure(self, subject: str, error: Exception) -> Finding:
         text = self._text(error)
-        if isinstance(error, Reject) and error.reply == replies.MAIL_LOOP:
+        if isinstance(error, Rejected) and error.reply == replies.MAIL_LOOP:
             text += f": it calls itself {self.settings.domain}, which is our domain"
         advice = next((advice for pattern, advice in ADVICE if re.search(pattern, text)), ASK_ITS_LOG)
         if self.route.policy.send_proxy != "no" and not text.endswith("refused"):
@@ -209,7 +209,7 @@ class HostProbe:
                         yield self._judge_rcpt(upstream.ask(RCPT_OF_STRANGER))
                     upstream.ask(b"RSET")
                     return
-        except (Reject, Refused) as refusal:
+        except Rejected as refusal:
             yield self._judge_rcpt(refusal.reply)
         except FAULTS as error:
             yield "warn", f"whether it relays is not known: {error}", ASK_ITS_LOG

@@ -18,7 +18,8 @@ from ..hosts import canonical
 from ..net.deadline import Clock, WireError
 from ..net.wire import PeerGone, Wire
 from ..proxy.context import Service
-from ..proxy.session import Session, new_session_id
+from ..proxy.message_log import new_session_id
+from ..proxy.session import Session
 from ..proxy.upstream import Client
 from ..smtp import proxy_header
 from ..smtp import reply as replies

@@ -20,19 +20,17 @@ from ..net.tls import upstream_contexts
 from ..net.wire import PeerGone, Wire
 from ..routing.route import Policy, Route, Server
 from ..smtp import proxy_header
-from ..smtp.reply import BadReply, Reject, Reply
+from ..smtp.reply import UPSTREAM, WILLI, BadReply, Rejected, Reply
 from ..smtp.syntax import parse_features
 from ..status.counts import XCLIENT, Counts
 from .upstream import (
     Client,
     MailLoop,
+    NextMayTake,
     OurFault,
-    Refused,
     Upstream,
     UpstreamFailed,
     WantsTls,
-    XclientDeferred,
-    XclientNeeded,
     is_not_from_us,
 )
 from .xclient import send_xclient
@@ -65,8 +63,8 @@ class Connector:
     def connect(self, route: Route, client: Client, clock: Clock, sid: str) -> Upstream:
         """The first host of the route that answers, ready for MAIL.
 
-        Raises UpstreamFailed with what was wrong with each; Refused, the upstream's
-        verdict on the client; Reject: the upstream is ourselves, or will not take XCLIENT.
+        Raises UpstreamFailed with what was wrong with each; Rejected: the upstream's verdict on the
+        client, or the upstream is ourselves, or will not take XCLIENT.
         """
         origins: set[str] = set()  # MX hosts that turned out to be where this client's mail comes from
         while True:
@@ -97,11 +95,11 @@ class Connector:
                     raise
                 loops.append(str(server))
                 continue
-            except (Refused, Reject) as refusal:
+            except Rejected as rejected:
                 self._counts.refused(server)
-                if number == len(servers) or not self._may_ask_next(server, refusal):
+                if number == len(servers) or not self._may_ask_next(server, rejected):
                     raise
-                failures.append(f"{server}: {refusal.reply}")
+                failures.append(f"{server}: {rejected.reply}")
                 continue
             overdue = clock.overdue()
             had_time = number == 1 or not overdue or monotonic() - began > self._settings.connect_timeout
@@ -115,11 +113,13 @@ class Connector:
             raise MailLoop
         raise UpstreamFailed("; ".join([*failures, *(f"{host}: mail loops" for host in loops)]))
 
-    def _may_ask_next(self, server: Server, refusal: Refused | Reject) -> bool:
+    def _may_ask_next(self, server: Server, rejected: Rejected) -> bool:
         """Whether another host may take what this one refused: only where XCLIENT is required, and did not work."""
-        if isinstance(refusal, XclientNeeded):
+        if not isinstance(rejected, NextMayTake):
+            return False
+        if rejected.by == WILLI:
             self.mark_down(server)
-        return isinstance(refusal, (XclientNeeded, XclientDeferred))
+        return True
 
     def _open_host(
         self, route: Route, server: Server, client: Client, clock: Clock, sid: str, is_last: bool
@@ -220,7 +220,7 @@ class Connector:
     def _open_once(
         self, route: Route, server: Server, address: Address, client: Client, clock: Clock, sid: str, seconds: float
     ) -> Upstream:
-        """Raises UpstreamFailed, WireError, BadReply, Refused, Reject."""
+        """Raises UpstreamFailed, WireError, BadReply, Rejected."""
         began = monotonic()
         with clock.limit(self._settings.connect_timeout, "connecting (connect_timeout)"):
             connection = _connect(address, server.port)
@@ -253,7 +253,7 @@ class Connector:
         if greeting.welcomes:
             return
         if upstream.route.policy.send_proxy != "no" and greeting.code >= 400 and not _is_of_header(greeting):
-            raise Refused(greeting)  # by the PROXY header it knew whom it was talking to
+            raise Rejected(greeting, UPSTREAM)  # by the PROXY header it knew whom it was talking to
         raise UpstreamFailed(f"greeting: {greeting}")
 
     def _introduce(self, upstream: Upstream, client: Client, sid: str) -> None:
@@ -297,7 +297,7 @@ class Connector:
         if is_not_from_us(answer):
             raise upstream.unwelcome("EHLO", answer)
         if answer.code >= 400 and upstream.knows_client:
-            raise Refused(answer)  # by the PROXY header it knew whose name that is
+            raise Rejected(answer, UPSTREAM)  # by the PROXY header it knew whose name that is
         if not answer.positive:
             raise UpstreamFailed(f"EHLO: {answer}")
         who = answer.lines[0].partition(b" ")[0].decode("ascii", "replace")
@@ -322,7 +322,7 @@ class Connector:
         if not answer.positive and not upstream.knows_client:
             raise UpstreamFailed(f"HELO: {answer}")
         if not answer.positive:
-            raise Refused(answer)
+            raise Rejected(answer, UPSTREAM)
         upstream.features = parse_features(answer) if client.esmtp else {}
 
     def _wants_tls(self, upstream: Upstream, client: Client) -> bool:

@@ -9,7 +9,7 @@ from ..config import Settings
 from ..routing.route import LookupFailed, Mapping, NoRoute, Route
 from ..routing.search import Step, find_route
 from ..smtp import reply as replies
-from ..smtp.reply import Reject
+from ..smtp.reply import Rejected
 from ..smtp.syntax import Path, parse_rcpt
 from ..status.counts import CACHE_HITS, Counts
 from ..status.reports import Asked, AskedStep
@@ -62,7 +62,7 @@ def show(mappings: Sequence[Mapping], settings: Settings, address: str) -> Asked
         recipient = parse_rcpt(b"TO:<" + path.encode("utf-8", "replace") + b">", smtputf8=True)
         route = find_route(mappings, _whole(recipient, settings), settings.recipient_delimiter, note)
         result = f"route: {route}, tls_verify = {'true' if route.tls_verify else 'false'}"
-    except Reject as refusal:
+    except Rejected as refusal:
         result = f"refused: {refusal.reply}"
     except NoRoute:
         result = f"no mapping matches, the client gets {replies.NO_ROUTE}"

@@ -1,63 +1,41 @@
 """One client, from banner to QUIT: a method named after each verb.
 
-A method returns a reply and never writes; `run` alone writes. `guarded` is the only
+A method returns a reply and never writes; `run` alone writes. `outcome_of` is the only
 place where an exception becomes a reply. What is under way for one message is in
-`Transaction`; the upstream side of it is in `Dispatch`; what is logged, in `SessionLog`.
+`Transaction`; the upstream side of it is in `Upstreams`; what is logged, in `SessionLog`.
 """
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable
-from enum import Enum, auto
 
 from ..net.deadline import TimeLimit, WireError
-from ..net.wire import BadFraming, LineTooLong, TlsFailed, Wire
+from ..net.wire import BadFraming, TlsFailed, Wire
 from ..routing.route import LookupFailed, NoRoute
 from ..smtp import reply as replies
 from ..smtp import xclient
-from ..smtp.proxy_header import is_header
-from ..smtp.reply import Reject, Reply
-from ..smtp.syntax import Path, may_be_bdat, parse_bdat, parse_helo, parse_mail, parse_rcpt, split_command
-from ..status.counts import REFUSED
+from ..smtp.reply import CLIENT, UPSTREAM, WILLI, Outcome, Rejected, Reply
+from ..smtp.syntax import Command, Path, parse_bdat, parse_helo, parse_mail, parse_rcpt
+from .commands import Commands, OutOfStep
 from .context import Service
 from .message_log import SessionLog
 from .relay import Content, Relay
-from .transaction import Dispatch, Refusal, Transaction
-from .upstream import Client, Refused, UpstreamFailed
+from .stage import ANY, ENVELOPE, IDLE, Stage, out_of_sequence
+from .transaction import Transaction, Upstreams
+from .upstream import Client, UpstreamFailed
 
-# Between two messages that were accepted; what goes beyond is an error, and errors have max_errors.
-MAX_JUNK = 100  # commands and transactions that come to nothing; Postfix's smtpd_junk_command_limit
-MAX_DEFERRALS = 1000  # 4yz of our own, as for recipients over max_recipients (smtpd_recipient_overshoot_limit)
 LOOKS = 5  # at a client that has closed its side, before it counts as gone: until then it may still read
-SESSION_ID_LENGTH = 10
-SESSION_ID_LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"
-PAIRS_OF_LETTERS = [first + second for first in SESSION_ID_LETTERS for second in SESSION_ID_LETTERS]
 
 
-class Stage(Enum):
-    """What the client may say next."""
-
-    START = auto()  # no EHLO yet
-    HANDSHAKE = auto()  # STARTTLS was answered with 220
-    GREETED = auto()
-    SENDER = auto()  # MAIL was answered with 250, no recipient was accepted yet
-    RECIPIENT = auto()  # at least one recipient was accepted
-    CONTENT = auto()  # DATA was answered with 354
-    CHUNKS = auto()  # BDAT has begun
-    FAILED = auto()  # the upstream failed in this transaction
+class SessionEnds(Exception):
+    """Nothing more is answered, and `run` hangs up."""
 
 
-ANY = frozenset(Stage) - {Stage.HANDSHAKE, Stage.CONTENT}  # the stages in which commands are read
-IDLE = frozenset((Stage.START, Stage.GREETED))  # no transaction
-ENVELOPE = frozenset((Stage.SENDER, Stage.RECIPIENT, Stage.FAILED))
-
-
-class ShuttingDown(Exception):
+class ShuttingDown(SessionEnds):
     """Willi ends, and this client has no transaction."""
 
 
-class ClientGone(Exception):
+class ClientGone(SessionEnds):
     """The client has hung up while its upstream was asked. No WireError: what failed is no upstream."""
 
 
@@ -75,13 +53,11 @@ class Session:
         self.may_xclient = may_xclient
         self.stage = Stage.START
         self.transaction: Transaction | None = None
-        self.dispatch = Dispatch(sid, self.settings, service.mappings, service.connector, wire, client, service.counts)
-        self.errors = 0  # of the client's own, since its last message
-        self.junk = self.deferrals = 0  # since then, too
+        self.upstreams = Upstreams(sid, service, client, wire.clock)
+        self.commands = Commands(wire, self.settings, self.log, service.counts)
         self.closing = False  # after the reply that is about to be written
         self.has_quit = False
         self.draining = False
-        self.waiting = False  # for a command
         self.asking = False  # the upstream, before the message
         self.looks_gone = 0  # looks in a row by which the client had hung up
         self.ending = False  # nothing is left but to hang up
@@ -93,9 +69,10 @@ class Session:
         try:
             self.write(self.service.greeting)
             while not self.closing:
-                answer = self.step()
-                if answer:
-                    self.write(answer)
+                if self.stage is Stage.HANDSHAKE:
+                    self.handshake()
+                else:
+                    self.write(self.step())
         except TimeLimit as limit:
             self.end_with(replies.TOO_SLOW, str(limit))
         except ShuttingDown:
@@ -111,101 +88,59 @@ class Session:
         finally:
             self.end()
 
-    def step(self) -> Reply | None:
-        """Do what comes next; the answer to it, if there is one."""
-        if self.stage is Stage.CONTENT:
-            return self.guarded(self.content)
-        if self.stage is Stage.HANDSHAKE:
-            self.handshake()
-            return None
-        if not self.wire.has_line:
-            self.wire.flush()  # before `waiting`, in which a drain would cut an answer off
-        if self.draining and self.stage in IDLE:
-            raise ShuttingDown
+    def step(self) -> Reply:
+        """The answer to the next command, or to the message."""
         try:
-            self.waiting = True
-            with self.clock.limit(self.settings.read_timeout, "waiting for a command (read_timeout)"):
-                line = self.wire.read_line()
-        except LineTooLong as error:
-            self.closing = may_be_bdat(error.beginning)
-            return self.counted(replies.LINE_TOO_LONG)
-        finally:
-            self.waiting = False
-        return self.counted(self.guarded(lambda: self.command(line)))
-
-    def command(self, line: bytes) -> Reply:
-        """Run one command. What it raises, `guarded` turns into a reply."""
-        if is_header(line, () if line else self.wire.peek_lines()):
-            self.log.warn("A PROXY header is not expected from this host: is it missing in proxy_protocol_hosts?")
-            self.service.counts.add(REFUSED, "proxy_header")
-            return replies.NO_HEADER
-        try:
-            verb, argument = split_command(line)
-        except Reject:
-            self.closing = may_be_bdat(line)
+            if self.stage is Stage.CONTENT:
+                return self.pass_content()
+            if not self.commands.has_next:
+                self.wire.flush()  # before the wait, in which a drain would cut an answer off
+            if self.draining and self.stage in IDLE:
+                raise ShuttingDown
+            return self.commands.count(self.obey(self.commands.read()))
+        except (WireError, SessionEnds):
             raise
+        except Exception as error:  # noqa: BLE001 -- `outcome_of` has an answer to each
+            answer = self.outcome_of(error).reply
+            assert answer
+            return self.commands.count(answer)
+
+    def obey(self, command: Command) -> Reply:
+        """Run one command."""
+        verb, argument, recipient = command
         if verb not in VERBS:
             return replies.NOT_HTTP if verb in OTHER_PROTOCOLS else replies.UNKNOWN_COMMAND
         method, stages = VERBS[verb]
         if self.stage not in stages:
-            return self.out_of_sequence(verb)
+            return out_of_sequence(self.stage, verb)
         if verb in JUNK and not (verb == b"RSET" and self.transaction and self.transaction.is_refused):
-            self.count_junk()
-        return method(self, argument)
-
-    def out_of_sequence(self, verb: bytes) -> Reply:
-        """What is missing."""
-        if self.stage is Stage.START:
-            return replies.HELO_FIRST
-        return OUT_OF_SEQUENCE.get((self.stage, verb), replies.BAD_SEQUENCE)
-
-    def guarded(self, work: Callable[[], Reply]) -> Reply:
-        """Do something: the only place where an exception becomes a reply."""
+            self.commands.count_junk()
         try:
-            return work()
-        except Reject as refusal:
-            return self.refuse(refusal.reply)
-        except Refused as refusal:
-            self.log.blame = ("upstream", str(refusal))
-            return refusal.reply
-        except NoRoute:
-            return self.refuse(replies.NO_ROUTE)
-        except LookupFailed as failure:
-            write = self.log.debug if failure.logged else self.log.error
-            write("Lookup failed", error=str(failure))
-            return self.refuse(replies.LOOKUP_FAILED, str(failure))
-        except UpstreamFailed as failure:
-            return self.fail(failure)
-        except (WireError, ShuttingDown, ClientGone):  # run() closes; there is nobody left to answer
+            return self.rcpt(argument, recipient) if recipient else method(self, argument)
+        except Rejected as rejected:
+            if verb in ADDRESSES:
+                text = argument.decode("utf-8", "backslashreplace")
+                what = "MAIL refused" if verb == b"MAIL" else "RCPT refused"
+                self.log.info(what, argument=text, reply=str(rejected.reply))
             raise
-        except Exception as bug:  # noqa: BLE001 -- our fault: it may try again, elsewhere its octets may be no commands
-            self.log.bug("Internal error")
-            self.closing = True
-            return self.refuse(replies.OUR_FAULT, f"internal error: {bug!r}")
 
-    def refuse(self, answer: Reply, why: str = "") -> Reply:
-        """Note for the log that this refusal is our own."""
-        self.log.blame = ("internal", why or str(answer))
-        return answer
-
-    def counted(self, answer: Reply) -> Reply:
-        """Hang up on a client that makes too many errors. What an upstream refuses is for the upstream to count."""
-        if not answer.positive and replies.is_own(answer):
-            if answer.permanent:
-                self.errors += 1
-            else:
-                self.deferrals += 1
-                self.errors += self.deferrals > MAX_DEFERRALS
-        if self.errors < self.settings.max_errors:
-            return answer
-        self.log.info("Too many errors", reply=str(answer))
-        self.service.counts.add(REFUSED, "max_errors")
-        return replies.TOO_MANY_ERRORS
-
-    def count_junk(self) -> None:
-        """Count a command, or a transaction, that came to nothing."""
-        self.junk += 1
-        self.errors += self.junk > MAX_JUNK
+    def outcome_of(self, error: Exception) -> Outcome:
+        """What the client is told of an error: the only place where an exception becomes a reply."""
+        if isinstance(error, Rejected):
+            self.closing |= isinstance(error, OutOfStep)
+            return Outcome(error.reply, error.by)
+        if isinstance(error, NoRoute):
+            return Outcome(replies.NO_ROUTE, WILLI)
+        if isinstance(error, LookupFailed):
+            write = self.log.debug if error.logged else self.log.error
+            write("Lookup failed", error=str(error))
+            return Outcome(replies.LOOKUP_FAILED, WILLI, str(error))
+        if isinstance(error, (UpstreamFailed, WireError)):  # a time limit may have struck in between, as in a look-up
+            return self.fail(str(error))
+        # A bug in Willi: reply 451 and close, because we no longer know whether the next octets are commands.
+        self.log.bug("Internal error")
+        self.closing = True
+        return Outcome(replies.OUR_FAULT, WILLI, f"internal error: {error!r}")
 
     def write(self, answer: Reply) -> None:
         """Write a reply. A 421 is the last word, whoever said it first (RFC 5321 §3.8)."""
@@ -229,15 +164,15 @@ class Session:
         try:
             self.forget_transaction()
             self.wire.hang_up(linger=self.wire.buffered or not self.has_quit)
-            self.dispatch.quit()
+            self.upstreams.quit()
         finally:
-            self.drop_upstream()
+            self.upstreams.drop()
             self.clock.close()
 
     def drain(self) -> None:
         """End after the running transaction; at once if there is none. Called from another greenlet."""
         self.draining = True
-        self.clock.interrupt(ShuttingDown(), unless=lambda: not self.waiting or self.stage not in IDLE)
+        self.clock.interrupt(ShuttingDown(), unless=lambda: not self.commands.is_waiting or self.stage not in IDLE)
 
     def look_at_client(self) -> None:
         """End if the client has hung up while its upstream takes its time. Called from another greenlet.
@@ -245,7 +180,8 @@ class Session:
         Not while the upstream judges a whole message: its verdict is worth a line in the log. A client that has only
         closed its side, and waits for the answer to its last command, looks the same, and has it if that comes soon.
         """
-        self.looks_gone = self.looks_gone + 1 if self.asking and self.wire.has_hung_up() else 0
+        is_gone = self.asking and not self.commands.group and self.wire.has_hung_up()
+        self.looks_gone = self.looks_gone + 1 if is_gone else 0
         if self.looks_gone >= LOOKS:
             self.clock.interrupt(ClientGone(), unless=lambda: not self.asking)
 
@@ -269,7 +205,7 @@ class Session:
         """Take a new name; an upstream connection that knows the old one is of no more use."""
         name = parse_helo(argument)
         self.forget_transaction()
-        self.dispatch.quit()
+        self.upstreams.quit()
         self.client.helo, self.client.esmtp = name, esmtp
         if self.may_xclient and self.client.proxy is None:
             self.client.proxy = name  # its own, before it speaks for others
@@ -313,7 +249,7 @@ class Session:
 
     def start_over(self) -> None:
         """Back to the greeting."""
-        self.dispatch.quit()
+        self.upstreams.quit()
         self.client.helo = ""
         self.stage = Stage.START
 
@@ -324,165 +260,146 @@ class Session:
         if self.draining:  # the transaction that could go on was a failed one
             raise ShuttingDown
         if self.transaction:  # a failed one: no recipient behind a refused MAIL is one of it
-            self.count_junk()
+            self.commands.count_junk()
             self.forget_transaction()
         self.stage = Stage.GREETED
-        try:
-            mail = parse_mail(argument, self.settings.extensions)
-            if mail.size is not None and mail.size > self.settings.max_message_bytes:
-                raise Reject(replies.TOO_BIG)
-        except Reject as refusal:
-            self.log.syntax("MAIL refused", argument, refusal)
-            raise
+        mail = parse_mail(argument, self.settings.extensions)
+        if mail.size is not None and mail.size > self.settings.max_message_bytes:
+            raise Rejected(replies.TOO_BIG)
         self.transaction = Transaction(mail)
         self.stage = Stage.SENDER
         return replies.SENDER_KEPT
 
-    def rcpt(self, argument: bytes) -> Reply:
-        """RCPT (RFC 5321 §4.1.1.3). The first recipient chooses the upstream."""
+    def rcpt(self, argument: bytes, recipient: Path | None = None) -> Reply:
+        """RCPT (RFC 5321 §4.1.1.3). recipient: the argument, if it was parsed already."""
         transaction = self.current()
-        try:
-            recipient = parse_rcpt(argument, transaction.mail.smtputf8)
-        except Reject as refusal:
-            self.log.syntax("RCPT refused", argument, refusal)
-            raise
-        answer = self.guarded(lambda: self.offer(transaction, recipient))
+        recipient = recipient or parse_rcpt(argument, transaction.mail.smtputf8)
+        if not self.commands.group:
+            self.commands.read_group(transaction.mail.smtputf8)
+        outcome = self.ask(self.upstreams.add, transaction, recipient, self.commands.group)
+        answer = outcome.reply
+        assert answer
         if answer.positive:
             transaction.recipients.append(recipient)
             self.stage = Stage.RECIPIENT
-        else:
-            transaction.refuse(answer)
-            self.log.message(transaction, answer, recipient)
-        return answer
-
-    def offer(self, transaction: Transaction, recipient: Path) -> Reply:
-        """Have the upstream take a recipient; find and open the upstream first if need be."""
-        if transaction.verdict:
-            raise Reject(transaction.verdict)
-        if len(transaction.recipients) >= self.settings.max_recipients:
-            raise Reject(replies.TOO_MANY_RECIPIENTS)
-        if self.stage is Stage.FAILED and transaction.recipients:
-            raise Reject(replies.UPSTREAM_LOST)
-        try:
-            answer = self.ask_upstream(lambda: self.dispatch.ask_rcpt(transaction, recipient))
-        except WireError as error:  # the limit has struck in between, as in a DNS look-up
-            raise UpstreamFailed(str(error)) from None
-        except Refused as refusal:  # of MAIL, or of the client
-            raise Refused(replies.at_rcpt(refusal.reply)) from None
-        if not answer.positive:
-            raise Refused(answer)
+            return answer
+        if answer.code == 421 and outcome.by == UPSTREAM:
+            self.upstreams.note_failure(transaction)
+        transaction.refuse(answer)
+        self.log.message(transaction, self.upstreams.of(transaction), outcome, recipient)
         return answer
 
     def data(self, argument: bytes) -> Reply:
-        """DATA (RFC 5321 §4.1.1.4): the 354 is the upstream's own, and `content` follows it."""
+        """DATA (RFC 5321 §4.1.1.4): the 354 is the upstream's own, and the message follows it."""
         transaction = self.current()
-        upstream = transaction.upstream
+        upstream = self.upstreams.of(transaction)
         if argument:
             return replies.NO_PARAMETERS
         if self.stage is Stage.FAILED:
             return replies.UPSTREAM_LOST
-        if upstream is None or not (transaction.recipients or upstream.is_ahead(b"DATA")):
+        if upstream is None or not (transaction.recipients or upstream.is_pipelined(b"DATA")):
             return transaction.no_recipients()
-        answer = self.guarded(lambda: self.ask_upstream(upstream.begin_data))
+        outcome = self.ask(upstream.begin_data)
+        answer = outcome.reply
+        assert answer
+        if not transaction.recipients and answer.code == 354:
+            self.upstreams.drop()  # it waits for a message that the client will not send
         if not transaction.recipients and (answer.code == 354 or answer.permanent):
-            if answer.code == 354:
-                self.drop_upstream()  # it waits for a message that the client will not send
             return transaction.no_recipients()
         if answer.code != 354:
-            if transaction.recipients and transaction.upstream:  # else `fail` has logged it
-                self.log.message(transaction, answer)
+            if transaction.recipients and self.upstreams.open:  # else `fail` has logged it
+                self.log.message(transaction, upstream, outcome)
             return answer
         transaction.relay = Relay(self.settings, self.wire, upstream)
         self.stage = Stage.CONTENT
         return answer
 
-    def ask_upstream(self, work: Callable[[], Reply]) -> Reply:
-        """Ask it something, within upstream_timeout. `look_at_client` ends this if the client hangs up meanwhile."""
+    def ask(self, work: Callable[..., Reply], *arguments: object) -> Outcome:
+        """Ask the upstream, within upstream_timeout. `look_at_client` ends this if the client hangs up meanwhile."""
         self.asking = True
         try:
             with self.clock.limit(self.settings.upstream_timeout, "asking the upstream (upstream_timeout)"):
-                return work()
+                return Outcome(work(*arguments), UPSTREAM)
+        except SessionEnds:
+            raise
+        except Exception as error:  # noqa: BLE001 -- `outcome_of` has an answer to each
+            return self.outcome_of(error)
         finally:
             self.asking = False
-
-    def content(self) -> Reply:
-        """The message after 354."""
-        transaction = self.current()
-        relay = transaction.relay
-        assert relay
-        return self.relayed(transaction, relay, relay.data)
 
     def bdat(self, argument: bytes) -> Reply:
         """BDAT (RFC 3030 §2). A chunk that is not wanted is read to its end all the same."""
         try:
             size, last = parse_bdat(argument)
-        except Reject:
-            self.closing = True  # how many octets follow that are no commands?
-            raise
+        except Rejected as rejected:
+            raise OutOfStep(rejected.reply) from None
         if not size and not last:
-            self.count_junk()
+            self.commands.count_junk()
         transaction = self.transaction
-        offered = "CHUNKING" in self.settings.extensions
-        if not offered or transaction is None or transaction.upstream is None or not transaction.recipients:
-            refusal = self.bdat_refusal(transaction) if offered else replies.NOT_IMPLEMENTED
+        upstream = self.upstreams.of(transaction)
+        if "CHUNKING" not in self.settings.extensions:
             Content(self.settings, self.wire).skip(size)
-            if offered and last and self.stage in (Stage.SENDER, Stage.CHUNKS):
-                self.count_junk()
+            return replies.NOT_IMPLEMENTED
+        if transaction is None or upstream is None or not transaction.recipients:
+            answer = self.bdat_refusal(transaction)
+            Content(self.settings, self.wire).skip(size)
+            if last and self.stage in (Stage.SENDER, Stage.CHUNKS):
+                self.commands.count_junk()
                 self.finish_transaction(accepted=False)  # as with Postfix: a MAIL may have been sent behind it
-            elif offered and transaction:
-                transaction.verdict = refusal  # later chunks and recipients would make another message
-            return refusal
-        relay = transaction.relay = transaction.relay or Relay(self.settings, self.wire, transaction.upstream)
+            elif transaction:
+                transaction.refusal = answer  # later chunks and recipients would make another message
+            return answer
+        transaction.relay = transaction.relay or Relay(self.settings, self.wire, upstream)
         self.stage = Stage.CHUNKS
-        return self.relayed(transaction, relay, lambda: relay.chunk(size, last), last)
+        return self.pass_content(size, last)
 
     def bdat_refusal(self, transaction: Transaction | None) -> Reply:
         """Why a chunk is not wanted."""
         if transaction is None:
             return replies.HELO_FIRST if self.stage is Stage.START else replies.MAIL_FIRST
-        if transaction.verdict:
-            return transaction.verdict
+        if transaction.refusal:
+            return transaction.refusal
         if self.stage is Stage.FAILED:
             return replies.UPSTREAM_LOST
         return transaction.no_recipients()
 
-    def relayed(self, transaction: Transaction, relay: Relay, work: Callable[[], Reply], last: bool = True) -> Reply:
+    def pass_content(self, size: int | None = None, last: bool = True) -> Reply:
         """Pass on message content, and draw the consequences.
 
-        last: this is the end of the message.
+        size: of the chunk; None: a message after DATA. last: this is the end of the message.
         """
+        transaction = self.current()
+        relay = transaction.relay
+        assert relay
+        upstream, failed, stopped = relay.upstream, False, True
         try:
-            answer = work()
-        except WireError as error:
-            self.log.blame = ("client", f"message not finished: {error}")
-            self.log.message(transaction, None)
+            answer = relay.data() if size is None else relay.chunk(size, last)
+            outcome, stopped = Outcome(answer, UPSTREAM), False
+        except Rejected as rejected:
+            answer = rejected.reply
+            outcome = Outcome(answer, rejected.by)
+        except UpstreamFailed as failure:
+            answer, failed = replies.UPSTREAM_LOST, True
+            outcome = Outcome(answer, WILLI, str(failure))
+        except Exception as error:
+            self.log.message(transaction, upstream, outcome_of_unfinished(error))
             raise
-        except ShuttingDown:
-            self.log.blame = ("internal", "shutting down before the verdict (drain_timeout)")
-            self.log.message(transaction, None)
-            raise
-        except Exception as bug:
-            self.log.blame = ("internal", f"internal error: {bug!r}")
-            self.log.message(transaction, replies.OUR_FAULT)
-            raise
-        if last or relay.refusal is not None:
-            self.log.blame = relay.blame or ("upstream", str(answer))
-            self.log.message(transaction, answer)
-        if relay.failed:
-            self.dispatch.mark_down(relay.upstream)  # the next client's message goes to another host first
-            self.log.upstream_failed(relay.upstream, self.log.blame[1])
-        if relay.refusal is not None:  # and the upstream was dropped
-            self.dispatch.upstream = transaction.upstream = None
-            transaction.verdict = relay.refusal
+        if last or stopped:
+            self.log.message(transaction, upstream, outcome)
+        if failed:
+            self.upstreams.mark_down(upstream)  # the next client's message goes to another host first
+            self.log.upstream_failed(upstream, outcome.why)
+        if stopped:
+            self.upstreams.drop()
+            transaction.refusal = answer
         if last:
             self.finish_transaction(answer.positive)
-        elif relay.failed:
+        elif failed:
             self.stage = Stage.FAILED
         if last and answer.positive:
-            self.errors = self.junk = self.deferrals = self.dispatch.in_vain = 0
+            self.commands.forgive()
+            self.upstreams.in_vain = 0
         return answer
-
-    # -- verbs: the rest
 
     def rset(self, argument: bytes) -> Reply:
         """RSET (RFC 5321 §4.1.1.5). The upstream hears of it if it is needed again."""
@@ -494,7 +411,6 @@ class Session:
         return replies.RESET
 
     def noop(self, _argument: bytes) -> Reply:
-        """NOOP (RFC 5321 §4.1.1.9)."""
         return replies.NOOP
 
     def vrfy(self, argument: bytes) -> Reply:
@@ -502,7 +418,6 @@ class Session:
         return replies.CANNOT_VRFY if argument else replies.SYNTAX
 
     def help(self, _argument: bytes) -> Reply:
-        """HELP (RFC 5321 §4.1.1.8)."""
         return replies.HELP
 
     def not_implemented(self, _argument: bytes) -> Reply:
@@ -516,31 +431,24 @@ class Session:
         self.closing = self.has_quit = True
         return replies.BYE
 
-    def fail(self, failure: UpstreamFailed) -> Reply:
+    def fail(self, why: str) -> Outcome:
         """The upstream is of no more use: the transaction has failed, and is not forgotten."""
-        transaction = self.transaction
-        self.log.upstream_failed(self.dispatch.upstream, str(failure))
-        answer = self.refuse(replies.UPSTREAM_FAILED, str(failure))
-        if transaction:
-            self.stage = Stage.FAILED
-            if transaction.upstream:
-                transaction.refusals[transaction.upstream.route] = Refusal(replies.UPSTREAM_FAILED, by_upstream=False)
-            if transaction.recipients:
-                answer = self.refuse(replies.UPSTREAM_LOST, str(failure))
-                self.log.message(transaction, answer)  # for those who had been accepted
-        self.drop_upstream()
-        return answer
-
-    def drop_upstream(self) -> None:
-        """Close the upstream connection: an unfinished message stays unfinished."""
-        self.dispatch.drop()
-        if self.transaction:
-            self.transaction.upstream = None
-
-    # -- the state of the transaction
+        transaction = self.current()
+        upstream = self.upstreams.of(transaction)
+        self.log.upstream_failed(self.upstreams.open, why)
+        self.upstreams.note_failure(transaction)
+        outcome = Outcome(replies.UPSTREAM_FAILED, WILLI, why)
+        self.stage = Stage.FAILED
+        if upstream:
+            transaction.refusals[upstream.route] = outcome
+        if transaction.recipients:
+            outcome = Outcome(replies.UPSTREAM_LOST, WILLI, why)
+            self.log.message(transaction, upstream, outcome)  # for those that had been accepted
+        self.upstreams.drop()
+        return outcome
 
     def current(self) -> Transaction:
-        """The transaction: VERBS lets nobody come here without one."""
+        """The transaction, in a stage that has one."""
         assert self.transaction
         return self.transaction
 
@@ -548,21 +456,25 @@ class Session:
         """It has come to its end; the upstream waits for the next MAIL."""
         self.transaction = None
         self.stage = Stage.GREETED
-        if self.dispatch.upstream:
+        if self.upstreams.open:
             # Postfix remembers a message that smtpd_end_of_data_restrictions have refused: RSET before the next one.
-            self.dispatch.upstream.in_transaction = not accepted
+            self.upstreams.open.in_transaction = not accepted
 
     def forget_transaction(self) -> None:
         """It comes to no end. Where content has begun, only dropping the connection keeps it from being delivered."""
-        transaction, upstream = self.transaction, self.dispatch.upstream
-        if transaction and upstream and (transaction.relay or upstream.is_ahead()):
-            self.drop_upstream()
+        transaction, upstream = self.transaction, self.upstreams.open
+        if transaction and upstream and (transaction.relay or upstream.is_pipelined()):
+            self.upstreams.drop()
         self.transaction = None
 
 
-def new_session_id() -> str:
-    """What all log lines of a session have in common."""
-    return "".join(random.choices(PAIRS_OF_LETTERS, k=SESSION_ID_LENGTH // 2))
+def outcome_of_unfinished(error: Exception) -> Outcome:
+    """What became of a message whose session ends before its end."""
+    if isinstance(error, WireError):
+        return Outcome(None, CLIENT, f"message not finished: {error}")
+    if isinstance(error, ShuttingDown):
+        return Outcome(None, WILLI, "shutting down before the verdict (drain_timeout)")
+    return Outcome(replies.OUR_FAULT, WILLI, f"internal error: {error!r}")
 
 
 VERBS: dict[bytes, tuple[Callable[[Session, bytes], Reply], frozenset[Stage]]] = {
@@ -584,12 +496,5 @@ VERBS: dict[bytes, tuple[Callable[[Session, bytes], Reply], frozenset[Stage]]] =
     b"QUIT": (Session.quit, ANY),
 }
 JUNK = frozenset((b"EHLO", b"HELO", b"RSET", b"NOOP", b"VRFY", b"HELP"))
-OUT_OF_SEQUENCE = {
-    (Stage.GREETED, b"RCPT"): replies.MAIL_FIRST,
-    (Stage.GREETED, b"DATA"): replies.MAIL_FIRST,
-    (Stage.SENDER, b"MAIL"): replies.NESTED_MAIL,
-    (Stage.RECIPIENT, b"MAIL"): replies.NESTED_MAIL,
-    (Stage.CHUNKS, b"MAIL"): replies.NESTED_MAIL,
-    (Stage.CHUNKS, b"DATA"): replies.DATA_AFTER_BDAT,
-}
+ADDRESSES = frozenset((b"MAIL", b"RCPT"))  # what is wrong with their arguments is logged
 OTHER_PROTOCOLS = frozenset((b"GET", b"POST", b"PUT", b"HEAD", b"OPTIONS", b"CONNECT", b"DELETE", b"TRACE", b"PATCH"))

@@ -1,24 +1,22 @@
-"""The upstream side of a session: which upstream hears a transaction, on which connection, in which writes."""
+"""One message under way, and the upstream side of its session: which upstream hears it, on which connection."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from time import monotonic
 
 from .. import log
-from ..config import Settings
-from ..net.deadline import FOREVER, TimeLimit
-from ..net.wire import Wire
-from ..routing.route import LookupFailed, Mapping, NoRoute, Route
+from ..net.deadline import FOREVER, Clock, TimeLimit
+from ..routing.route import LookupFailed, NoRoute, Route
 from ..smtp import reply as replies
-from ..smtp.reply import Reject, Reply
-from ..smtp.syntax import MAX_COMMAND_LINE, Mail, Path, parse_rcpt, split_command
-from ..status.counts import REFUSED, Counts
-from .connector import Connector
+from ..smtp.reply import UPSTREAM, WILLI, Outcome, Rejected, Reply
+from ..smtp.syntax import Command, Mail, Path
+from ..status.counts import REFUSED
+from .context import Service
 from .lookup import route_of
 from .relay import Relay
-from .upstream import Client, Refused, Upstream, UpstreamFailed, WantsTls, is_not_from_us
+from .upstream import Client, Upstream, UpstreamFailed, WantsTls, is_not_from_us
 
 # Connections that a client may have opened one after the other without a message that is accepted: one for each EHLO or
 # change of route. An upstream counts the refusals on one connection only.
@@ -31,18 +29,6 @@ LOOK_AHEAD_TIME = 1.0
 SETTLE_TIME = 5.0  # seconds for what was asked behind a refused MAIL: meanwhile the client waits for a known answer
 
 
-@dataclass(frozen=True)
-class Refusal:
-    """Why a route did not work out: kept as a value, since an exception grows by its frames each time it is raised."""
-
-    reply: Reply
-    by_upstream: bool
-
-    def error(self) -> Reject | Refused:
-        """A new exception that says so."""
-        return Refused(self.reply) if self.by_upstream else Reject(self.reply)
-
-
 @dataclass
 class Transaction:
     """One message under way (RFC 5321 §3.3)."""
@@ -52,22 +38,16 @@ class Transaction:
     recipients: list[Path] = field(default_factory=list)  # those that the upstream accepted
     refused: int = 0  # recipients that were not accepted
     deferred: int = 0  # those of them that may be tried again
-    refusals: dict[Route, Refusal] = field(default_factory=dict)  # routes that did not work out
+    refusals: dict[Route, Outcome] = field(default_factory=dict)  # of routes that did not work out
     route: Route | None = None  # the last one asked, for the log
-    upstream: Upstream | None = None  # which accepted MAIL
+    has_upstream: bool = False  # the upstream of the session has accepted MAIL
     relay: Relay | None = None  # the content has begun
-    verdict: Reply | None = None  # the message was refused before its end: what further chunks get
+    refusal: Reply | None = None  # the message was refused before its end: what further chunks and recipients get
 
     def refuse(self, answer: Reply) -> None:
         """Count a recipient that was not accepted; there is no limit to them, so nothing else is kept."""
         self.refused += 1
         self.deferred += not answer.permanent
-
-    @property
-    def is_for_one_host(self) -> bool:
-        """Whether it is clear which upstream host it was for: the one that took MAIL, or the only one of the route."""
-        route = self.route
-        return self.upstream is not None or (route is not None and len(route.servers) == 1 and not route.servers[0].mx)
 
     @property
     def is_refused(self) -> bool:
@@ -81,189 +61,178 @@ class Transaction:
         return replies.NO_RECIPIENTS_YET if self.deferred else replies.NO_VALID_RECIPIENTS
 
 
-class Dispatch:
-    """Chooses the upstream of each transaction, and keeps the connection for the client's next one."""
+class Upstreams:
+    """Chooses the upstream of each transaction; owns the connection, and keeps it for the client's next one."""
 
-    def __init__(
-        self,
-        sid: str,
-        settings: Settings,
-        mappings: Sequence[Mapping],
-        connector: Connector,
-        client_wire: Wire,
-        client: Client,
-        counts: Counts,
-    ) -> None:
-        self.upstream: Upstream | None = None
+    def __init__(self, sid: str, service: Service, client: Client, clock: Clock) -> None:
+        self.open: Upstream | None = None
         self.in_vain = 0  # connections since the last message that was accepted
         self._sid = sid
-        self._settings = settings
-        self._mappings = mappings
-        self._connector = connector
-        self._client_wire = client_wire
+        self._service = service
+        self._settings = service.settings
+        self._connector = service.connector
         self._client = client
-        self._counts = counts
+        self._clock = clock
 
-    def ask_rcpt(self, transaction: Transaction, recipient: Path) -> Reply:
+    def of(self, transaction: Transaction | None) -> Upstream | None:
+        """The upstream that has accepted MAIL of this transaction, as long as it is there."""
+        return self.open if transaction and transaction.has_upstream else None
+
+    def add(self, transaction: Transaction, recipient: Path, group: Iterable[Command]) -> Reply:
         """The upstream's answer to RCPT; find and open the upstream first if need be.
 
-        Raises NoRoute, LookupFailed, UpstreamFailed, Reject, Refused.
+        group: what the client has sent together with this command: RCPT, and DATA as the last.
+        Raises NoRoute, LookupFailed, UpstreamFailed, Rejected.
         """
-        try:
-            answer = self._ask_rcpt(transaction, recipient)
-        except (UpstreamFailed, Refused) as error:
-            self._note_failure(transaction, 421 if isinstance(error, UpstreamFailed) else error.reply.code)
-            raise
-        self._note_failure(transaction, answer.code)
+        upstream = self.of(transaction)
+        if transaction.refusal:
+            raise Rejected(transaction.refusal)
+        if len(transaction.recipients) >= self._settings.max_recipients:
+            raise Rejected(replies.TOO_MANY_RECIPIENTS)
+        if transaction.recipients and upstream is None:
+            raise Rejected(replies.UPSTREAM_LOST)
+        line = _rcpt_line(recipient)
+        if upstream is None or not upstream.is_pipelined(line):  # else decided then: a second look-up might differ
+            upstream = self._upstream_for(transaction, recipient, group)
+        answer = upstream.ask(line)
+        if is_not_from_us(answer):
+            return self._ask_over_tls(upstream, transaction, recipient, group, answer)
         return answer
 
-    def _note_failure(self, transaction: Transaction, code: int) -> None:
-        if code == 421 and self.upstream and not transaction.recipients:  # else it was never there, or has served
-            self.mark_down(self.upstream)
-
-    def mark_down(self, upstream: Upstream) -> None:
-        """Have this host tried last for a while."""
-        self._connector.mark_down(upstream.server)
-
-    def _ask_rcpt(self, transaction: Transaction, recipient: Path) -> Reply:
-        line = _rcpt_line(recipient)
-        upstream = transaction.upstream
-        if upstream and upstream.is_ahead(line):  # decided when it was sent: a second look-up might differ
-            return self._unless_unwelcome(transaction, upstream, recipient)
+    def _upstream_for(self, transaction: Transaction, recipient: Path, group: Iterable[Command]) -> Upstream:
+        """The upstream that the recipient is to be asked of, with RCPT pipelined if others come with it."""
+        upstream = self.of(transaction)
         if upstream and not self._may_share(transaction, upstream.route, recipient):
             if transaction.recipients or not transaction.refusals:
-                raise Reject(replies.OTHER_DESTINATION)
-            upstream = transaction.upstream = None
+                raise Rejected(replies.OTHER_DESTINATION)
+            upstream = None
         if upstream is None:
-            upstream = self._choose(transaction, recipient)
-        elif not upstream.is_ahead():
-            upstream.send_ahead([line, *self._lines_ahead(transaction, upstream)])
-        return self._unless_unwelcome(transaction, upstream, recipient)
+            return self._choose(transaction, recipient, group)
+        if not upstream.is_pipelined():
+            upstream.send_pipelined([_rcpt_line(recipient), *self._lines_of(group, transaction, upstream)])
+        return upstream
 
-    def _unless_unwelcome(self, transaction: Transaction, upstream: Upstream, recipient: Path) -> Reply:
-        """The answer to RCPT. One that is about us: ask again over TLS if that may help, else Reject with a 451."""
-        line = _rcpt_line(recipient)
-        answer = upstream.ask(line)
-        if not is_not_from_us(answer):
-            return answer
-        failure = upstream.unwelcome("RCPT", answer)
-        if isinstance(failure, WantsTls) and not transaction.recipients:
+    def _ask_over_tls(
+        self, upstream: Upstream, transaction: Transaction, recipient: Path, group: Iterable[Command], answer: Reply
+    ) -> Reply:
+        """Ask again if the answer to RCPT was about us, and TLS may help. Raises Rejected with a 451 if it does not."""
+        if isinstance(upstream.unwelcome("RCPT", answer), WantsTls) and not transaction.recipients:
             self._go_over_to_tls()
-            transaction.upstream = None
-            upstream = self._choose(transaction, recipient)
-            answer = upstream.ask(line)
+            upstream = self._choose(transaction, recipient, group)
+            answer = upstream.ask(_rcpt_line(recipient))
             if not is_not_from_us(answer):
                 return answer
         log.error("Upstream wants TLS or a password", sid=self._sid, upstream=str(upstream.server), error=str(answer))
-        raise Reject(replies.NOT_FROM_US)
+        raise Rejected(replies.NOT_FROM_US)
 
     def _go_over_to_tls(self) -> None:
         """The upstream takes nothing in clear: the next connection to it is another one."""
-        if self.upstream:
-            self._connector.note_wants_tls(self.upstream.server)
+        if self.open:
+            self._connector.note_wants_tls(self.open.server)
         self.drop()
 
-    def _choose(self, transaction: Transaction, recipient: Path) -> Upstream:
+    def _choose(self, transaction: Transaction, recipient: Path, group: Iterable[Command]) -> Upstream:
         """The upstream for a recipient, which has accepted MAIL. A route is not tried twice in a transaction."""
+        transaction.has_upstream = False
         route = transaction.route = self._route_of(recipient)
-        if route in transaction.refusals:
-            raise transaction.refusals[route].error()
-        try:
+        if route not in transaction.refusals:
             try:
-                upstream, answer = self._begin(transaction, route, recipient)
-            except WantsTls:
-                self._go_over_to_tls()
-                upstream, answer = self._begin(transaction, route, recipient)
-            if not answer.positive:
-                self._settle(upstream, answer)
-                raise Refused(answer)
-        except (Reject, Refused) as refusal:
-            transaction.refusals[route] = Refusal(refusal.reply, by_upstream=isinstance(refusal, Refused))
-            raise
-        except UpstreamFailed:
-            transaction.refusals[route] = Refusal(replies.UPSTREAM_FAILED, by_upstream=False)
-            raise
-        transaction.upstream = upstream
-        return upstream
+                upstream, answer = self._begin(transaction, route, recipient, group)
+                if answer.positive:
+                    transaction.has_upstream = True
+                    return upstream
+                self._drain_answers(upstream, answer)
+                transaction.refusals[route] = Outcome(replies.at_rcpt(answer), UPSTREAM)
+            except Rejected as rejected:
+                transaction.refusals[route] = Outcome(replies.at_rcpt(rejected.reply), rejected.by)
+            except UpstreamFailed:
+                transaction.refusals[route] = Outcome(replies.UPSTREAM_FAILED, WILLI)
+                raise
+        reply, by, _ = transaction.refusals[route]
+        assert reply
+        raise Rejected(reply, by)
 
-    def _begin(self, transaction: Transaction, route: Route, recipient: Path) -> tuple[Upstream, Reply]:
+    def _begin(
+        self, transaction: Transaction, route: Route, recipient: Path, group: Iterable[Command]
+    ) -> tuple[Upstream, Reply]:
+        """Say MAIL to the upstream, and a second time if it wants that over TLS."""
+        try:
+            return self._begin_once(transaction, route, recipient, group)
+        except WantsTls:
+            self._go_over_to_tls()
+        return self._begin_once(transaction, route, recipient, group)
+
+    def _begin_once(
+        self, transaction: Transaction, route: Route, recipient: Path, group: Iterable[Command]
+    ) -> tuple[Upstream, Reply]:
         """Say MAIL on the kept connection if it is of this route and still of use, else on a new one."""
-        if self.upstream and self.upstream.route != route:
+        if self.open and self.open.route != route:
             self.quit()
-        if self.upstream:
-            clock = self._client_wire.clock
+        if self.open:
             try:
-                with clock.limit(self._settings.connect_timeout, "on a kept connection (connect_timeout)"):
-                    self.upstream.reset()
-                    answer = self._say_mail(self.upstream, transaction, recipient)
+                with self._clock.limit(self._settings.connect_timeout, "on a kept connection (connect_timeout)"):
+                    self.open.reset()
+                    answer = self._say_mail(self.open, transaction, recipient, group)
                 if answer.code != 421:
-                    return self.upstream, answer
+                    return self.open, answer
             except UpstreamFailed as failure:
-                if clock.overdue():
+                if self._clock.overdue():
                     raise
                 log.debug("Kept upstream connection is gone", sid=self._sid, error=str(failure))
             self.drop()
-        self.upstream = self._connect(route)
-        return self.upstream, self._say_mail(self.upstream, transaction, recipient)
+        self.open = self._connect(route)
+        return self.open, self._say_mail(self.open, transaction, recipient, group)
 
     def _connect(self, route: Route) -> Upstream:
         """A new connection; 421 for a client that has had too many, whatever became of them."""
         if self.in_vain >= MAX_IN_VAIN:
             log.info("Too many upstream connections without a message", sid=self._sid, client=str(self._client))
-            self._counts.add(REFUSED, "max_errors")
-            raise Reject(replies.TOO_MANY_ERRORS)
+            self._service.counts.add(REFUSED, "max_errors")
+            raise Rejected(replies.TOO_MANY_ERRORS)
         self.in_vain += 1
-        return self._connector.connect(route, self._client, self._client_wire.clock, self._sid)
+        return self._connector.connect(route, self._client, self._clock, self._sid)
 
-    def _say_mail(self, upstream: Upstream, transaction: Transaction, recipient: Path) -> Reply:
+    def _say_mail(
+        self, upstream: Upstream, transaction: Transaction, recipient: Path, group: Iterable[Command]
+    ) -> Reply:
         """MAIL, and behind it in the same write what the client has sent in one group with this RCPT."""
         mail = transaction.mail
         if mail.smtputf8 and "SMTPUTF8" not in upstream.features:
-            raise Reject(replies.NO_SMTPUTF8)
+            raise Rejected(replies.NO_SMTPUTF8)
         if mail.body == "8BITMIME" and self._settings.strict_8bitmime and "8BITMIME" not in upstream.features:
-            raise Reject(replies.NO_8BITMIME)
+            raise Rejected(replies.NO_8BITMIME)
         line = mail.line(upstream.features)
-        upstream.send_ahead([line, _rcpt_line(recipient), *self._lines_ahead(transaction, upstream)])
+        upstream.send_pipelined([line, _rcpt_line(recipient), *self._lines_of(group, transaction, upstream)])
         answer = upstream.ask(line)
         upstream.in_transaction = True  # refused or not: RSET makes sure of it before the next MAIL
         if is_not_from_us(answer):
             raise upstream.unwelcome("MAIL", answer)
         return answer
 
-    def _lines_ahead(self, transaction: Transaction, upstream: Upstream) -> list[bytes]:
-        """The RCPT commands that the client has sent already, and DATA after them (RFC 2920).
-
-        Only what will be passed on without fail when its turn comes; it stays in the
-        buffer until then.
-        """
+    def _lines_of(self, group: Iterable[Command], transaction: Transaction, upstream: Upstream) -> list[bytes]:
+        """The commands of a group that can go upstream before their turn, as their answers will be passed on."""
         lines: list[bytes] = []
         if "PIPELINING" not in upstream.features:
             return lines
         room = self._settings.max_recipients - len(transaction.recipients) - 1
         deadline = monotonic() + LOOK_AHEAD_TIME
-        for octets in self._client_wire.peek_lines():
-            if len(octets) + 2 > MAX_COMMAND_LINE:
-                break  # it will be refused
+        for _verb, _argument, recipient in group:
+            if recipient is None:
+                lines.append(b"DATA")
+                break
             try:
-                verb, argument = split_command(octets)
-                if verb == b"RCPT" and len(lines) < room:
-                    recipient = parse_rcpt(argument, transaction.mail.smtputf8)
-                    if not self._may_share(transaction, upstream.route, recipient, deadline):
-                        break
-                    lines.append(_rcpt_line(recipient))
-                    continue
-                if verb == b"DATA" and not argument:
-                    lines.append(b"DATA")
-            except (Reject, NoRoute, LookupFailed):  # its turn will come, and its reply
-                pass
-            break
+                if len(lines) >= room or not self._may_share(transaction, upstream.route, recipient, deadline):
+                    break
+            except (NoRoute, LookupFailed):  # its turn will come, and its reply
+                break
+            lines.append(_rcpt_line(recipient))
         return lines
 
     def _route_of(self, recipient: Path, deadline: float = FOREVER) -> Route:
         """Raises NoRoute, LookupFailed, which is also what a time limit means here: no upstream is to blame."""
         try:
-            with self._client_wire.clock.until(deadline, "looking up the recipient"):
-                return route_of(self._mappings, self._settings, recipient, self._counts)
+            with self._clock.until(deadline, "looking up the recipient"):
+                return route_of(self._service.mappings, self._settings, recipient, self._service.counts)
         except TimeLimit as limit:
             raise LookupFailed(str(limit)) from None
 
@@ -275,30 +244,38 @@ class Dispatch:
         settled = bool(transaction.recipients) or not transaction.refusals
         return (settled and self._settings.mixed_recipients == "first") or self._route_of(recipient, deadline) == route
 
-    def _settle(self, upstream: Upstream, answer: Reply) -> None:
+    def _drain_answers(self, upstream: Upstream, answer: Reply) -> None:
         """After a refused MAIL: fetch what else was asked in the same write. After 421 nothing more comes."""
         if answer.code == 421:
             self.mark_down(upstream)
             self.drop()
             return
         try:
-            with self._client_wire.clock.limit(SETTLE_TIME, "waiting for the answers behind a refused MAIL"):
-                upstream.settle()
+            with self._clock.limit(SETTLE_TIME, "waiting for the answers behind a refused MAIL"):
+                upstream.drain_answers()
         except UpstreamFailed as failure:
             log.debug("Upstream dropped", sid=self._sid, error=str(failure))
             self.drop()
 
+    def note_failure(self, transaction: Transaction) -> None:
+        """The upstream failed, or said 421: try its host last for a while if it has not accepted a recipient."""
+        if self.open and not transaction.recipients:
+            self.mark_down(self.open)
+
+    def mark_down(self, upstream: Upstream) -> None:
+        self._connector.mark_down(upstream.server)
+
     def drop(self) -> None:
         """Close the connection: an unfinished message stays unfinished."""
-        if self.upstream:
-            self.upstream.drop()
-            self.upstream = None
+        if self.open:
+            self.open.drop()
+            self.open = None
 
     def quit(self) -> None:
         """Say goodbye to the upstream."""
-        if self.upstream:
-            self.upstream.quit()
-            self.upstream = None
+        if self.open:
+            self.open.quit()
+            self.open = None
 
 
 def _rcpt_line(recipient: Path) -> bytes:

@@ -14,7 +14,7 @@ from ..net.wire import Wire
 from ..routing.route import Route, Server
 from ..smtp import reply as replies
 from ..smtp.body import END_OF_DATA
-from ..smtp.reply import BadReply, Reject, Reply
+from ..smtp.reply import UPSTREAM, BadReply, Rejected, Reply
 from ..smtp.xclient import TEMPUNAVAIL
 
 LAST_WORDS_TIMEOUT = 0.1  # seconds for the rest of a reply of which the beginning has come already
@@ -41,32 +41,17 @@ class WantsTls(UpstreamFailed):
     """The same because we spoke in clear, and the upstream offers TLS."""
 
 
-class XclientNeeded(Reject):
-    """No mail may go to this host, which was not told who the client is. The next one may be told."""
-
-    def __init__(self) -> None:
-        super().__init__(replies.XCLIENT_NEEDED)
+class NextMayTake(Rejected):
+    """A host that must be told who the client is was not, or defers that. The next host of the route may take it."""
 
 
-class MailLoop(Reject):
+class MailLoop(Rejected):
     """The upstream is ourselves, or the host that the mail comes from."""
 
     def __init__(self, server: Server | None = None, is_ours: bool = False) -> None:
         super().__init__(replies.MAIL_LOOP)
         self.server = server
         self.is_ours = is_ours  # it bears our domain, and so it does for every client
-
-
-class Refused(Exception):
-    """The upstream's verdict on the client or the message, outside the answer to one of its commands."""
-
-    def __init__(self, reply: Reply) -> None:
-        super().__init__(str(reply))
-        self.reply = reply
-
-
-class XclientDeferred(Refused):
-    """A 4yz to an XCLIENT that is required: the next host may answer otherwise."""
 
 
 @dataclass
@@ -102,7 +87,7 @@ class Upstream:
         self.in_transaction = False  # it heard MAIL, and no end of that
         self.could_use_tls = False  # it offers STARTTLS, and the setting allows that
         self.out_of_step = False  # dropped after a badly framed reply: the next one could be a part of that
-        self._ahead: deque[bytes] = deque()  # sent, the answers still to come
+        self._pipelined: deque[bytes] = deque()  # sent, the answers still to come
         self.xclient_offer = ""  # the attributes that it lists; not all go on to list them afterwards (for `check`)
         self.xclient_answer: Reply | None = None
         self.address_told = True  # unless it does not take that of this client
@@ -110,58 +95,53 @@ class Upstream:
     # -- commands
 
     def ask(self, line: bytes) -> Reply:
-        """Send one command and return its answer. A command of the group sent ahead is not sent again.
-
-        Raises UpstreamFailed.
-        """
+        """Send one command, unless it was pipelined, and return its answer. Raises UpstreamFailed."""
+        if not self._pipelined:
+            self._send([line])
+        elif self._pipelined[0] != line:  # a bug of ours
+            raise UpstreamFailed(f"{self.server}: pipelined something else than {line!r}")
         try:
-            if not self._ahead:
-                self._send_group([line])
-                self._ahead.append(line)
-            elif self._ahead[0] != line:
-                raise UpstreamFailed(f"{self.server}: sent ahead something else than {line!r}")  # a bug of ours
             answer = self.wire.read_reply()
-            self._ahead.popleft()  # not before: behind a DATA that nobody heard the answer to, QUIT would be content
         except (WireError, BadReply) as error:
             raise UpstreamFailed(f"{self.server}: {error}") from None
+        self._pipelined.popleft()  # not before: behind a DATA whose answer was not heard, QUIT would be content
         if not answer.positive and answer.code < 400:
             verb = line.partition(b" ")[0]
             if answer.code != INTERMEDIATE.get(verb):  # a goodbye, or a second greeting
                 raise UpstreamFailed(f"{self.server}: {verb.decode()}: {answer}")
         return answer
 
-    def send_ahead(self, lines: Sequence[bytes]) -> None:
-        """Send commands whose answers `ask` will fetch, in one write if the upstream offers PIPELINING.
+    def send_pipelined(self, lines: Sequence[bytes]) -> None:
+        """Send commands in one write, whose answers `ask` will fetch. Raises UpstreamFailed.
 
-        If it does not, nothing is sent, and `ask` sends one by one. Raises UpstreamFailed.
+        To an upstream that does not offer PIPELINING nothing is sent, and `ask` sends them one by one.
         """
-        if len(lines) > 1 and "PIPELINING" in self.features and not self._ahead:
-            try:
-                self._send_group(lines)
-            except (WireError, BadReply) as error:
-                raise UpstreamFailed(f"{self.server}: {error}") from None
-            self._ahead.extend(lines)
+        if len(lines) > 1 and "PIPELINING" in self.features and not self._pipelined:
+            self._send(lines)
 
-    def is_ahead(self, line: bytes | None = None) -> bool:
-        """Whether this command, or any, is already under way."""
-        return bool(self._ahead) if line is None else line in self._ahead
+    def is_pipelined(self, line: bytes | None = None) -> bool:
+        """Whether this command, or any, was sent and has no answer yet."""
+        return bool(self._pipelined) if line is None else line in self._pipelined
 
-    def _send_group(self, lines: Sequence[bytes]) -> None:
-        """Raises WireError, BadReply.
+    def _send(self, lines: Sequence[bytes]) -> None:
+        """Raises UpstreamFailed, also if the upstream has spoken out of turn: its answers could not be told apart.
 
-        UpstreamFailed if the upstream has spoken out of turn: its answers could not be
-        told apart. Its goodbye inside a transaction is Refused, as if it were the answer.
+        Its goodbye inside a transaction is Rejected, as if it were the answer.
         """
-        # During the introduction the last answer has only just come: asking the kernel for more would be in vain. Where
-        # it has not, those who know that look.
-        if self.wire.pending() if self.introduced else self.wire.buffered:
-            with self.wire.clock.limit(LAST_WORDS_TIMEOUT, "early words"):  # half a line must not hold us up
-                words = self.wire.read_reply()
-            if words.code == 421 and self.in_transaction:
-                raise Refused(words)
-            raise UpstreamFailed(f"{self.server}: spoke out of turn: {words}")
-        self.wire.write(b"\r\n".join(lines) + b"\r\n")
-        self.wire.flush()
+        wire = self.wire
+        try:
+            # During the introduction the last answer has only just come, and an extra recv would find nothing.
+            if wire.pending() if self.introduced else wire.buffered:
+                with wire.clock.limit(LAST_WORDS_TIMEOUT, "early words"):  # half a line must not hold us up
+                    words = wire.read_reply()
+                if words.code == 421 and self.in_transaction:
+                    raise Rejected(words, UPSTREAM)
+                raise UpstreamFailed(f"{self.server}: spoke out of turn: {words}")
+            wire.write(b"\r\n".join([*lines, b""]))
+            wire.flush()
+        except (WireError, BadReply) as error:
+            raise UpstreamFailed(f"{self.server}: {error}") from None
+        self._pipelined.extend(lines)
 
     def unwelcome(self, command: str, answer: Reply) -> UpstreamFailed:
         """What an answer means that is about us, as `is_not_from_us` says."""
@@ -171,20 +151,20 @@ class Upstream:
     # -- the message
 
     def begin_data(self) -> Reply:
-        """DATA; the upstream's 354. Raises Refused, UpstreamFailed."""
+        """DATA; the upstream's 354. Raises Rejected, UpstreamFailed."""
         answer = self.ask(b"DATA")
         if is_not_from_us(answer):
             raise self.unwelcome("DATA", answer)
         if answer.code >= 400:
-            raise Refused(answer)
+            raise Rejected(answer, UPSTREAM)
         if answer.code != 354:
             raise UpstreamFailed(f"{self.server}: DATA: {answer}")
         return answer
 
     def send(self, octets: bytes) -> None:
-        """Pass on message content. Raises Refused, UpstreamFailed."""
-        if self._ahead:  # a DATA among them would make a message of what is meant as a chunk, or the reverse
-            raise UpstreamFailed(f"{self.server}: content before the answer to {self._ahead[0]!r}")
+        """Pass on message content. Raises Rejected, UpstreamFailed."""
+        if self._pipelined:  # a DATA among them would make a message of what is meant as a chunk, or the reverse
+            raise UpstreamFailed(f"{self.server}: content before the answer to {self._pipelined[0]!r}")
         self._refuse_out_of_step()
         try:
             self.wire.send(octets)
@@ -193,7 +173,7 @@ class Upstream:
             raise UpstreamFailed(f"{self.server}: {error}") from None
 
     def finish(self, octets: bytes) -> Reply:
-        """Pass on the last content of DATA, end it, and return the verdict. Raises Refused, UpstreamFailed."""
+        """Pass on the last content of DATA, end it, and return the verdict. Raises Rejected, UpstreamFailed."""
         if len(octets) > ONE_WRITE:
             self.send(octets)
             octets = b""
@@ -224,7 +204,7 @@ class Upstream:
             raise UpstreamFailed(f"{self.server}: badly framed reply to the chunk before")
 
     def _last_words(self) -> None:
-        """Raise Refused if the upstream has said why it wants no more of the message."""
+        """Raise Rejected if the upstream has said why it wants no more of the message."""
         try:
             with self.wire.clock.limit(LAST_WORDS_TIMEOUT, "last words"):
                 words = self.wire.read_verdict()[0] if self.wire.pending() and self.wire.buffered else None
@@ -232,20 +212,19 @@ class Upstream:
             log.debug("No last words", upstream=str(self.server), error=str(error))
             return
         if words and words.code >= 400:
-            raise Refused(words)
+            raise Rejected(words, UPSTREAM)
 
     # -- the end of a transaction or of the connection
 
-    def settle(self) -> None:
-        """Fetch the answers to what was sent ahead in vain. Raises UpstreamFailed."""
-        while self._ahead:
-            line = self._ahead[0]
-            if self.ask(line).code == 354:
-                raise UpstreamFailed(f"{self.server}: wants a message that nobody will get")
+    def drain_answers(self) -> None:
+        """Fetch the answers to what was pipelined behind a refused MAIL. Raises UpstreamFailed."""
+        while self._pipelined:
+            if self.ask(self._pipelined[0]).code == 354:
+                raise UpstreamFailed(f"{self.server}: wants a message that it will not get")
 
     def reset(self) -> None:
         """Make it ready for the next MAIL. Raises UpstreamFailed, also if it has hung up meanwhile."""
-        useless = self._ahead or self.out_of_step
+        useless = self._pipelined or self.out_of_step
         if useless or (self.in_transaction and self.wire.pending()):  # else MAIL will look
             raise UpstreamFailed(f"{self.server}: kept connection is of no use")
         if self.in_transaction and not self.ask(b"RSET").positive:
@@ -254,7 +233,7 @@ class Upstream:
 
     def quit(self) -> None:
         """Say QUIT and close. Nothing depends on the answer, so there is no wait for it, as with Postfix."""
-        if self._ahead or self.out_of_step:
+        if self._pipelined or self.out_of_step:
             self.drop()
             return
         self.wire.write(b"QUIT\r\n")

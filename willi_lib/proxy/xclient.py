@@ -6,9 +6,10 @@ import re
 from collections.abc import Iterator, Sequence
 
 from .. import log
-from ..smtp.reply import Reply
+from ..smtp import reply as replies
+from ..smtp.reply import UPSTREAM, Rejected, Reply
 from ..smtp.xclient import UNAVAILABLE, lines
-from .upstream import Client, Refused, Upstream, UpstreamFailed, XclientDeferred, XclientNeeded, is_not_from_us
+from .upstream import Client, NextMayTake, Upstream, UpstreamFailed, is_not_from_us
 
 TOLD = (220, 250)  # answers to XCLIENT that say that the upstream knows the client now
 BAD_VALUE = (501, 504)  # answers to XCLIENT that say that a value is not taken
@@ -21,7 +22,7 @@ def send_xclient(upstream: Upstream, client: Client, sid: str, was_offered: bool
     """Tell the upstream who the client is. False: it was not told, and `xclient` allows that.
 
     was_offered: by the first EHLO, before STARTTLS.
-    Raises Refused, Reject, UpstreamFailed.
+    Raises Rejected, UpstreamFailed.
     """
     offer = _xclient_offer(upstream, client, sid, was_offered)
     if offer is None:
@@ -51,7 +52,7 @@ def send_xclient(upstream: Upstream, client: Client, sid: str, was_offered: bool
 
 
 def _xclient_offer(upstream: Upstream, client: Client, sid: str, was_offered: bool) -> str | None:
-    """What the upstream lists behind XCLIENT; None: it does not offer it. Raises Reject if that must not be."""
+    """What the upstream lists behind XCLIENT; None: it does not offer it. Raises Rejected if that must not be."""
     offer = upstream.features.get("XCLIENT")
     fault = ""
     if "ADDR" not in (offer or "").upper().split():
@@ -103,7 +104,7 @@ def _ask_all(upstream: Upstream, lines: Sequence[bytes]) -> tuple[Reply | None, 
 
 
 def _judge_refusal(upstream: Upstream, client: Client, answer: Reply, half_told: bool, sid: str) -> bool:
-    """False: XCLIENT is refused to us, and the mail may go on without. Raises Refused, Reject, UpstreamFailed."""
+    """False: XCLIENT is refused to us, and the mail may go on without. Raises Rejected, UpstreamFailed."""
     if answer.code < 400:
         raise UpstreamFailed(f"{upstream.server}: XCLIENT: {answer}")
     if is_not_from_us(answer):
@@ -111,7 +112,8 @@ def _judge_refusal(upstream: Upstream, client: Client, answer: Reply, half_told:
     if not _is_about_us(answer):
         upstream.xclient = "client_refused"
         is_required = upstream.route.policy.xclient == "require"
-        raise XclientDeferred(answer) if is_required and not answer.permanent else Refused(answer)
+        kind = NextMayTake if is_required and not answer.permanent else Rejected
+        raise kind(answer, UPSTREAM)
     upstream.xclient = "refused"
     if upstream.route.policy.xclient == "require" or half_told:
         raise _xclient_needed(upstream, sid, str(answer))
@@ -122,10 +124,10 @@ def _judge_refusal(upstream: Upstream, client: Client, answer: Reply, half_told:
     return False
 
 
-def _xclient_needed(upstream: Upstream, sid: str, why: str) -> XclientNeeded:
+def _xclient_needed(upstream: Upstream, sid: str, why: str) -> NextMayTake:
     """The refusal of mail that would go on in our own name."""
     log.error("XCLIENT failed, and the mail must not go without", sid=sid, upstream=str(upstream.server), error=why)
-    return XclientNeeded()
+    return NextMayTake(replies.XCLIENT_NEEDED)
 
 
 def _is_about_us(answer: Reply) -> bool:

@@ -9,6 +9,9 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from typing import NamedTuple
+
+CLIENT, WILLI, UPSTREAM = "client", "internal", "upstream"  # the side that ended something; `error_src` in the log
 
 MAX_REPLY_LINES = 200  # a bound on what we keep of an upstream's reply; real ones have under 20
 MAX_SALVAGED_LINE = 512  # octets with code and CRLF of each line of a badly framed verdict, RFC 5321 §4.5.3.1.5
@@ -69,12 +72,21 @@ class BadReply(Exception):
     """What the upstream sent is not a reply line."""
 
 
-class Reject(Exception):
-    """The client's command is refused with this reply."""
+class Rejected(Exception):
+    """A verdict on the client, its command or its message, by Willi or by the upstream."""
 
-    def __init__(self, reply: Reply) -> None:
+    def __init__(self, reply: Reply, by: str = WILLI) -> None:
         super().__init__(str(reply))
         self.reply = reply
+        self.by = by
+
+
+class Outcome(NamedTuple):
+    """What a client was told about a message or a recipient, by which side, and why."""
+
+    reply: Reply | None  # None: the client was gone
+    by: str  # CLIENT, WILLI or UPSTREAM
+    why: str = ""  # for the log, where it knows more than the reply says
 
 
 def parse_reply_line(line: bytes) -> tuple[int, bool, bytes]:

@@ -13,7 +13,7 @@ from functools import lru_cache
 from typing import Literal, NamedTuple
 
 from . import reply as replies
-from .reply import Reject, Reply
+from .reply import Rejected, Reply
 
 MAX_COMMAND_LINE = 2048  # octets with CRLF: RFC 5321 §4.5.3.1.4 asks for 512 and more; Postfix's line_length_limit
 MAX_HELO = 255  # octets, RFC 5321 §4.5.3.1.2
@@ -52,6 +52,14 @@ class Path(NamedTuple):
         return b"<%s>" % self.address.encode()
 
 
+class Command(NamedTuple):
+    """A command of a client."""
+
+    verb: bytes  # in upper case
+    argument: bytes
+    recipient: Path | None = None  # of a RCPT that was read together with the one before it
+
+
 class Mail(NamedTuple):
     """What a MAIL command says (RFC 5321 §4.1.1.2, RFC 1870, RFC 6152, RFC 6531)."""
 
@@ -75,10 +83,10 @@ class Mail(NamedTuple):
 def split_command(line: bytes) -> tuple[bytes, bytes]:
     """Verb in upper case, and argument; both may be empty. Blanks around them count for nothing (as with Postfix).
 
-    Raises Reject for control octets, which must never reach the upstream.
+    Raises Rejected for control octets, which must never reach the upstream.
     """
     if _CONTROL.search(line):
-        raise Reject(replies.CONTROL_CHARACTER)
+        raise Rejected(replies.CONTROL_CHARACTER)
     verb, *argument = line.split(None, 1) or (b"",)
     return verb.upper(), argument[0].rstrip() if argument else b""
 
@@ -91,15 +99,15 @@ def may_be_bdat(line: bytes) -> bool:
 def parse_helo(argument: bytes) -> str:
     """The name a client gives in EHLO or HELO.
 
-    Names that are no host names are the upstream's to refuse. Raises Reject.
+    Names that are no host names are the upstream's to refuse. Raises Rejected.
     """
     if not _HELO.fullmatch(argument):
-        raise Reject(replies.BAD_HELO)
+        raise Rejected(replies.BAD_HELO)
     return argument.decode("ascii")
 
 
 def parse_mail(argument: bytes, extensions: frozenset[str]) -> Mail:
-    """MAIL's argument. extensions: which of SMTPUTF8 and 8BITMIME are offered. Raises Reject."""
+    """MAIL's argument. extensions: which of SMTPUTF8 and 8BITMIME are offered. Raises Rejected."""
     path, parameters = _split_path(argument, b"FROM:", replies.BAD_SENDER)
     size: int | None = None
     body: Body | None = None
@@ -114,32 +122,32 @@ def parse_mail(argument: bytes, extensions: frozenset[str]) -> Mail:
         elif key == "SMTPUTF8" and not value and "SMTPUTF8" in extensions:
             smtputf8 = True
         elif key == "SIZE":
-            raise Reject(replies.SYNTAX)
+            raise Rejected(replies.SYNTAX)
         else:
-            raise Reject(replies.UNKNOWN_PARAMETER)
+            raise Rejected(replies.UNKNOWN_PARAMETER)
     return Mail(_make_path(path, smtputf8, replies.BAD_SENDER), size, body, smtputf8)
 
 
 def parse_rcpt(argument: bytes, smtputf8: bool) -> Path:
-    """RCPT's argument. smtputf8: the MAIL command said so. Raises Reject."""
+    """RCPT's argument. smtputf8: the MAIL command said so. Raises Rejected."""
     octets, parameters = _split_path(argument, b"TO:", replies.BAD_RECIPIENT)
     if not octets:
-        raise Reject(replies.BAD_RECIPIENT)
+        raise Rejected(replies.BAD_RECIPIENT)
     if _parse_parameters(parameters):
-        raise Reject(replies.UNKNOWN_PARAMETER)
+        raise Rejected(replies.UNKNOWN_PARAMETER)
     path = _make_path(octets, smtputf8, replies.BAD_RECIPIENT)
     if path.domain is None and path.address.lower() != POSTMASTER:
-        raise Reject(replies.NO_DOMAIN)
+        raise Rejected(replies.NO_DOMAIN)
     return path
 
 
 def _split_path(argument: bytes, keyword: bytes, refusal: Reply) -> tuple[bytes, bytes]:
     """The address and the parameters of MAIL or RCPT, as octets."""
     if argument[: len(keyword)].upper() != keyword:
-        raise Reject(replies.SYNTAX)
+        raise Rejected(replies.SYNTAX)
     match = _PATH.fullmatch(argument, len(keyword))
     if not match:
-        raise Reject(refusal)
+        raise Rejected(refusal)
     return match["path"] or match["bare"] or b"", match["parameters"] or b""
 
 
@@ -147,37 +155,37 @@ def _make_path(octets: bytes, smtputf8: bool, refusal: Reply) -> Path:
     try:
         address = octets.decode("utf-8")
     except UnicodeDecodeError:
-        raise Reject(refusal) from None
+        raise Rejected(refusal) from None
     if not address.isascii():
         if not smtputf8:
-            raise Reject(replies.NEEDS_SMTPUTF8)
+            raise Rejected(replies.NEEDS_SMTPUTF8)
         if _NEVER_IN_ADDRESS.search(address):
-            raise Reject(refusal)
+            raise Rejected(refusal)
     quoted_end = address.rfind('"')
     at = address.rfind("@")
     return Path(address, address[at + 1 :] if at > quoted_end else None)
 
 
 def _parse_parameters(octets: bytes) -> dict[str, str]:
-    """`KEY=value KEY` by key in upper case; empty value: none was given. Raises Reject."""
+    """`KEY=value KEY` by key in upper case; empty value: none was given. Raises Rejected."""
     parameters: dict[str, str] = {}
     for word in octets.split():
         match = _PARAMETER.fullmatch(word)
         if not match:
-            raise Reject(replies.SYNTAX)
+            raise Rejected(replies.SYNTAX)
         key = match[1].decode("ascii").upper()
         if key in parameters:
-            raise Reject(replies.SYNTAX)
+            raise Rejected(replies.SYNTAX)
         parameters[key] = (match[2] or b"").decode("ascii")
     return parameters
 
 
 def parse_bdat(argument: bytes) -> tuple[int, bool]:
-    """Size of the chunk in octets, and whether it is the LAST (RFC 3030 §2). Raises Reject."""
+    """Size of the chunk in octets, and whether it is the LAST (RFC 3030 §2). Raises Rejected."""
     size, *words = argument.split() or (b"",)
     last = b" ".join(words)
     if not (size.isdigit() and len(size) <= 20 and last.upper() in (b"", b"LAST")):
-        raise Reject(replies.BAD_BDAT)
+        raise Rejected(replies.BAD_BDAT)
     return int(size), bool(last)
 
 

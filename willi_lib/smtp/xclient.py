@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from ..hosts import canonical, is_host_name, parse_port
 from . import reply as replies
-from .reply import Reject
+from .reply import Rejected
 
 ATTRIBUTES = frozenset(("NAME", "ADDR", "PORT", "PROTO", "HELO"))  # that a host in `xclient_hosts` may send
 MAX_LINE = 512  # octets with CRLF
@@ -33,7 +33,7 @@ class Told(NamedTuple):
 
 
 def parse(argument: bytes) -> Told:
-    """Raises Reject, also for an attribute that is there twice: which of them is the client's?"""
+    """Raises Rejected, also for an attribute that is there twice: which of them is the client's?"""
     attributes: dict[str, str] = {}
     try:
         for word in argument.split():
@@ -52,7 +52,7 @@ def parse(argument: bytes) -> Told:
             None if name is None else _name(name),
         )
     except ValueError:
-        raise Reject(replies.BAD_XCLIENT) from None
+        raise Rejected(replies.BAD_XCLIENT) from None
 
 
 def lines(attributes: Sequence[tuple[str, str]]) -> list[bytes]:

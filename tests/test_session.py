@@ -1,0 +1,53 @@
+"""session.py where the dialogue alone does not show it: the looks at a client that may have hung up."""
+
+from __future__ import annotations
+
+import socket
+from _socket import socket as RawSocket
+from collections.abc import Iterator
+from contextlib import ExitStack
+
+import pytest
+
+from willi_lib.config import Settings
+from willi_lib.net.deadline import Clock
+from willi_lib.net.resolver import Resolver
+from willi_lib.net.wire import Wire
+from willi_lib.proxy.connector import Connector
+from willi_lib.proxy.context import Service
+from willi_lib.proxy.session import LOOKS, Session
+from willi_lib.proxy.upstream import Client
+from willi_lib.status.counts import Counts
+
+DATA = (b"DATA", b"", None)
+
+
+@pytest.fixture
+def asking() -> Iterator[Session]:
+    """A session that waits for its upstream, and whose client has closed its side."""
+    ours, peer = socket.socketpair()
+    raw = RawSocket(fileno=ours.detach())
+    raw.setblocking(False)
+    settings, resolver, counts = Settings(path="willi.conf", mappings=()), Resolver(1.0), Counts()
+    service = Service(settings, [], Connector(settings, resolver, counts), resolver, None, counts)
+    with ExitStack() as ends:
+        wire = Wire(raw, Clock())
+        ends.callback(wire.close)
+        session = Session("SID", service, wire, Client("192.0.2.1", 25, own=lambda: ("192.0.2.2", 25)))
+        session.asking = True
+        peer.close()
+        yield session
+
+
+def test_a_client_that_has_closed_its_side_is_counted_look_by_look(asking: Session):
+    for look in range(1, LOOKS):
+        asking.look_at_client()
+        assert asking.looks_gone == look
+
+
+def test_a_client_whose_group_is_not_answered_yet_has_not_hung_up(asking: Session):
+    """The commands were read together with the first one, and are no longer in the buffer."""
+    asking.commands.group.append(DATA)
+    for _ in range(LOOKS):
+        asking.look_at_client()
+    assert asking.looks_gone == 0
