@@ -18,8 +18,10 @@ import pytest
 
 from tests.support.certificates import Authority, Pair
 from tests.support.loopback import HOST, PATIENCE, wait_until
+from willi_lib.net import replies as replies_module
 from willi_lib.net import wire as module
 from willi_lib.net.deadline import Clock, TimeLimit, WireError
+from willi_lib.net.replies import read_reply, read_verdict
 from willi_lib.net.wire import BadFraming, LineTooLong, PeerGone, TlsFailed, Wire
 from willi_lib.smtp.reply import BadReply, Reply
 from willi_lib.smtp.syntax import MAX_COMMAND_LINE
@@ -360,7 +362,7 @@ def test_pending_tells_octets_and_the_end_from_nothing_and_does_not_wait(connect
     assert not wire.pending()
     peer.sendall(b"421 4.3.2 Going down\r\n")
     assert wire.pending() and wire.pending()
-    assert wire.read_reply() == Reply(421, (b"4.3.2 Going down",))
+    assert read_reply(wire) == Reply(421, (b"4.3.2 Going down",))
     assert not wire.pending()
     peer.close()
     assert wire.pending()
@@ -381,7 +383,7 @@ def test_pending_tells_octets_and_the_end_from_nothing_and_does_not_wait(connect
 def test_a_reply_is_read_with_all_its_lines(connect, feed, octets, reply):
     wire, peer = connect()
     feed(peer, octets)
-    assert wire.read_reply() == reply
+    assert read_reply(wire) == reply
 
 
 @pytest.mark.parametrize("octets", [
@@ -395,7 +397,7 @@ def test_what_is_no_reply_is_refused(connect, feed, octets):
     wire, peer = connect()
     feed(peer, octets)
     with pytest.raises(BadReply):
-        wire.read_reply()
+        read_reply(wire)
 
 
 @pytest.mark.parametrize("line", [b"2", b"250-" + b"x" * 1000 + b"\r\n", b"250-\r\n"], ids=["a line", "lines", "empty"])
@@ -404,7 +406,7 @@ def test_a_reply_without_end_is_refused_as_soon_as_it_is_too_long(connect, line)
     wire, peer = connect()
     feeding = connect.thread(lambda: peer.sendall(line * (500_000 // len(line))))
     with pytest.raises(BadReply, match="a reply"), wire.clock.limit(PATIENCE, "one reply"):
-        wire.read_reply()
+        read_reply(wire)
     wire.close()
     feeding.exception(PATIENCE)
 
@@ -424,40 +426,40 @@ def test_a_reply_without_end_is_refused_as_soon_as_it_is_too_long(connect, line)
 def test_a_verdict_whose_code_can_be_read_counts(connect, octets, verdict):
     wire, peer = connect()
     peer.sendall(octets)
-    assert wire.read_verdict() == verdict
+    assert read_verdict(wire) == verdict
 
 
 @pytest.mark.parametrize("octets", [b"250 2.0.0 queued", b"250-2.0.0 queued\r\n", b"250"])
 @pytest.mark.parametrize("end", ["close", "silence"])
 def test_a_verdict_whose_end_does_not_come_counts(connect, monkeypatch, octets, end):
-    monkeypatch.setattr(module, "REST_OF_VERDICT", SHORT)
+    monkeypatch.setattr(replies_module, "REST_OF_VERDICT", SHORT)
     wire, peer = connect()
     peer.sendall(octets)
     if end == "close":
         peer.close()
-    reply, in_order = wire.read_verdict()
+    reply, in_order = read_verdict(wire)
     assert (reply.code, in_order) == (250, False)
 
 
 def test_until_the_code_of_a_verdict_is_there_it_may_take_the_whole_time_of_a_verdict(connect, monkeypatch):
-    monkeypatch.setattr(module, "REST_OF_VERDICT", 0.0)
+    monkeypatch.setattr(replies_module, "REST_OF_VERDICT", 0.0)
     wire, peer = connect()
     peer.sendall(b"2")
     sending = connect.thread(lambda: (wait_until(lambda: wire.buffered, "the first octet"), peer.sendall(b"50 Ok\r\n")))
-    reply, _ = wire.read_verdict()
+    reply, _ = read_verdict(wire)
     assert reply.code == 250
     sending.exception(PATIENCE)
 
 
 @pytest.mark.parametrize("line", [b"warning\r\n", b"\r\n", b"25 \n"])
 def test_a_verdict_may_come_long_after_a_line_that_is_none(connect, monkeypatch, line):
-    monkeypatch.setattr(module, "REST_OF_VERDICT", 0.0)
+    monkeypatch.setattr(replies_module, "REST_OF_VERDICT", 0.0)
     wire, peer = connect()
     seen: list[bytes] = []
     wire.trace = lambda _, octets: seen.append(octets)
     peer.sendall(line)
     sending = connect.thread(lambda: (wait_until(lambda: seen, "the first line"), peer.sendall(b"250 Ok\r\n")))
-    assert wire.read_verdict() == (Reply(250, (b"Ok",)), False)
+    assert read_verdict(wire) == (Reply(250, (b"Ok",)), False)
     sending.exception(PATIENCE)
 
 
@@ -467,7 +469,7 @@ def test_what_has_no_code_is_no_verdict(connect, octets):
     peer.sendall(octets)
     peer.close()
     with pytest.raises((BadReply, WireError)):
-        wire.read_verdict()
+        read_verdict(wire)
 
 
 # Time
@@ -481,7 +483,7 @@ def test_a_limit_ends_a_wait_and_says_of_what(connect):
     assert SHORT <= time.monotonic() - began < PATIENCE / 2
 
 
-@pytest.mark.parametrize("work", [Wire.read_line, Wire.read_reply], ids=["line", "reply"])
+@pytest.mark.parametrize("work", [Wire.read_line, read_reply], ids=["line", "reply"])
 def test_a_peer_that_sends_one_octet_at_a_time_hits_the_limit(connect, work):
     wire, peer = connect()
     dripping = drip(peer, b"2" * 10_000_000)
@@ -831,7 +833,7 @@ def test_as_a_client_it_talks_tls_with_the_standard_library(connect, pair, certi
     talk = connect.thread(server)
     assert wire.tls_version is None
     wire.start_tls(certificates.client_context(), server_side=False, server_name="mx.example")
-    assert wire.read_reply() == Reply(220, (b"mx.example",))
+    assert read_reply(wire) == Reply(220, (b"mx.example",))
     wire.send(b"QUIT\r\n")
     assert talk.result(PATIENCE) == b"QUIT\r\n"
     assert wire.tls_version == version.name.replace("_", ".")
@@ -909,7 +911,7 @@ def test_pending_sees_octets_and_the_end_under_tls_too(connect, pair):
     assert not wire.pending()
     secure.sendall(b"250 Ok\r\n")
     wait_until(wire.pending, "octets")
-    assert wire.read_reply() == Reply(250, (b"Ok",))
+    assert read_reply(wire) == Reply(250, (b"Ok",))
     assert not wire.pending()
     connect.thread(lambda: secure.unwrap())
     wait_until(wire.pending, "close_notify")
@@ -1118,10 +1120,10 @@ def test_closing_sends_nothing_more(connect):
 
 def test_what_is_done_with_a_closed_connection_is_a_wire_error(connect):
     """A wait for its descriptor would end the process, with all that others have said."""
-    for work in (Wire.read_line, Wire.read_verdict, Wire.read_some, lambda wire: wire.send(b"x" * 10)):
+    for work in (Wire.read_line, read_verdict, Wire.read_some, lambda wire: wire.send(b"x" * 10)):
         wire, peer = connect()
         peer.sendall(b"250-Ok\r\n\r\n250-")
-        wire.read_verdict()
+        read_verdict(wire)
         wire.close()
         assert wire.pending() and not wire.buffered
         with pytest.raises(PeerGone):

@@ -18,8 +18,6 @@ from typing import Any
 
 from gevent import get_hub, getcurrent
 
-from ..smtp import reply as replies
-from ..smtp.reply import BadReply, Reply, first_reply, parse_reply_line
 from ..smtp.syntax import MAX_COMMAND_LINE
 from .deadline import AFTER_READING, Clock, WireError
 
@@ -33,8 +31,6 @@ CLOSE_WAIT = 8  # TCP: the peer has closed (linux/tcp_states.h)
 MAX_RECORD = 16 << 10  # octets of content in a TLS record, RFC 8446 §5.1
 ENCRYPTED_READ = 64 << 10  # octets a recv under TLS; OpenSSL's buffer grows to this and stays
 MAX_PENDING_OUTPUT = 64 << 10  # octets of replies kept back for one write
-MAX_REPLY_LINE = 4096  # octets with CRLF; RFC 5321 §4.5.3.1.5 asks for 512
-REST_OF_VERDICT = 10.0  # seconds for the rest of a verdict that has begun; its code is there, so little is lost
 WRITE_TIMEOUT = 300.0  # seconds, if nobody says otherwise: what RFC 5321 §4.5.3.2 has a server wait
 LINGER = 2.0  # seconds for the peer to read our last words before the socket goes
 LINGER_OCTETS = 1 << 20  # what we throw away meanwhile
@@ -108,7 +104,7 @@ class Wire:
 
     @property
     def buffered(self) -> bool:
-        """Whether octets were received that nobody has taken yet."""
+        """Whether octets were received that are not taken yet."""
         return self._at < len(self._buffer)
 
     @property
@@ -124,6 +120,14 @@ class Wire:
         end = self._buffer.rfind(b"\r\n", self._at, self._at + COMMAND_READ)
         return self._buffer[self._at : end].split(b"\r\n") if end >= self._at else []
 
+    def peek(self) -> bytes:
+        """All octets that are buffered; they stay where they are."""
+        return self._buffer[self._at :]
+
+    def skip(self, size: int) -> None:
+        """Take octets that `peek` or `receive` has shown."""
+        self._at += size
+
     def read_line(self, limit: int = MAX_COMMAND_LINE) -> bytes:
         """The next line without its CRLF. Only CRLF ends a line (RFC 5321 §2.3.8).
 
@@ -131,19 +135,23 @@ class Wire:
         Raises WireError, and LineTooLong once the long line has been read to its end.
         """
         try:
-            return self._next_line(limit)
+            return self.next_line(limit)
         except LineTooLong:
-            self._drop_long_line()
+            while (end := self._buffer.find(b"\r\n", self._at)) < 0:
+                self._buffer = b"\r" if self._buffer.endswith(b"\r") else b""
+                self._at = 0
+                self.receive()
+            self._at = end + 2
             raise
 
-    def _next_line(self, limit: int) -> bytes:
+    def next_line(self, limit: int) -> bytes:
         """The same; a line that is too long or badly framed is still in the buffer, as far as it has come."""
         while (end := self._buffer.find(b"\r\n", self._at)) < 0:
-            if self.buffered:
+            if self._at < len(self._buffer):
                 _refuse_bare_newline(self._buffer[self._at :].removesuffix(b"\r"))  # its LF may be on the way
                 if len(self._buffer) - self._at > limit:
                     raise LineTooLong(self._buffer[self._at : self._at + limit])
-            self._receive(COMMAND_READ)
+            self.receive()
         line = self._buffer[self._at : end]
         _refuse_bare_newline(line)
         if len(line) + 2 > limit:
@@ -160,15 +168,14 @@ class Wire:
     def read_some(self, most: int | None = None) -> bytes:
         """At least one octet of what comes next, at the most `most` octets. Raises WireError."""
         if not self.buffered:
-            self._receive(self._body_read, eager=True)
+            self.receive(self._body_read, eager=True)
             if self._body_read // 2 <= len(self._buffer) and self._body_read < LARGEST_BODY_READ:
                 self._body_read *= 2
-        if self._at or (most is not None and len(self._buffer) > most):
-            end = len(self._buffer) if most is None else min(len(self._buffer), self._at + most)
-            octets = self._buffer[self._at : end]
-            self._at = end
-            return octets
-        octets, self._buffer = self._buffer, b""
+        end = len(self._buffer) if most is None else min(len(self._buffer), self._at + most)
+        octets = self._buffer[self._at : end]
+        self._at = end
+        if end == len(self._buffer):
+            self._buffer, self._at = b"", 0
         return octets
 
     def unread(self, octets: bytes) -> None:
@@ -176,78 +183,6 @@ class Wire:
         if octets:
             self._buffer = octets + self._buffer[self._at :]
             self._at = 0
-
-    def read_reply(self) -> Reply:
-        """The peer's next reply, all its lines (RFC 5321 §4.2.1).
-
-        Raises WireError; BadReply for what is no reply, as soon as that is known.
-        """
-        return self._whole_reply() or self._read_reply_lines([])
-
-    def read_verdict(self) -> tuple[Reply, bool]:
-        """The reply to a message, and whether it was in order. If not, nothing further is to be read as a reply.
-
-        The peer has the message already: a code that can be read counts, however badly the text is framed, though
-        its end never comes, and though other lines come first, as a warning that was not meant for us.
-        Raises WireError, BadReply.
-        """
-        if whole := self._whole_reply():
-            return whole, True
-        first = not self._drop_lines_without_code()
-        lines: list[bytes] = []
-        try:
-            with self.clock.limit(REST_OF_VERDICT, "waiting for the rest of a verdict"):
-                return self._read_reply_lines(lines), first
-        except (WireError, BadReply):
-            octets = b"\r\n".join([*lines, self._buffer[self._at :]])
-            verdict = replies.salvage(octets)
-            if verdict is None:
-                raise
-            if self.trace:
-                self.trace("<", octets)
-            return verdict, False
-
-    def _whole_reply(self) -> Reply | None:
-        """The next reply if it comes in one piece and in order, as nearly all do; None: look at each line."""
-        if not self.buffered:
-            self._receive(COMMAND_READ)
-        octets = self._buffer[self._at :]
-        if len(octets) > MAX_REPLY_LINE or self.trace or not (first := first_reply(octets)):
-            return None
-        reply, length = first
-        self._at += length
-        return reply
-
-    def _drop_lines_without_code(self) -> bool:
-        """Wait for a code, and drop the lines before it; whether there were any. Raises WireError, BadReply."""
-        dropped = 0
-        while not replies.begins_with_code(self._buffer[self._at :]):
-            line, end, _ = self._buffer[self._at :].partition(b"\n")
-            if len(line) > MAX_REPLY_LINE or dropped > replies.MAX_REPLY_LINES:
-                raise BadReply(f"not an SMTP reply: {line[:80]!r}")
-            if not end:
-                self._receive(COMMAND_READ)
-                continue
-            self._at += len(line) + 1
-            dropped += 1
-            if self.trace:
-                self.trace("<", line)
-        return dropped > 0
-
-    def _read_reply_lines(self, lines: list[bytes]) -> Reply:
-        """One line after the other, each added to `lines`: a reply that is long, strange, or not here yet."""
-        texts: list[bytes] = []
-        while len(texts) < replies.MAX_REPLY_LINES:
-            try:
-                line = self._next_line(MAX_REPLY_LINE)
-            except LineTooLong:
-                raise BadReply(f"a reply line of more than {MAX_REPLY_LINE} octets") from None
-            lines.append(line)
-            code, last, text = parse_reply_line(line)
-            texts.append(text)
-            if last:
-                return Reply(code, tuple(texts))
-        raise BadReply(f"a reply of more than {replies.MAX_REPLY_LINES} lines")
 
     def pending(self) -> bool:
         """Whether the peer has sent something, or closed, that is not yet taken. Does not wait."""
@@ -276,23 +211,17 @@ class Wire:
         state = self._socket.getsockopt(stdlib_socket.IPPROTO_TCP, stdlib_socket.TCP_INFO, 1)[0]
         return state == CLOSE_WAIT  # with nothing unread but a goodbye of TLS
 
-    def _drop_long_line(self) -> None:
-        """Read on to the end of the line, keeping nothing of it."""
-        while (end := self._buffer.find(b"\r\n", self._at)) < 0:
-            self._buffer = b"\r" if self._buffer.endswith(b"\r") else b""
-            self._at = 0
-            self._receive(COMMAND_READ)
-        self._at = end + 2
-
-    def _receive(self, size: int, eager: bool = False) -> None:
-        """Wait for more octets and add them to the buffer.
+    def receive(self, size: int = COMMAND_READ, eager: bool = False) -> bytes:
+        """Wait for more octets; all that are buffered then.
 
         eager: try to receive before waiting: right for content, which mostly is
             there already, wrong for commands, which mostly are not.
+        Raises WireError.
         """
-        self.flush()
+        if self._output or self._tls:
+            self.flush()
         octets = None
-        if eager or (self._tls is not None and self._holds_records()):
+        if eager or (self._tls and self._holds_records()):
             if monotonic() - self._waited > FAIR_TIME:
                 give_way()
                 self._waited = monotonic()
@@ -304,8 +233,9 @@ class Wire:
         if not octets:
             raise PeerGone("connection closed")
         self.received_at = monotonic()
-        self._buffer = self._buffer[self._at :] + octets if self.buffered else octets
+        self._buffer = self._buffer[self._at :] + octets if self._at < len(self._buffer) else octets
         self._at = 0
+        return self._buffer
 
     def _receive_now(self, size: int) -> bytes | None:
         """What can be had without waiting; None: nothing; b"": the peer closed. Raises PeerGone, TlsFailed."""
@@ -325,18 +255,17 @@ class Wire:
 
         Of one only: a peer that sends nothing but key updates would never let go of us.
         """
-        assert self._tls
+        assert self._tls and self._clear_in
         records: list[bytes] = []
         try:
-            if self._tls_ended:
-                return b""
-            if not self._holds_records() and not self._receive_encrypted():
-                return b""  # also without close_notify: SMTP says itself where a message ends
-            while size > 0 and self._holds_records():
+            if not self._holds_records():
+                octets = self._socket.recv(ENCRYPTED_READ)
+                if not octets:
+                    return b""  # also without close_notify: SMTP says itself where a message ends
+                self._clear_in.write(octets)
+            while size > 0 and self._holds_records() and not self._tls_ended:
                 record = self._tls.read(min(size, MAX_RECORD))
-                if not record:  # close_notify; TCP may well stay open, so nothing more must be waited for
-                    self._tls_ended = True
-                    break
+                self._tls_ended = not record  # by close_notify; TCP may stay open, and must not be waited for
                 records.append(record)
                 size -= len(record)
         except ssl.SSLWantReadError:  # half a record, or none of application data
@@ -356,13 +285,6 @@ class Wire:
         assert self._tls and self._clear_in
         return self._tls_ended or bool(self._tls.pending() or self._clear_in.pending)
 
-    def _receive_encrypted(self) -> bool:
-        """One recv for OpenSSL. False: the peer closed. Raises BlockingIOError if there is nothing."""
-        assert self._clear_in
-        octets = self._socket.recv(ENCRYPTED_READ)
-        self._clear_in.write(octets)
-        return bool(octets)
-
     # -- writing
 
     def write(self, octets: bytes) -> None:
@@ -376,8 +298,7 @@ class Wire:
     def flush(self) -> None:
         """Send what was kept back. Raises WireError."""
         if self.holds_output:
-            octets, self._output = self._output, b""
-            self.send(octets)
+            self.send(b"")
 
     @property
     def holds_output(self) -> bool:
@@ -404,14 +325,14 @@ class Wire:
 
     def send(self, octets: bytes) -> None:
         """Send message content at once, past the trace, behind what was kept back. Raises WireError."""
-        if self._output:
-            self.flush()
+        octets, self._output = self._output + octets, b""
         try:
             if self._tls is None:
                 self._send_raw(octets)
-            else:
+                return
+            if octets:
                 self._tls.write(octets)
-                self._send_encrypted()
+            self._send_encrypted()
         except ssl.SSLError as error:
             raise TlsFailed(f"TLS: {error.reason or error}") from None
         except OSError as error:
@@ -481,7 +402,8 @@ class Wire:
                     self._clear_in.write(self._receive_raw())
             self._send_encrypted()
         except ssl.SSLError as error:
-            self._say_alert()
+            with suppress(OSError):  # the peer may be gone
+                self._socket.send(self._clear_out.read())  # the alert that tells it why
             raise TlsFailed(f"TLS handshake: {getattr(error, 'verify_message', '') or error.reason or error}") from None
         except OSError as error:
             raise PeerGone(f"TLS handshake: {error.strerror or error}") from None
@@ -494,31 +416,20 @@ class Wire:
                 _wait(self._readable)
             eager = False
             with suppress(BlockingIOError):
-                octets = self._socket.recv(COMMAND_READ)
-                break
-        if not octets:
-            raise PeerGone("connection closed in the TLS handshake")
-        return octets
-
-    def _say_alert(self) -> None:
-        """Tell the peer why its handshake failed; it may be gone, which is no further news."""
-        assert self._clear_out
-        try:
-            self._socket.send(self._clear_out.read())
-        except OSError as error:
-            if self.trace:
-                self.trace(">", f"TLS alert not sent: {error}".encode())
+                if octets := self._socket.recv(COMMAND_READ):
+                    return octets
+                raise PeerGone("connection closed in the TLS handshake")
 
     def close(self) -> None:
         """End the connection at once. Nothing more is sent: an unfinished message stays unfinished.
 
         What is done with it afterwards is a WireError.
         """
-        self._readable.close()
-        if self._writable is not None:
-            self._writable.close()
+        for event in (self._readable, self._writable):
+            if event is not None:
+                event.close()
         self._socket.close()
-        self._readable = self._writable = _CLOSED
+        self._readable = self._writable = None
         self._buffer, self._at = b"", 0
 
     def hang_up(self, linger: bool = False) -> None:
@@ -572,26 +483,14 @@ def give_way() -> None:
 
 def _wait(event: Any) -> None:
     """What gevent's hub.wait() does without its Waiter, since nothing but this event switches to us: 0.7 KiB less."""
+    if event is None:  # libev would end the whole process where a closed descriptor is waited for
+        raise PeerGone("connection closed already")
     event.start(getcurrent().switch, event)
     try:
         switched_by = get_hub().switch()
         assert switched_by is event
     finally:
         event.stop()
-
-
-class _Closed:
-    """The event of a closed connection: libev ends the whole process where a closed descriptor is waited for."""
-
-    def start(self, *_: object) -> None:
-        """Raises PeerGone."""
-        raise PeerGone("connection closed already")
-
-    def close(self) -> None:
-        """Nothing is left to do."""
-
-
-_CLOSED = _Closed()
 
 
 def _refuse_bare_newline(line: bytes) -> None:

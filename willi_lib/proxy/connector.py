@@ -15,6 +15,7 @@ from time import monotonic
 from .. import log
 from ..config import Settings
 from ..net.deadline import Clock, WireError
+from ..net.replies import read_reply
 from ..net.resolver import Address, Cache, DnsFailed, Resolver
 from ..net.tls import upstream_contexts
 from ..net.wire import PeerGone, Wire
@@ -249,7 +250,7 @@ class Connector:
         return upstream
 
     def _expect_greeting(self, upstream: Upstream) -> None:
-        greeting = upstream.wire.read_reply()
+        greeting = read_reply(upstream.wire)
         if greeting.welcomes:
             return
         if upstream.route.policy.send_proxy != "no" and greeting.code >= 400 and not _is_of_header(greeting):

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from .. import log
 from ..hosts import with_port
 from ..net.deadline import WireError
+from ..net.replies import read_reply, read_verdict
 from ..net.wire import Wire
 from ..routing.route import Route, Server
 from ..smtp import reply as replies
@@ -101,7 +102,7 @@ class Upstream:
         elif self._pipelined[0] != line:  # a bug of ours
             raise UpstreamFailed(f"{self.server}: pipelined something else than {line!r}")
         try:
-            answer = self.wire.read_reply()
+            answer = read_reply(self.wire)
         except (WireError, BadReply) as error:
             raise UpstreamFailed(f"{self.server}: {error}") from None
         self._pipelined.popleft()  # not before: behind a DATA whose answer was not heard, QUIT would be content
@@ -133,7 +134,7 @@ class Upstream:
             # During the introduction the last answer has only just come, and an extra recv would find nothing.
             if wire.pending() if self.introduced else wire.buffered:
                 with wire.clock.limit(LAST_WORDS_TIMEOUT, "early words"):  # half a line must not hold us up
-                    words = wire.read_reply()
+                    words = read_reply(wire)
                 if words.code == 421 and self.in_transaction:
                     raise Rejected(words, UPSTREAM)
                 raise UpstreamFailed(f"{self.server}: spoke out of turn: {words}")
@@ -188,7 +189,7 @@ class Upstream:
             raise UpstreamFailed(f"{self.server}: {did} inside the message")
         self.send(octets)
         try:
-            verdict, in_order = self.wire.read_verdict()
+            verdict, in_order = read_verdict(self.wire)
         except (WireError, BadReply) as error:
             raise UpstreamFailed(f"{self.server}: {error}") from None
         if not in_order:
@@ -207,7 +208,7 @@ class Upstream:
         """Raise Rejected if the upstream has said why it wants no more of the message."""
         try:
             with self.wire.clock.limit(LAST_WORDS_TIMEOUT, "last words"):
-                words = self.wire.read_verdict()[0] if self.wire.pending() and self.wire.buffered else None
+                words = read_verdict(self.wire)[0] if self.wire.pending() and self.wire.buffered else None
         except (WireError, BadReply) as error:
             log.debug("No last words", upstream=str(self.server), error=str(error))
             return
