@@ -22,7 +22,6 @@ from willi_lib.smtp.syntax import (
     Path,
     may_be_bdat,
     parse_bdat,
-    parse_features,
     parse_helo,
     parse_mail,
     parse_rcpt,
@@ -299,7 +298,7 @@ def test_no_hostile_line_takes_long(name):
         lambda: parse_rcpt(b"TO:" + octets, True), lambda: parse_mail(b"FROM:" + octets, ALL),
         lambda: parse_helo(octets), lambda: xclient.parse(octets), lambda: xclient.parse(b"HELO=" + b"+" * N),
         lambda: parse_bdat(octets),
-        lambda: is_host_name(octets.decode("latin-1")), lambda: parse_features(Reply(250, (b"", octets))),
+        lambda: is_host_name(octets.decode("latin-1")), lambda: Reply(250, (b"", octets)).features,
         lambda: split_command(octets),
     ]  # fmt: skip
     assert max(map(seconds, work)) < MOST_SECONDS
@@ -341,11 +340,11 @@ def test_a_chunk_whose_size_nobody_knows_is_refused(argument):
 def test_features_are_keywords_in_upper_case_with_their_parameters():
     lines = (b"mx.example greets c.example", b"PIPELINING", b"size 1000", b"AUTH=LOGIN PLAIN", b"Limits RCPTMAX=5 X=Y",
              b"XCLIENT  NAME ADDR ", b"", b"X-\xff\0 \xff", b"8BITMIME")  # fmt: skip
-    assert parse_features(Reply(250, lines)) == {
+    assert Reply(250, lines).features == {
         "PIPELINING": "", "SIZE": "1000", "AUTH": "LOGIN PLAIN", "LIMITS": "RCPTMAX=5 X=Y", "XCLIENT": "NAME ADDR",
         "": "", "X-�\0": "�", "8BITMIME": "",
     }  # fmt: skip
-    assert parse_features(Reply(250, (b"PIPELINING",))) == {}
+    assert Reply(250, (b"PIPELINING",)).features == {}
 
 
 def test_every_verb_of_a_path_is_read_octet_for_octet():

@@ -48,7 +48,7 @@ def check_syntax(line: bytes) -> None:
         assert 0 <= port <= 65535
         assert name is None or (name.isascii() and name.isprintable() and name), name
         _check_xclient([("NAME", name or "[UNAVAILABLE]"), ("PORT", str(port)), ("ADDR", address or "[UNAVAILABLE]")])
-    syntax.parse_features(Reply(250, tuple(line.split(b"\n"))))
+    assert all(name == name.upper() for name in Reply(250, tuple(line.split(b"\n"))).features)
 
 
 def _unless_refused(parse: Callable[[], T]) -> T | None:

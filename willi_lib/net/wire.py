@@ -297,7 +297,7 @@ class Wire:
 
     def flush(self) -> None:
         """Send what was kept back. Raises WireError."""
-        if self.holds_output:
+        if self._output or self.holds_output:
             self.send(b"")
 
     @property

@@ -52,7 +52,7 @@ class Commands:
             self._counts.add(REFUSED, "proxy_header")
             raise Rejected(replies.NO_HEADER)
         try:
-            return Command(*split_command(line))
+            return *split_command(line), None
         except Rejected as rejected:
             raise self._kind(line)(rejected.reply) from None
 
@@ -83,13 +83,13 @@ class Commands:
             if not (recipient or is_data) or len(line) + 2 > MAX_COMMAND_LINE:
                 break
             self._wire.read_line()
-            self.group.append(Command(verb, argument, recipient))
+            self.group.append((verb, argument, recipient))
             if is_data:
                 break
 
     def count(self, answer: Reply) -> Reply:
         """The answer, or 421 after too many errors. What an upstream refuses is for the upstream to count."""
-        if not answer.positive and replies.is_own(answer):
+        if answer.code >= 400 and replies.is_own(answer):
             if answer.permanent:
                 self._errors += 1
             else:

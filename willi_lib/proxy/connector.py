@@ -22,7 +22,6 @@ from ..net.wire import PeerGone, Wire
 from ..routing.route import Policy, Route, Server
 from ..smtp import proxy_header
 from ..smtp.reply import UPSTREAM, WILLI, BadReply, Rejected, Reply
-from ..smtp.syntax import parse_features
 from ..status.counts import XCLIENT, Counts
 from .upstream import (
     Client,
@@ -294,7 +293,7 @@ class Connector:
                     raise
             upstream.features = {}
         else:
-            upstream.features = parse_features(answer)
+            upstream.features = answer.features
         if is_not_from_us(answer):
             raise upstream.unwelcome("EHLO", answer)
         if answer.code >= 400 and upstream.knows_client:
@@ -324,7 +323,7 @@ class Connector:
             raise UpstreamFailed(f"HELO: {answer}")
         if not answer.positive:
             raise Rejected(answer, UPSTREAM)
-        upstream.features = parse_features(answer) if client.esmtp else {}
+        upstream.features = answer.features if client.esmtp else {}
 
     def _wants_tls(self, upstream: Upstream, client: Client) -> bool:
         wish = upstream.route.policy.upstream_tls

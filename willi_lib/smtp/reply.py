@@ -7,6 +7,7 @@ at the end: a search for a text finds one line.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import NamedTuple
@@ -38,7 +39,7 @@ class Reply:
     code: int
     lines: tuple[bytes, ...]
 
-    @property
+    @cached_property
     def positive(self) -> bool:
         """A yes to a command: 2yz (RFC 5321 §4.2.1), but neither a greeting (220) nor a goodbye (221)."""
         return 200 <= self.code < 300 and self.code not in (220, 221)
@@ -61,6 +62,16 @@ class Reply:
             return b"%s %s\r\n" % (code, self.lines[0])
         continued = b"".join(b"%s-%s\r\n" % (code, line) for line in self.lines[:-1])
         return b"%s%s %s\r\n" % (continued, code, self.lines[-1])
+
+    @cached_property
+    def features(self) -> Mapping[str, str]:
+        """Of an answer to EHLO: keywords in upper case and their parameters; the first line is a greeting."""
+        features = {}
+        for line in self.lines[1:]:
+            # "AUTH=LOGIN" and the like: old servers put = in place of the space.
+            keyword, *parameters = re.split("[ =]", line.decode("ascii", "replace"), maxsplit=1)
+            features[keyword.upper()] = parameters[0].strip() if parameters else ""
+        return features
 
     def __str__(self) -> str:
         """One line for the log: code and text."""
@@ -104,7 +115,7 @@ def parse_reply_line(line: bytes) -> tuple[int, bool, bytes]:
 def first_reply(octets: bytes) -> tuple[Reply, int] | None:
     """The reply at the beginning, and its length; None if it is not complete, or not in order.
 
-    Remembered, since an upstream says mostly the same: its EHLO reply, 250, 354.
+    Remembered with its octets and features, since an upstream says mostly the same: its EHLO reply, 250, 354.
     """
     whole = _WHOLE_REPLY.match(octets)
     if whole is None:

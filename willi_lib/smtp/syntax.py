@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from functools import lru_cache
 from typing import Literal, NamedTuple
 
 from . import reply as replies
@@ -36,7 +35,6 @@ _PATH = re.compile(
 _PARAMETER = re.compile(rb"([0-9A-Za-z][0-9A-Za-z-]*)(?:=([\x21-\x3c\x3e-\x7e]+))?")
 _HELO = re.compile(rb"[\x21-\x7e]{1,%d}" % MAX_HELO)
 
-MAX_REMEMBERED = 4096  # octets of an EHLO reply; real ones have a few hundred
 Body = Literal["7BIT", "8BITMIME"]
 
 
@@ -52,12 +50,9 @@ class Path(NamedTuple):
         return b"<%s>" % self.address.encode()
 
 
-class Command(NamedTuple):
-    """A command of a client."""
-
-    verb: bytes  # in upper case
-    argument: bytes
-    recipient: Path | None = None  # of a RCPT that was read together with the one before it
+# A command of a client: verb in upper case, argument, and of a RCPT that was read together with the one before it its
+# recipient.
+Command = tuple[bytes, bytes, Path | None]
 
 
 class Mail(NamedTuple):
@@ -187,22 +182,3 @@ def parse_bdat(argument: bytes) -> tuple[int, bool]:
     if not (size.isdigit() and len(size) <= 20 and last.upper() in (b"", b"LAST")):
         raise Rejected(replies.BAD_BDAT)
     return int(size), bool(last)
-
-
-def parse_features(ehlo: Reply) -> Mapping[str, str]:
-    """EHLO's keywords in upper case and their parameters; the first line is a greeting (RFC 5321 §4.1.1.1).
-
-    Remembered, since an upstream says the same to each session, twice: the caller must not change it.
-    """
-    is_small = sum(map(len, ehlo.lines)) <= MAX_REMEMBERED
-    return _features(ehlo) if is_small else _features.__wrapped__(ehlo)
-
-
-@lru_cache(maxsize=64)
-def _features(ehlo: Reply) -> Mapping[str, str]:
-    features = {}
-    for line in ehlo.lines[1:]:
-        # "AUTH=LOGIN" and the like: old servers put = in place of the space.
-        keyword, *parameters = re.split("[ =]", line.decode("ascii", "replace"), maxsplit=1)
-        features[keyword.upper()] = parameters[0].strip() if parameters else ""
-    return features
