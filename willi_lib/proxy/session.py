@@ -119,9 +119,8 @@ class Session:
             return self.rcpt(argument, recipient) if recipient else method(self, argument)
         except Rejected as rejected:
             if verb in ADDRESSES:
-                text = argument.decode("utf-8", "backslashreplace")
                 what = "MAIL refused" if verb == b"MAIL" else "RCPT refused"
-                self.log.info(what, argument=text, reply=str(rejected.reply))
+                self.log.info(what, argument=argument.decode("utf-8", "backslashreplace"), reply=str(rejected.reply))
             raise
 
     def outcome_of(self, error: Exception) -> Outcome:
@@ -266,7 +265,7 @@ class Session:
         mail = parse_mail(argument, self.settings.extensions)
         if mail.size is not None and mail.size > self.settings.max_message_bytes:
             raise Rejected(replies.TOO_BIG)
-        self.transaction = Transaction(mail)
+        self.transaction = Transaction(mail, self.commands.group)
         self.stage = Stage.SENDER
         return replies.SENDER_KEPT
 
@@ -276,7 +275,7 @@ class Session:
         recipient = recipient or parse_rcpt(argument, transaction.mail.smtputf8)
         if not self.commands.group:
             self.commands.read_group(transaction.mail.smtputf8)
-        outcome = self.ask(self.upstreams.add, transaction, recipient, self.commands.group)
+        outcome = self.ask(self.upstreams.add, transaction, recipient)
         answer = outcome.reply
         assert answer
         if answer.positive:

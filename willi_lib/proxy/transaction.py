@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections import deque
 from dataclasses import dataclass, field
 from time import monotonic
 
@@ -34,6 +34,7 @@ class Transaction:
     """One message under way (RFC 5321 §3.3)."""
 
     mail: Mail
+    group: deque[Command]  # RCPT, and DATA as the last: the client has sent them together with the command in hand
     began: float = field(default_factory=monotonic)
     recipients: list[Path] = field(default_factory=list)  # those that the upstream accepted
     refused: int = 0  # recipients that were not accepted
@@ -78,10 +79,9 @@ class Upstreams:
         """The upstream that has accepted MAIL of this transaction, as long as it is there."""
         return self.open if transaction and transaction.has_upstream else None
 
-    def add(self, transaction: Transaction, recipient: Path, group: Iterable[Command]) -> Reply:
+    def add(self, transaction: Transaction, recipient: Path) -> Reply:
         """The upstream's answer to RCPT; find and open the upstream first if need be.
 
-        group: what the client has sent together with this command: RCPT, and DATA as the last.
         Raises NoRoute, LookupFailed, UpstreamFailed, Rejected.
         """
         upstream = self.of(transaction)
@@ -93,13 +93,13 @@ class Upstreams:
             raise Rejected(replies.UPSTREAM_LOST)
         line = _rcpt_line(recipient)
         if upstream is None or not upstream.is_pipelined(line):  # else decided then: a second look-up might differ
-            upstream = self._upstream_for(transaction, recipient, group)
+            upstream = self._upstream_for(transaction, recipient)
         answer = upstream.ask(line)
         if is_not_from_us(answer):
-            return self._ask_over_tls(upstream, transaction, recipient, group, answer)
+            return self._ask_over_tls(upstream, transaction, recipient, answer)
         return answer
 
-    def _upstream_for(self, transaction: Transaction, recipient: Path, group: Iterable[Command]) -> Upstream:
+    def _upstream_for(self, transaction: Transaction, recipient: Path) -> Upstream:
         """The upstream that the recipient is to be asked of, with RCPT pipelined if others come with it."""
         upstream = self.of(transaction)
         if upstream and not self._may_share(transaction, upstream.route, recipient):
@@ -107,18 +107,16 @@ class Upstreams:
                 raise Rejected(replies.OTHER_DESTINATION)
             upstream = None
         if upstream is None:
-            return self._choose(transaction, recipient, group)
+            return self._choose(transaction, recipient)
         if not upstream.is_pipelined():
-            upstream.send_pipelined([_rcpt_line(recipient), *self._lines_of(group, transaction, upstream)])
+            upstream.send_pipelined([_rcpt_line(recipient), *self._lines_ahead(transaction, upstream)])
         return upstream
 
-    def _ask_over_tls(
-        self, upstream: Upstream, transaction: Transaction, recipient: Path, group: Iterable[Command], answer: Reply
-    ) -> Reply:
+    def _ask_over_tls(self, upstream: Upstream, transaction: Transaction, recipient: Path, answer: Reply) -> Reply:
         """Ask again if the answer to RCPT was about us, and TLS may help. Raises Rejected with a 451 if it does not."""
         if isinstance(upstream.unwelcome("RCPT", answer), WantsTls) and not transaction.recipients:
             self._go_over_to_tls()
-            upstream = self._choose(transaction, recipient, group)
+            upstream = self._choose(transaction, recipient)
             answer = upstream.ask(_rcpt_line(recipient))
             if not is_not_from_us(answer):
                 return answer
@@ -131,13 +129,13 @@ class Upstreams:
             self._connector.note_wants_tls(self.open.server)
         self.drop()
 
-    def _choose(self, transaction: Transaction, recipient: Path, group: Iterable[Command]) -> Upstream:
+    def _choose(self, transaction: Transaction, recipient: Path) -> Upstream:
         """The upstream for a recipient, which has accepted MAIL. A route is not tried twice in a transaction."""
         transaction.has_upstream = False
         route = transaction.route = self._route_of(recipient)
         if route not in transaction.refusals:
             try:
-                upstream, answer = self._begin(transaction, route, recipient, group)
+                upstream, answer = self._begin(transaction, route, recipient)
                 if answer.positive:
                     transaction.has_upstream = True
                     return upstream
@@ -152,19 +150,15 @@ class Upstreams:
         assert reply
         raise Rejected(reply, by)
 
-    def _begin(
-        self, transaction: Transaction, route: Route, recipient: Path, group: Iterable[Command]
-    ) -> tuple[Upstream, Reply]:
+    def _begin(self, transaction: Transaction, route: Route, recipient: Path) -> tuple[Upstream, Reply]:
         """Say MAIL to the upstream, and a second time if it wants that over TLS."""
         try:
-            return self._begin_once(transaction, route, recipient, group)
+            return self._begin_once(transaction, route, recipient)
         except WantsTls:
             self._go_over_to_tls()
-        return self._begin_once(transaction, route, recipient, group)
+        return self._begin_once(transaction, route, recipient)
 
-    def _begin_once(
-        self, transaction: Transaction, route: Route, recipient: Path, group: Iterable[Command]
-    ) -> tuple[Upstream, Reply]:
+    def _begin_once(self, transaction: Transaction, route: Route, recipient: Path) -> tuple[Upstream, Reply]:
         """Say MAIL on the kept connection if it is of this route and still of use, else on a new one."""
         if self.open and self.open.route != route:
             self.quit()
@@ -172,7 +166,7 @@ class Upstreams:
             try:
                 with self._clock.limit(self._settings.connect_timeout, "on a kept connection (connect_timeout)"):
                     self.open.reset()
-                    answer = self._say_mail(self.open, transaction, recipient, group)
+                    answer = self._say_mail(self.open, transaction, recipient)
                 if answer.code != 421:
                     return self.open, answer
             except UpstreamFailed as failure:
@@ -181,7 +175,7 @@ class Upstreams:
                 log.debug("Kept upstream connection is gone", sid=self._sid, error=str(failure))
             self.drop()
         self.open = self._connect(route)
-        return self.open, self._say_mail(self.open, transaction, recipient, group)
+        return self.open, self._say_mail(self.open, transaction, recipient)
 
     def _connect(self, route: Route) -> Upstream:
         """A new connection; 421 for a client that has had too many, whatever became of them."""
@@ -192,9 +186,7 @@ class Upstreams:
         self.in_vain += 1
         return self._connector.connect(route, self._client, self._clock, self._sid)
 
-    def _say_mail(
-        self, upstream: Upstream, transaction: Transaction, recipient: Path, group: Iterable[Command]
-    ) -> Reply:
+    def _say_mail(self, upstream: Upstream, transaction: Transaction, recipient: Path) -> Reply:
         """MAIL, and behind it in the same write what the client has sent in one group with this RCPT."""
         mail = transaction.mail
         if mail.smtputf8 and "SMTPUTF8" not in upstream.features:
@@ -202,21 +194,21 @@ class Upstreams:
         if mail.body == "8BITMIME" and self._settings.strict_8bitmime and "8BITMIME" not in upstream.features:
             raise Rejected(replies.NO_8BITMIME)
         line = mail.line(upstream.features)
-        upstream.send_pipelined([line, _rcpt_line(recipient), *self._lines_of(group, transaction, upstream)])
+        upstream.send_pipelined([line, _rcpt_line(recipient), *self._lines_ahead(transaction, upstream)])
         answer = upstream.ask(line)
         upstream.in_transaction = True  # refused or not: RSET makes sure of it before the next MAIL
         if is_not_from_us(answer):
             raise upstream.unwelcome("MAIL", answer)
         return answer
 
-    def _lines_of(self, group: Iterable[Command], transaction: Transaction, upstream: Upstream) -> list[bytes]:
+    def _lines_ahead(self, transaction: Transaction, upstream: Upstream) -> list[bytes]:
         """The commands of a group that can go upstream before their turn, as their answers will be passed on."""
         lines: list[bytes] = []
         if "PIPELINING" not in upstream.features:
             return lines
         room = self._settings.max_recipients - len(transaction.recipients) - 1
         deadline = monotonic() + LOOK_AHEAD_TIME
-        for _verb, _argument, recipient in group:
+        for _verb, _argument, recipient in transaction.group:
             if recipient is None:
                 lines.append(b"DATA")
                 break
