@@ -27,7 +27,7 @@ def notify(*lines: str, descriptor: int | None = None) -> None:
             sender.connect("\0" + path[1:] if path.startswith("@") else path)
             socket.send_fds(sender, ["\n".join(lines).encode("utf-8", "backslashreplace")], ancillary)
     except (FileNotFoundError, ConnectionRefusedError):
-        return  # whoever waited for READY=1 has gone, such as the init script
+        return  # the program that waited for READY=1 has gone, such as the init script
     except OSError as error:
         log.warn("Cannot talk to systemd", error=str(error))
 

@@ -129,9 +129,10 @@ class Worker:
         watcher.kill()
 
     def _release_answers(self) -> None:
-        """Send answers that have waited for the rest of their group since the last look; end where nobody listens.
+        """Send answers that have waited for the rest of their group since the last look.
 
-        One look at all sessions now and then costs less than a timer for each group.
+        Sessions whose client has gone end here, too. One look at all sessions now and then costs less than a timer for
+        each group.
         """
         before: set[Wire] = set()
         while True:
