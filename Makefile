@@ -30,7 +30,7 @@ help:
 	@echo "make e2e     the tests with whole Willis alone; what is missing is left out, with the reason"
 	@echo "make test-pythons"
 	@echo "             \`make check\` and the tests of whole Willis that need no root, with each Python from 3.10 to 3.14 that"
-	@echo "             is here; PYTHONS=\"3.10 3.13\" and E2E=tests/e2e/test_starttls.py choose some"
+	@echo "             is here; PYTHONS=\"3.10 3.13\" and E2E=tests/e2e/smtp/test_starttls.py choose some"
 	@echo "make chaos   mail goes through Willi while everything breaks; SECONDS=3600 is longer, SEED=7 draws the same again;"
 	@echo "             as root it installs the servers that are missing"
 	@echo "make fuzz    INPUTS=1000000 octets of strangers against the protocol code and whole sessions; SEED=7 as above"

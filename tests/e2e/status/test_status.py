@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import StartUpstream, StartWilli
-from tests.e2e.test_processes import is_there, served_by, status_of
+from tests.e2e.processes.test_processes import is_there, served_by, status_of
 from tests.runner.limits import allow
 from tests.support.certificates import Authority
 from tests.support.client import Client
