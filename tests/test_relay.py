@@ -14,7 +14,7 @@ from gevent.event import Event
 
 from tests.support.loopback import PATIENCE
 from willi_lib.config import Settings
-from willi_lib.net.deadline import Clock, TimeLimit, WireError
+from willi_lib.net.deadline import Deadline, TimeLimit, WireError
 from willi_lib.net.wire import Wire
 from willi_lib.proxy import relay as module
 from willi_lib.proxy.relay import Content, Relay
@@ -61,8 +61,8 @@ def client() -> Iterator[tuple[Wire, socket.socket]]:
     raw = RawSocket(fileno=ours.detach())
     raw.setblocking(False)
     with ExitStack() as ends:
-        wire = Wire(raw, Clock())
-        ends.callback(wire.clock.close)
+        wire = Wire(raw, Deadline())
+        ends.callback(wire.deadline.close)
         ends.callback(wire.close)
         ends.callback(peer.close)
         yield wire, peer
@@ -88,7 +88,7 @@ def test_a_client_that_sends_little_over_a_long_time_is_too_slow(client, monkeyp
     wire, peer = client
     dripping = over_and_over(peer, b"\n")
     content = Content(SETTINGS, wire)
-    with pytest.raises(TimeLimit, match="read_timeout"), wire.clock.limit(PATIENCE, "the test"):
+    with pytest.raises(TimeLimit, match="read_timeout"), wire.deadline.limit(PATIENCE, "the test"):
         while True:
             content.read()
     dripping.kill()
@@ -124,7 +124,7 @@ def test_data_timeout_ends_a_message_that_the_upstream_never_takes(chunking, cli
     peer.sendall(b"helloworld")
     assert message.chunk(5, last=False).code == 250
     stuck.hang = Event().wait
-    with wire.clock.limit(PATIENCE, "the test"), pytest.raises(UpstreamFailed, match="data_timeout"):
+    with wire.deadline.limit(PATIENCE, "the test"), pytest.raises(UpstreamFailed, match="data_timeout"):
         message.chunk(5, last=True)
     assert stuck.finished == 1 + chunking
 
@@ -147,7 +147,7 @@ def test_data_timeout_begins_with_the_last_octet_of_the_client(client):
     message = relay(wire, stuck)
     peer.sendall(b"hello\r\n.\r\n")
     began = monotonic()
-    with wire.clock.limit(PATIENCE, "the test"), pytest.raises(UpstreamFailed, match="data_timeout"):
+    with wire.deadline.limit(PATIENCE, "the test"), pytest.raises(UpstreamFailed, match="data_timeout"):
         message.data()
     assert monotonic() - began >= SETTINGS.data_timeout
 

@@ -10,11 +10,11 @@ from contextlib import ExitStack
 import pytest
 
 from willi_lib.config import Settings
-from willi_lib.net.deadline import Clock
+from willi_lib.net.deadline import Deadline
 from willi_lib.net.resolver import Resolver
 from willi_lib.net.wire import Wire
 from willi_lib.proxy.connector import Connector
-from willi_lib.proxy.context import Service
+from willi_lib.proxy.context import SessionContext
 from willi_lib.proxy.session import LOOKS, Session
 from willi_lib.proxy.upstream import Client
 from willi_lib.status.counts import Counts
@@ -29,11 +29,11 @@ def asking() -> Iterator[Session]:
     raw = RawSocket(fileno=ours.detach())
     raw.setblocking(False)
     settings, resolver, counts = Settings(path="willi.conf", mappings=()), Resolver(1.0), Counts()
-    service = Service(settings, [], Connector(settings, resolver, counts), resolver, None, counts)
+    context = SessionContext(settings, [], Connector(settings, resolver, counts), resolver, None, counts)
     with ExitStack() as ends:
-        wire = Wire(raw, Clock())
+        wire = Wire(raw, Deadline())
         ends.callback(wire.close)
-        session = Session("SID", service, wire, Client("192.0.2.1", 25, own=lambda: ("192.0.2.2", 25)))
+        session = Session("SID", context, wire, Client("192.0.2.1", 25, own=lambda: ("192.0.2.2", 25)))
         session.asking = True
         peer.close()
         yield session

@@ -20,7 +20,7 @@ from tests.support.certificates import Authority, Pair
 from tests.support.loopback import HOST, PATIENCE, wait_until
 from willi_lib.net import replies as replies_module
 from willi_lib.net import wire as module
-from willi_lib.net.deadline import Clock, TimeLimit, WireError
+from willi_lib.net.deadline import Deadline, TimeLimit, WireError
 from willi_lib.net.replies import read_reply, read_verdict
 from willi_lib.net.wire import BadFraming, LineTooLong, PeerGone, TlsFailed, Wire
 from willi_lib.smtp.reply import BadReply, Reply
@@ -36,8 +36,8 @@ class Ends:
     def __init__(self, ends: ExitStack) -> None:
         self._ends = ends
         self._threads = ends.enter_context(ThreadPoolExecutor())
-        self.clock = Clock()
-        ends.callback(self.clock.close)
+        self.deadline = Deadline()
+        ends.callback(self.deadline.close)
 
     def __call__(self, kind: int = socket.SOCK_STREAM, **options: Any) -> tuple[Wire, socket.socket]:
         """A pair of unix sockets; SOCK_SEQPACKET keeps the writes apart."""
@@ -58,7 +58,7 @@ class Ends:
     def tls(self, pair: Pair, wire: Wire, peer: socket.socket) -> ssl.SSLSocket:
         """Shake hands as a server; the client is Python's."""
         done = self.thread(lambda: lenient().wrap_socket(peer))
-        with self.clock.limit(PATIENCE, "handshake"):
+        with self.deadline.limit(PATIENCE, "handshake"):
             wire.start_tls(pair.server_context(), server_side=True)
         secure = done.result(PATIENCE)
         assert isinstance(secure, ssl.SSLSocket)
@@ -68,7 +68,7 @@ class Ends:
     def wire(self, ours: socket.socket, **options: Any) -> Wire:
         raw = RawSocket(fileno=ours.detach())
         raw.setblocking(False)
-        wire = Wire(raw, self.clock, **options)
+        wire = Wire(raw, self.deadline, **options)
         self._ends.callback(wire.close)
         return wire
 
@@ -83,7 +83,7 @@ def connect() -> Iterator[Ends]:
     """No test waits longer than PATIENCE."""
     with ExitStack() as stack:
         ends = Ends(stack)
-        with ends.clock.limit(PATIENCE, "the test"):
+        with ends.deadline.limit(PATIENCE, "the test"):
             yield ends
 
 
@@ -405,7 +405,7 @@ def test_a_reply_without_end_is_refused_as_soon_as_it_is_too_long(connect, line)
     """What a peer still sends is not waited for."""
     wire, peer = connect()
     feeding = connect.thread(lambda: peer.sendall(line * (500_000 // len(line))))
-    with pytest.raises(BadReply, match="a reply"), wire.clock.limit(PATIENCE, "one reply"):
+    with pytest.raises(BadReply, match="a reply"), wire.deadline.limit(PATIENCE, "one reply"):
         read_reply(wire)
     wire.close()
     feeding.exception(PATIENCE)
@@ -478,7 +478,7 @@ def test_what_has_no_code_is_no_verdict(connect, octets):
 def test_a_limit_ends_a_wait_and_says_of_what(connect):
     wire, _ = connect()
     began = time.monotonic()
-    with pytest.raises(TimeLimit, match="waiting for a command"), wire.clock.limit(SHORT, "waiting for a command"):
+    with pytest.raises(TimeLimit, match="waiting for a command"), wire.deadline.limit(SHORT, "waiting for a command"):
         wire.read_line()
     assert SHORT <= time.monotonic() - began < PATIENCE / 2
 
@@ -487,7 +487,7 @@ def test_a_limit_ends_a_wait_and_says_of_what(connect):
 def test_a_peer_that_sends_one_octet_at_a_time_hits_the_limit(connect, work):
     wire, peer = connect()
     dripping = drip(peer, b"2" * 10_000_000)
-    with pytest.raises(TimeLimit), wire.clock.limit(SHORT, "one line"):
+    with pytest.raises(TimeLimit), wire.deadline.limit(SHORT, "one line"):
         work(wire)
     dripping.kill()
 
@@ -495,34 +495,34 @@ def test_a_peer_that_sends_one_octet_at_a_time_hits_the_limit(connect, work):
 def test_a_peer_whose_line_or_reply_never_ends_hits_the_limit(connect):
     wire, peer = connect()
     flood = over_and_over(lambda: peer.sendall(b"x" * 1000))
-    with pytest.raises(TimeLimit), wire.clock.limit(SHORT, "one line"):
+    with pytest.raises(TimeLimit), wire.deadline.limit(SHORT, "one line"):
         wire.read_line()
     flood.kill()
 
 
 def test_the_nearer_of_two_limits_strikes_and_the_outer_one_stays_in_force(connect):
     wire, _ = connect()
-    with pytest.raises(TimeLimit, match="outer"), wire.clock.limit(3 * SHORT, "outer"):
-        with pytest.raises(TimeLimit, match="inner"), wire.clock.limit(SHORT, "inner"):
+    with pytest.raises(TimeLimit, match="outer"), wire.deadline.limit(3 * SHORT, "outer"):
+        with pytest.raises(TimeLimit, match="inner"), wire.deadline.limit(SHORT, "inner"):
             wire.read_line()
-        assert not wire.clock.overdue()
+        assert not wire.deadline.overdue()
         wire.read_line()
 
 
 def test_an_inner_limit_that_is_further_away_changes_nothing(connect):
     wire, _ = connect()
-    outer, inner = wire.clock.limit(SHORT, "outer"), wire.clock.limit(PATIENCE, "inner")
+    outer, inner = wire.deadline.limit(SHORT, "outer"), wire.deadline.limit(PATIENCE, "inner")
     with pytest.raises(TimeLimit, match="outer"), outer, inner:
         wire.read_line()
 
 
 def test_an_outer_limit_that_strikes_inside_an_inner_one_strikes_again_at_the_next_wait(connect):
     wire, _ = connect()
-    with pytest.raises(TimeLimit, match="outer"), wire.clock.limit(SHORT, "outer"):
-        with pytest.raises(TimeLimit, match="outer"), wire.clock.limit(PATIENCE, "inner"):
+    with pytest.raises(TimeLimit, match="outer"), wire.deadline.limit(SHORT, "outer"):
+        with pytest.raises(TimeLimit, match="outer"), wire.deadline.limit(PATIENCE, "inner"):
             wire.read_line()
-        assert wire.clock.overdue()
-        with wire.clock.limit(PATIENCE, "a second attempt"):
+        assert wire.deadline.overdue()
+        with wire.deadline.limit(PATIENCE, "a second attempt"):
             wire.read_line()
 
 
@@ -530,7 +530,7 @@ def test_a_limit_that_has_passed_strikes_at_the_next_wait_only(connect):
     wire, peer = connect()
     peer.sendall(NEXT * 2)
     assert wire.read_line() == b"NOOP"
-    with wire.clock.until(time.monotonic() - 1, "the past"):
+    with wire.deadline.until(time.monotonic() - 1, "the past"):
         assert wire.read_line() == b"NOOP"
         with pytest.raises(TimeLimit, match="the past"):
             wire.read_line()
@@ -540,10 +540,10 @@ def test_a_limit_that_was_kept_never_strikes_in_a_later_block(connect):
     wire, peer = connect()
     for _ in range(20):
         peer.sendall(NEXT)
-        with wire.clock.limit(SHORT / 10, "an old one"):
+        with wire.deadline.limit(SHORT / 10, "an old one"):
             assert wire.read_line() == b"NOOP"
     gevent.spawn_later(2 * SHORT, peer.sendall, NEXT)
-    with wire.clock.limit(PATIENCE, "a new one"):
+    with wire.deadline.limit(PATIENCE, "a new one"):
         assert wire.read_line() == b"NOOP"
     gevent.spawn_later(2 * SHORT, peer.sendall, NEXT)
     assert wire.read_line() == b"NOOP"
@@ -551,14 +551,14 @@ def test_a_limit_that_was_kept_never_strikes_in_a_later_block(connect):
 
 def test_limits_of_one_session_do_not_strike_in_another(connect):
     def session(seconds: float) -> str:
-        clock = Clock()
+        deadline = Deadline()
         try:
-            with clock.limit(seconds, f"{seconds}"):
+            with deadline.limit(seconds, f"{seconds}"):
                 gevent.sleep(PATIENCE)
         except TimeLimit as limit:
             return str(limit)
         finally:
-            clock.close()
+            deadline.close()
         return ""
 
     seconds = [SHORT * number / 10 for number in range(1, 30)]
@@ -574,13 +574,17 @@ def timers() -> int:
 
 def test_a_closed_clock_leaves_no_timer_behind():
     before = timers()
-    clock = Clock()
+    deadline = Deadline()
     for _ in range(1000):
-        with clock.limit(1000, "outer"), clock.limit(100, "inner"), clock.until(time.monotonic() + 10, "innermost"):
+        with (
+            deadline.limit(1000, "outer"),
+            deadline.limit(100, "inner"),
+            deadline.until(time.monotonic() + 10, "innermost"),
+        ):
             pass
     assert timers() == before + 1  # one for all of them
-    clock.close()
-    clock.close()
+    deadline.close()
+    deadline.close()
     assert timers() == before
 
 
@@ -589,10 +593,10 @@ def test_an_interruption_reaches_the_session_where_it_waits_unless_it_has_come_t
         pass
 
     wire, peer = connect()
-    wire.clock.interrupt(Ending(), unless=lambda: False)
+    wire.deadline.interrupt(Ending(), unless=lambda: False)
     with pytest.raises(Ending):
         wire.read_line()
-    wire.clock.interrupt(Ending(), unless=lambda: True)
+    wire.deadline.interrupt(Ending(), unless=lambda: True)
     gevent.spawn(peer.sendall, NEXT)
     assert wire.read_line() == b"NOOP"
 
@@ -657,7 +661,7 @@ def test_held_replies_that_the_kernel_does_not_take_go_out_later_in_order(connec
     received = connect.thread(lambda: read_exactly(peer, len(expected) + 8))
     wire.write(b"250 Ok\r\n")
     wire.flush()
-    with connect.clock.limit(PATIENCE, "the peer"):
+    with connect.deadline.limit(PATIENCE, "the peer"):
         while not received.done():
             gevent.idle()
     assert received.result() == expected + b"250 Ok\r\n"
@@ -682,7 +686,7 @@ def test_the_rest_of_held_replies_goes_out_before_the_peer_is_waited_for(connect
         return received
 
     received = connect.thread(read_and_answer)
-    with connect.clock.limit(PATIENCE, "the peer"):
+    with connect.deadline.limit(PATIENCE, "the peer"):
         assert wire.read_line() == NEXT.strip()
     assert received.result(PATIENCE) == reply * (written // len(reply))
 
@@ -744,7 +748,7 @@ def test_a_peer_that_does_not_read_hits_the_limit_and_fills_no_memory(connect):
     wire, _ = connect()
     reply = b"250 " + b"x" * 994 + b"\r\n"
     written = 0
-    with pytest.raises(TimeLimit, match="sending"), wire.clock.limit(SHORT, "sending"):
+    with pytest.raises(TimeLimit, match="sending"), wire.deadline.limit(SHORT, "sending"):
         for _ in range(100_000):
             wire.write(reply)
             written += len(reply)
@@ -769,14 +773,14 @@ def test_a_peer_that_reads_slowly_gets_everything_in_order(connect):
 def test_a_peer_that_reads_one_octet_at_a_time_hits_the_limit(connect):
     wire, peer = connect()
     reading = over_and_over(lambda: peer.recv(1))
-    with pytest.raises(TimeLimit), wire.clock.limit(SHORT, "sending"):
+    with pytest.raises(TimeLimit), wire.deadline.limit(SHORT, "sending"):
         wire.send(b"x" * 50_000_000)
     reading.kill()
 
 
 def test_nothing_follows_a_reply_that_was_cut_off(connect):
     wire, peer = connect()
-    with pytest.raises(TimeLimit), wire.clock.limit(SHORT, "sending"):
+    with pytest.raises(TimeLimit), wire.deadline.limit(SHORT, "sending"):
         wire.send(b"250 Ok\r\n" * 1_000_000)
     wire.write(b"421 4.4.2 Timeout, closing connection\r\n")
     wire.hang_up()
@@ -960,7 +964,7 @@ def test_a_slow_handshake_hits_the_limit(connect, pair):
     with suppress(ssl.SSLWantReadError):
         lenient().wrap_bio(answer, hello).do_handshake()
     dripping = drip(peer, hello.read()[:-1])
-    with pytest.raises(TimeLimit, match="TLS handshake"), wire.clock.limit(SHORT, "TLS handshake"):
+    with pytest.raises(TimeLimit, match="TLS handshake"), wire.deadline.limit(SHORT, "TLS handshake"):
         wire.start_tls(pair.server_context(), server_side=True)
     dripping.kill()
 
@@ -1013,7 +1017,7 @@ def test_an_end_that_comes_along_with_the_last_octets_is_an_end_though_tcp_stays
         client.unwrap()
     peer.sendall(to_send.read())
     assert wire.read_line() == b"RSET"
-    with connect.clock.limit(PATIENCE, "the end"), pytest.raises(PeerGone, match="connection closed"):
+    with connect.deadline.limit(PATIENCE, "the end"), pytest.raises(PeerGone, match="connection closed"):
         wire.read_line()
     assert wire.pending()
 

@@ -27,14 +27,14 @@ from tests.support.daemon import Setting, parse_logfmt, write_config
 from tests.support.mapping import InMemory
 from willi_lib import config, log
 from willi_lib.config import Settings
-from willi_lib.net.deadline import Clock
+from willi_lib.net.deadline import Deadline
 from willi_lib.net.resolver import Resolver
 from willi_lib.net.tls import server_context
 from willi_lib.net.wire import PeerGone, Wire
 from willi_lib.proxy import connector
 from willi_lib.proxy import upstream as upstream_module
 from willi_lib.proxy.connector import Connector
-from willi_lib.proxy.context import Service
+from willi_lib.proxy.context import SessionContext
 from willi_lib.proxy.session import Session
 from willi_lib.proxy.upstream import Client
 from willi_lib.routing.route import Answer, LookupFailed, Policy, Route, parse_servers
@@ -180,13 +180,13 @@ class Player:
 
     def _run(self) -> None:
         settings = settings_of(self._script.variant, self._script.is_patient)
-        service = Service(
+        context = SessionContext(
             settings, [Table(settings.mappings[0].policy)], Connector(settings, resolver()), resolver(), tls_context(),
             Counts(),
         )  # fmt: skip
-        wire = Wire(self._raw, Clock(), log.tracer("SID", "client"), settings.write_timeout)
+        wire = Wire(self._raw, Deadline(), log.tracer("SID", "client"), settings.write_timeout)
         client = Client(*CLIENT, own=lambda: ("192.0.2.2", 25))
-        self._session = Session("SID", service, wire, client, may_xclient=bool(settings.xclient_hosts))
+        self._session = Session("SID", context, wire, client, may_xclient=bool(settings.xclient_hosts))
         self._session.run()
 
     def _look_at_session(self) -> None:

@@ -18,7 +18,7 @@ from math import inf
 from gevent.pool import Pool
 
 from ..config import Settings
-from ..net.deadline import Clock, WireError
+from ..net.deadline import Deadline, WireError
 from ..net.resolver import NO_ANSWER, Address, Resolver
 from ..net.tls import CertificateError, CertificateFacts
 from ..proxy.connector import Connector
@@ -117,13 +117,13 @@ class HostProbe:
     several: bool  # two recipients of one message may belong to different servers
     route: Route  # to this host alone
     takes_all: bool  # some mapping sends every recipient there
-    clock: Clock = field(default_factory=Clock)
+    deadline: Deadline = field(default_factory=Deadline)
 
     def findings(self) -> Iterator[Finding]:
         """If one of the addresses is of use, a dead one is a warning only."""
         server = self.route.servers[0]
         try:
-            addresses = self.connector._addresses(server, self.clock)
+            addresses = self.connector._addresses(server, self.deadline)
             found = [
                 self._try_address(address, str(server) if address[1] == server.host else f"{server} [{address[1]}]")
                 for address in addresses
@@ -131,7 +131,7 @@ class HostProbe:
         except UpstreamFailed as error:
             found = [[self._failure(str(server), error)]]
         finally:
-            self.clock.close()
+            self.deadline.close()
         is_useful = any(first.level == "ok" for first, *_ in found)
         for first, *others in found:
             yield replace(first, level="warn") if is_useful and first.level == "wrong" else first
@@ -167,8 +167,8 @@ class HostProbe:
         who = Client(client, 25, own=lambda: ("127.0.0.1", 25), name=lambda: name)
         who.helo, who.tls = self.settings.domain, "as if" if tls else None
         limit, server = self.settings.upstream_timeout, self.route.servers[0]
-        with self.clock.limit(limit, "checking"):
-            upstream = self.connector._open(self.route, server, address, who, self.clock, "check", limit)
+        with self.deadline.limit(limit, "checking"):
+            upstream = self.connector._open(self.route, server, address, who, self.deadline, "check", limit)
             yield upstream
             upstream.quit()
 

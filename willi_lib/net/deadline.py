@@ -22,16 +22,16 @@ class TimeLimit(WireError):
     """A step took longer than it may."""
 
 
-class Clock:
+class Deadline:
     """The time limits of one greenlet, on one loop timer that is re-armed only for a nearer deadline."""
 
-    __slots__ = ("_deadline", "_doing", "_fires", "_greenlet", "_timer")
+    __slots__ = ("_at", "_doing", "_fires", "_greenlet", "_timer")
 
     def __init__(self) -> None:
         self._greenlet = getcurrent()
         self._timer: Any = None  # gevent's stubs have no public name for a loop's timer and io
         self._fires = FOREVER
-        self._deadline = FOREVER
+        self._at = FOREVER
         self._doing = ""
 
     def limit(self, seconds: float, doing: str) -> Limit:
@@ -48,7 +48,7 @@ class Clock:
 
     def overdue(self) -> bool:
         """Whether the limit in force has passed."""
-        return monotonic() >= self._deadline
+        return monotonic() >= self._at
 
     def close(self) -> None:
         """Stop the timer."""
@@ -68,38 +68,38 @@ class Clock:
         now = monotonic()
         late = now - self._fires
         self.close()
-        if now < self._deadline < FOREVER:
-            self._arm(self._deadline)
-        elif now >= self._deadline and late > STOOD_STILL and not again:
+        if now < self._at < FOREVER:
+            self._arm(self._at)
+        elif now >= self._at and late > STOOD_STILL and not again:
             self._arm(now, again=True)
-        elif now >= self._deadline:
+        elif now >= self._at:
             self._greenlet.throw(TimeLimit(f"timed out {self._doing}"))
 
 
 class Limit:
     """One block under a time limit. A class, since a generator costs four times as much."""
 
-    __slots__ = ("_clock", "_deadline", "_doing", "_outer")
+    __slots__ = ("_at", "_deadline", "_doing", "_outer")
 
-    def __init__(self, clock: Clock, deadline: float, doing: str) -> None:
-        self._clock = clock
+    def __init__(self, deadline: Deadline, at: float, doing: str) -> None:
         self._deadline = deadline
+        self._at = at
         self._doing = doing
 
     def __enter__(self) -> None:
-        clock = self._clock
-        self._outer = (clock._deadline, clock._doing)
-        if self._deadline < clock._deadline:
-            clock._deadline, clock._doing = self._deadline, self._doing
-            if self._deadline < clock._fires:
-                clock._arm(self._deadline)
-        elif clock._timer is None:  # the limit in force has struck already, and strikes again at the next wait
-            clock._arm(clock._deadline)
+        deadline = self._deadline
+        self._outer = (deadline._at, deadline._doing)
+        if self._at < deadline._at:
+            deadline._at, deadline._doing = self._at, self._doing
+            if self._at < deadline._fires:
+                deadline._arm(self._at)
+        elif deadline._timer is None:  # the limit in force has struck already, and strikes again at the next wait
+            deadline._arm(deadline._at)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        clock = self._clock
-        clock._deadline, clock._doing = self._outer
-        if clock._timer is None and clock._deadline < FOREVER:  # ours has struck: the outer one still counts
-            clock._arm(clock._deadline)
+        deadline = self._deadline
+        deadline._at, deadline._doing = self._outer
+        if deadline._timer is None and deadline._at < FOREVER:  # ours has struck: the outer one still counts
+            deadline._arm(deadline._at)

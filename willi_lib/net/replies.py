@@ -31,7 +31,7 @@ def read_verdict(wire: Wire) -> tuple[Reply, bool]:
     first = not _drop_lines_without_code(wire)
     lines: list[bytes] = []
     try:
-        with wire.clock.limit(REST_OF_VERDICT, "waiting for the rest of a verdict"):
+        with wire.deadline.limit(REST_OF_VERDICT, "waiting for the rest of a verdict"):
             return _read_lines(wire, lines), first
     except (WireError, BadReply):
         octets = b"\r\n".join([*lines, wire.peek()])

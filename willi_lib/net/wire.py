@@ -19,7 +19,7 @@ from typing import Any
 from gevent import get_hub, getcurrent
 
 from ..smtp.syntax import MAX_COMMAND_LINE
-from .deadline import AFTER_READING, Clock, WireError
+from .deadline import AFTER_READING, Deadline, WireError
 
 READ_EVENT, WRITE_EVENT = 1, 2  # libev's EV_READ and EV_WRITE
 COMMAND_READ = 16 << 10  # octets a recv when lines are expected
@@ -63,7 +63,7 @@ class LineTooLong(Exception):
 
 
 class Wire:
-    """One connection. Every call that waits does so under the limits of `clock`.
+    """One connection. Every call that waits does so under the limits of `deadline`.
 
     write_timeout: seconds for the peer to take what is sent in one go.
     trace: called with a direction (`<` from the peer, `>` to it) and the octets of
@@ -72,19 +72,19 @@ class Wire:
 
     __slots__ = (
         "_at", "_body_read", "_buffer", "_clear_in", "_clear_out", "_lines", "_output", "_readable", "_socket",
-        "_tls", "_tls_ended", "_waited", "_writable", "_write_timeout", "clock", "received_at", "trace",
+        "_tls", "_tls_ended", "_waited", "_writable", "_write_timeout", "deadline", "received_at", "trace",
     )  # fmt: skip
 
     def __init__(
         self,
         socket: Socket,
-        clock: Clock,
+        deadline: Deadline,
         trace: Callable[[str, bytes], None] | None = None,
         write_timeout: float = WRITE_TIMEOUT,
     ) -> None:
         self._socket = socket
         self._write_timeout = write_timeout
-        self.clock = clock
+        self.deadline = deadline
         self.trace = trace
         self._readable: Any = get_hub().loop.io(socket.fileno(), READ_EVENT)
         self._writable: Any = None  # made when a write has to wait, which is rare
@@ -349,7 +349,7 @@ class Wire:
         except BlockingIOError:
             sent = 0
         if sent < len(octets):
-            with self.clock.limit(self._write_timeout, "sending (write_timeout)"):
+            with self.deadline.limit(self._write_timeout, "sending (write_timeout)"):
                 self._send_slowly(memoryview(octets)[sent:])
 
     def _send_slowly(self, octets: memoryview) -> None:
@@ -439,7 +439,7 @@ class Wire:
             connection and take our last words away from it.
         """
         try:
-            with self.clock.limit(LINGER, "closing"):
+            with self.deadline.limit(LINGER, "closing"):
                 self._say_goodbye()
                 if linger:
                     self._drain()

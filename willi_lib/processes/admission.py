@@ -15,9 +15,9 @@ from gevent.server import StreamServer
 
 from .. import log
 from ..hosts import canonical
-from ..net.deadline import Clock, WireError
+from ..net.deadline import Deadline, WireError
 from ..net.wire import PeerGone, Wire
-from ..proxy.context import Service
+from ..proxy.context import SessionContext
 from ..proxy.message_log import new_session_id
 from ..proxy.session import Session
 from ..proxy.upstream import Client
@@ -79,10 +79,10 @@ class Listener(StreamServer):
 class Admission:
     """Lets clients in, as long as the worker serves."""
 
-    def __init__(self, service: Service, limits: Limits, sockets: Sequence[StdlibSocket]) -> None:
-        self._service = service
-        self._settings = service.settings
-        self._counts = service.counts
+    def __init__(self, context: SessionContext, limits: Limits, sockets: Sequence[StdlibSocket]) -> None:
+        self._context = context
+        self._settings = context.settings
+        self._counts = context.counts
         self._limits = limits
         self._listeners = [Listener(one, self._serve) for one in sockets]
         if self._settings.workers > 1:
@@ -118,7 +118,7 @@ class Admission:
         self._connections += 1
         sid, peer = new_session_id(), _plain(address[0])
         try:
-            wire = Wire(connection, Clock(), log.tracer(sid, "client"), self._settings.write_timeout)
+            wire = Wire(connection, Deadline(), log.tracer(sid, "client"), self._settings.write_timeout)
             try:
                 self._admit(sid, wire, Client(peer, address[1], own=connection.getsockname))
             except PeerGone as error:  # a health check of a load balancer, as a rule
@@ -129,7 +129,7 @@ class Admission:
                     self._counts.add(REFUSED, "proxy_header")
             finally:
                 wire.close()
-                wire.clock.close()
+                wire.deadline.close()
         except Exception:  # noqa: BLE001 -- nothing above us could answer for it
             log.bug("Internal error", sid=sid, client=peer)
         finally:
@@ -167,8 +167,8 @@ class Admission:
 
     def _talk(self, sid: str, wire: Wire, client: Client, may_xclient: bool) -> None:
         if self._wants_names:
-            client.name = self._service.resolver.start_name_of(client.address)
-        session = Session(sid, self._service, wire, client, may_xclient)
+            client.name = self._context.resolver.start_name_of(client.address)
+        session = Session(sid, self._context, wire, client, may_xclient)
         self.sessions.add(session)
         counts, began = self._counts, monotonic()
         counts.add(SESSIONS)
@@ -194,7 +194,7 @@ class Admission:
 def read_proxy_header(wire: Wire, client: Client) -> bool:
     """Whether the load balancer names a client (not for a health check). Raises BadHeader, WireError."""
     header, parsed = b"", None
-    with wire.clock.limit(PROXY_HEADER_TIMEOUT, "waiting for the PROXY header"):
+    with wire.deadline.limit(PROXY_HEADER_TIMEOUT, "waiting for the PROXY header"):
         while parsed is None:
             try:
                 header += wire.read_some()

@@ -22,7 +22,7 @@ from ..net.resolver import Resolver
 from ..net.tls import CertificateError
 from ..net.wire import Wire, give_way
 from ..proxy.connector import Connector
-from ..proxy.context import Service
+from ..proxy.context import SessionContext
 from ..proxy.lookup import show
 from ..routing.route import MappingError
 from ..status.counts import Counts
@@ -89,8 +89,8 @@ class Worker:
         except CertificateError as error:
             raise CannotStart(str(error)) from None
         limits = Limits(row, settings.max_connections, settings.max_connections_per_ip, settings.max_connection_rate)
-        service = Service(settings, self._mappings, connector, resolver, generation.tls.context, counts)
-        self._admission = Admission(service, limits, sockets)
+        context = SessionContext(settings, self._mappings, connector, resolver, generation.tls.context, counts)
+        self._admission = Admission(context, limits, sockets)
         self._row = row
         self._reporter = Reporter(
             settings, self._mappings, counts, links, limits.take_peaks, partial(show, self._mappings, settings)

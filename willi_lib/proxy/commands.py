@@ -59,7 +59,7 @@ class Commands:
     def _wait_for_line(self) -> bytes:
         self.is_waiting = True
         try:
-            with self._wire.clock.limit(self._settings.read_timeout, "waiting for a command (read_timeout)"):
+            with self._wire.deadline.limit(self._settings.read_timeout, "waiting for a command (read_timeout)"):
                 return self._wire.read_line()
         finally:
             self.is_waiting = False

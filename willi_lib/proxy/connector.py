@@ -1,6 +1,6 @@
 """Finding a host of a route that answers, and telling it who the client is: connect, EHLO, STARTTLS, XCLIENT.
 
-One `Connector` for each worker: it remembers hosts that failed. All waits run on the session's clock.
+One `Connector` for each worker: it remembers hosts that failed. All waits run on the session's deadline.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from time import monotonic
 
 from .. import log
 from ..config import Settings
-from ..net.deadline import Clock, WireError
+from ..net.deadline import Deadline, WireError
 from ..net.replies import read_reply
 from ..net.resolver import Address, Cache, DnsFailed, Resolver
 from ..net.tls import upstream_contexts
@@ -60,7 +60,7 @@ class Connector:
         self._ourselves: Cache[bool] = Cache()  # MX hosts that turned out to be ourselves
         self._down: dict[tuple[str, int], float] = {}  # host or address, and port: down until (monotonic)
 
-    def connect(self, route: Route, client: Client, clock: Clock, sid: str) -> Upstream:
+    def connect(self, route: Route, client: Client, deadline: Deadline, sid: str) -> Upstream:
         """The first host of the route that answers, ready for MAIL.
 
         Raises UpstreamFailed with what was wrong with each; Rejected: the upstream's verdict on the
@@ -69,7 +69,7 @@ class Connector:
         origins: set[str] = set()  # MX hosts that turned out to be where this client's mail comes from
         while True:
             try:
-                return self._connect(route, client, clock, sid, origins)
+                return self._connect(route, client, deadline, sid, origins)
             except MailLoop as loop:
                 if loop.server is None or loop.server.host in origins or self._is_ourselves(loop.server.host):
                     raise
@@ -78,14 +78,14 @@ class Connector:
                 else:
                     origins.add(loop.server.host)
 
-    def _connect(self, route: Route, client: Client, clock: Clock, sid: str, origins: Set[str]) -> Upstream:
+    def _connect(self, route: Route, client: Client, deadline: Deadline, sid: str, origins: Set[str]) -> Upstream:
         failures: list[str] = []
         loops: list[str] = []  # hosts that are no way out
         servers = self._by_state(self._hosts(route, failures, loops, origins))
         for number, server in enumerate(servers, 1):
             began = monotonic()
             try:
-                return self._open_host(route, server, client, clock, sid, is_last=number == len(servers))
+                return self._open_host(route, server, client, deadline, sid, is_last=number == len(servers))
             except UpstreamFailed as error:
                 failures.append(str(error))
                 is_ours = isinstance(error, OurFault)
@@ -101,7 +101,7 @@ class Connector:
                     raise
                 failures.append(f"{server}: {rejected.reply}")
                 continue
-            overdue = clock.overdue()
+            overdue = deadline.overdue()
             had_time = number == 1 or not overdue or monotonic() - began > self._settings.connect_timeout
             if had_time and not is_ours:
                 self._counts.not_opened(server, failures[-1])
@@ -122,27 +122,29 @@ class Connector:
         return True
 
     def _open_host(
-        self, route: Route, server: Server, client: Client, clock: Clock, sid: str, is_last: bool
+        self, route: Route, server: Server, client: Client, deadline: Deadline, sid: str, is_last: bool
     ) -> Upstream:
         """The first address of a host that answers. Raises as `connect` does.
 
         is_last: there is no other host that needs time to be tried, if this one greets and says nothing more.
         """
         failures: list[str] = []
-        addresses = sorted(self._addresses(server, clock), key=lambda address: self._is_down(address[1], server.port))
+        addresses = sorted(
+            self._addresses(server, deadline), key=lambda address: self._is_down(address[1], server.port)
+        )
         for address in addresses:
-            if clock.overdue():
+            if deadline.overdue():
                 break
             has_all = is_last and address == addresses[-1]
             seconds = self._settings.upstream_timeout if has_all else self._settings.connect_timeout
             try:
-                upstream = self._open(route, server, address, client, clock, sid, seconds)
+                upstream = self._open(route, server, address, client, deadline, sid, seconds)
             except OurFault as error:
                 raise OurFault(f"{server}: {error}") from None
             except (UpstreamFailed, WireError, BadReply) as error:
                 where = "" if address[1] == server.host else f" [{address[1]}]"
                 failures.append(f"{server}{where}: {str(error).removeprefix(f'{server}: ')}")
-                if len(addresses) > 1 and not clock.overdue():  # else each client would wait for a silent IPv6 first
+                if len(addresses) > 1 and not deadline.overdue():  # else each client would wait for a silent IPv6 first
                     self.mark_down(Server(address[1], server.port))
             else:
                 self._down.pop((address[1], server.port), None)
@@ -191,9 +193,9 @@ class Connector:
         self._down = {key: until for key, until in self._down.items() if until > now}
         self._down[server.host, server.port] = now + DOWN_TIME
 
-    def _addresses(self, server: Server, clock: Clock) -> list[Address]:
+    def _addresses(self, server: Server, deadline: Deadline) -> list[Address]:
         try:
-            with clock.limit(self._settings.dns_timeout, "looking up the address (dns_timeout)"):
+            with deadline.limit(self._settings.dns_timeout, "looking up the address (dns_timeout)"):
                 return self._resolver.addresses_of(server.host)[:MAX_ADDRESSES]
         except (DnsFailed, WireError) as error:
             _new_socket(stdlib_socket.AF_INET).close()  # without a descriptor there is no answer either
@@ -205,26 +207,40 @@ class Connector:
         self._wants.put(str(server), True, WANTS_TLS_TIME)
 
     def _open(
-        self, route: Route, server: Server, address: Address, client: Client, clock: Clock, sid: str, seconds: float
+        self,
+        route: Route,
+        server: Server,
+        address: Address,
+        client: Client,
+        deadline: Deadline,
+        sid: str,
+        seconds: float,
     ) -> Upstream:
         """One attempt at one address, and another one if it wants TLS. Raises as `_open_once` does.
 
         seconds: for what follows the greeting, up to MAIL.
         """
         try:
-            return self._open_once(route, server, address, client, clock, sid, seconds)
+            return self._open_once(route, server, address, client, deadline, sid, seconds)
         except WantsTls:
             self.note_wants_tls(server)
-        return self._open_once(route, server, address, client, clock, sid, seconds)
+        return self._open_once(route, server, address, client, deadline, sid, seconds)
 
     def _open_once(
-        self, route: Route, server: Server, address: Address, client: Client, clock: Clock, sid: str, seconds: float
+        self,
+        route: Route,
+        server: Server,
+        address: Address,
+        client: Client,
+        deadline: Deadline,
+        sid: str,
+        seconds: float,
     ) -> Upstream:
         """Raises UpstreamFailed, WireError, BadReply, Rejected."""
         began = monotonic()
-        with clock.limit(self._settings.connect_timeout, "connecting (connect_timeout)"):
+        with deadline.limit(self._settings.connect_timeout, "connecting (connect_timeout)"):
             connection = _connect(address, server.port)
-            wire = Wire(connection, clock, log.tracer(sid, "upstream"), self._settings.write_timeout)
+            wire = Wire(connection, deadline, log.tracer(sid, "upstream"), self._settings.write_timeout)
             upstream = Upstream(wire, server, route)
             try:
                 if route.policy.send_proxy != "no":
@@ -238,7 +254,7 @@ class Connector:
                 raise
         upstream.greeted_after = monotonic() - began
         try:
-            with clock.limit(seconds, "waiting for the answers before MAIL"):
+            with deadline.limit(seconds, "waiting for the answers before MAIL"):
                 self._introduce(upstream, client, sid)
             upstream.introduced = True
         except BaseException:  # TimeLimit and the like too: nobody else knows this connection yet

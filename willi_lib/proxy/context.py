@@ -17,7 +17,7 @@ from .connector import Connector
 
 
 @dataclass(frozen=True)
-class Service:
+class SessionContext:
     """What all sessions of a worker share."""
 
     settings: Settings

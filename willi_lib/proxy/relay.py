@@ -40,7 +40,7 @@ class Content:
             self._progress, self._waited = 0, 0.0
         began = monotonic()
         deadline = min(began + self._settings.read_timeout - self._waited, self._drop_until)
-        with self._client.clock.until(deadline, "waiting for message content (read_timeout)"):
+        with self._client.deadline.until(deadline, "waiting for message content (read_timeout)"):
             octets = self._client.read_some(most)
         waited = monotonic() - began
         self._waited += waited
@@ -150,7 +150,7 @@ class Relay:
     def _convert_chunk(self, size: int, last: bool) -> Reply:
         """For an upstream without CHUNKING: DATA, with dots stuffed and a last line end (RFC 5321 §4.5.2)."""
         if self._stuffer is None:
-            with self._client.clock.limit(self._settings.upstream_timeout, "asking the upstream (upstream_timeout)"):
+            with self._client.deadline.limit(self._settings.upstream_timeout, "asking the upstream (upstream_timeout)"):
                 self.upstream.begin_data()
             self._stuffer = Stuffer(self._rejects_bare_newlines)
         while self._left:
@@ -180,7 +180,7 @@ class Relay:
         deadline = max(self._chunk_began, self._client.received_at) + self._settings.data_timeout
         if began >= deadline:  # the end of a message must not be sent without time to hear of it
             raise UpstreamFailed(f"{self.upstream.server}: too slow to take the message (data_timeout)")
-        with self._client.clock.until(deadline, "waiting for the verdict (data_timeout)"):
+        with self._client.deadline.until(deadline, "waiting for the verdict (data_timeout)"):
             verdict = finish(octets)
         self.verdict_seconds = monotonic() - began
         return verdict

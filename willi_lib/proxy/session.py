@@ -17,7 +17,7 @@ from ..smtp import xclient
 from ..smtp.reply import CLIENT, UPSTREAM, WILLI, Outcome, Rejected, Reply
 from ..smtp.syntax import Command, Path, parse_bdat, parse_helo, parse_mail, parse_rcpt
 from .commands import Commands, OutOfStep
-from .context import Service
+from .context import SessionContext
 from .message_log import SessionLog
 from .relay import Content, Relay
 from .stage import ANY, ENVELOPE, IDLE, Stage, out_of_sequence
@@ -42,19 +42,21 @@ class ClientGone(SessionEnds):
 class Session:
     """The dialogue with one client."""
 
-    def __init__(self, sid: str, service: Service, wire: Wire, client: Client, may_xclient: bool = False) -> None:
+    def __init__(
+        self, sid: str, context: SessionContext, wire: Wire, client: Client, may_xclient: bool = False
+    ) -> None:
         """sid: `new_session_id`'s, for the log. may_xclient: the client may say who it really is."""
-        self.log = SessionLog(sid, client, service.counts)
-        self.service = service
-        self.settings = service.settings
+        self.log = SessionLog(sid, client, context.counts)
+        self.context = context
+        self.settings = context.settings
         self.wire = wire
-        self.clock = wire.clock
+        self.deadline = wire.deadline
         self.client = client
         self.may_xclient = may_xclient
         self.stage = Stage.START
         self.transaction: Transaction | None = None
-        self.upstreams = Upstreams(sid, service, client, wire.clock)
-        self.commands = Commands(wire, self.settings, self.log, service.counts)
+        self.upstreams = Upstreams(sid, context, client, wire.deadline)
+        self.commands = Commands(wire, self.settings, self.log, context.counts)
         self.closing = False  # after the reply that is about to be written
         self.has_quit = False
         self.draining = False
@@ -67,7 +69,7 @@ class Session:
     def run(self) -> None:
         """Talk until one side has enough. Nothing that a client does makes it raise."""
         try:
-            self.write(self.service.greeting)
+            self.write(self.context.greeting)
             while not self.closing:
                 if self.stage is Stage.HANDSHAKE:
                     self.handshake()
@@ -166,12 +168,12 @@ class Session:
             self.upstreams.quit()
         finally:
             self.upstreams.drop()
-            self.clock.close()
+            self.deadline.close()
 
     def drain(self) -> None:
         """End after the running transaction; at once if there is none. Called from another greenlet."""
         self.draining = True
-        self.clock.interrupt(ShuttingDown(), unless=lambda: not self.commands.is_waiting or self.stage not in IDLE)
+        self.deadline.interrupt(ShuttingDown(), unless=lambda: not self.commands.is_waiting or self.stage not in IDLE)
 
     def look_at_client(self) -> None:
         """End if the client has hung up while its upstream takes its time. Called from another greenlet.
@@ -182,18 +184,18 @@ class Session:
         is_gone = self.asking and not self.commands.group and self.wire.has_hung_up()
         self.looks_gone = self.looks_gone + 1 if is_gone else 0
         if self.looks_gone >= LOOKS:
-            self.clock.interrupt(ClientGone(), unless=lambda: not self.asking)
+            self.deadline.interrupt(ClientGone(), unless=lambda: not self.asking)
 
     def stop(self) -> None:
         """End now, whatever is under way: drain_timeout is over."""
-        self.clock.interrupt(ShuttingDown(), unless=lambda: self.ending)
+        self.deadline.interrupt(ShuttingDown(), unless=lambda: self.ending)
 
     # -- verbs: the introduction
 
     def ehlo(self, argument: bytes) -> Reply:
         """EHLO (RFC 5321 §4.1.1.1)."""
         self.introduce(argument, esmtp=True)
-        return self.service.ehlo_reply(self.client.tls is not None, self.may_xclient)
+        return self.context.ehlo_reply(self.client.tls is not None, self.may_xclient)
 
     def helo(self, argument: bytes) -> Reply:
         """HELO, without extensions, for the client and for the upstream."""
@@ -216,18 +218,18 @@ class Session:
             return replies.NO_PARAMETERS
         if self.client.tls:
             return replies.TLS_ALREADY
-        if not self.service.server_tls:
+        if not self.context.server_tls:
             return replies.NOT_IMPLEMENTED
         self.stage = Stage.HANDSHAKE
         return replies.READY_FOR_TLS
 
     def handshake(self) -> None:
         """What came along with STARTTLS is thrown away, and all that was said before is forgotten (RFC 3207 §4.2)."""
-        assert self.service.server_tls
+        assert self.context.server_tls
         if self.wire.buffered:
             self.log.warn("Clear text after STARTTLS dropped")
-        with self.clock.limit(self.settings.read_timeout, "in the TLS handshake (read_timeout)"):
-            self.wire.start_tls(self.service.server_tls, server_side=True)
+        with self.deadline.limit(self.settings.read_timeout, "in the TLS handshake (read_timeout)"):
+            self.wire.start_tls(self.context.server_tls, server_side=True)
         self.client.tls = self.wire.tls_version
         self.start_over()
 
@@ -240,11 +242,11 @@ class Session:
         client = self.client
         if address is not None:  # "": not known, and then the proxy's own must not stand for it
             client.address, client.port = address, port
-            client.name = self.service.resolver.start_name_of(address) if address else lambda: xclient.UNAVAILABLE
+            client.name = self.context.resolver.start_name_of(address) if address else lambda: xclient.UNAVAILABLE
         if name is not None:
             client.name = lambda: name
         self.start_over()
-        return self.service.greeting
+        return self.context.greeting
 
     def start_over(self) -> None:
         """Back to the greeting."""
@@ -317,7 +319,7 @@ class Session:
         """Ask the upstream, within upstream_timeout. `look_at_client` ends this if the client hangs up meanwhile."""
         self.asking = True
         try:
-            with self.clock.limit(self.settings.upstream_timeout, "asking the upstream (upstream_timeout)"):
+            with self.deadline.limit(self.settings.upstream_timeout, "asking the upstream (upstream_timeout)"):
                 return Outcome(work(*arguments), UPSTREAM)
         except SessionEnds:
             raise

@@ -7,13 +7,13 @@ from dataclasses import dataclass, field
 from time import monotonic
 
 from .. import log
-from ..net.deadline import FOREVER, Clock, TimeLimit
+from ..net.deadline import FOREVER, Deadline, TimeLimit
 from ..routing.route import LookupFailed, NoRoute, Route
 from ..smtp import reply as replies
 from ..smtp.reply import UPSTREAM, WILLI, Outcome, Rejected, Reply
 from ..smtp.syntax import Command, Mail, Path
 from ..status.counts import REFUSED
-from .context import Service
+from .context import SessionContext
 from .lookup import route_of
 from .relay import Relay
 from .upstream import Client, Upstream, UpstreamFailed, WantsTls, is_not_from_us
@@ -65,15 +65,15 @@ class Transaction:
 class Upstreams:
     """Chooses the upstream of each transaction; owns the connection, and keeps it for the client's next one."""
 
-    def __init__(self, sid: str, service: Service, client: Client, clock: Clock) -> None:
+    def __init__(self, sid: str, context: SessionContext, client: Client, deadline: Deadline) -> None:
         self.open: Upstream | None = None
         self.in_vain = 0  # connections since the last message that was accepted
         self._sid = sid
-        self._service = service
-        self._settings = service.settings
-        self._connector = service.connector
+        self._context = context
+        self._settings = context.settings
+        self._connector = context.connector
         self._client = client
-        self._clock = clock
+        self._deadline = deadline
 
     def of(self, transaction: Transaction | None) -> Upstream | None:
         """The upstream that has accepted MAIL of this transaction, as long as it is there."""
@@ -164,13 +164,13 @@ class Upstreams:
             self.quit()
         if self.open:
             try:
-                with self._clock.limit(self._settings.connect_timeout, "on a kept connection (connect_timeout)"):
+                with self._deadline.limit(self._settings.connect_timeout, "on a kept connection (connect_timeout)"):
                     self.open.reset()
                     answer = self._say_mail(self.open, transaction, recipient)
                 if answer.code != 421:
                     return self.open, answer
             except UpstreamFailed as failure:
-                if self._clock.overdue():
+                if self._deadline.overdue():
                     raise
                 log.debug("Kept upstream connection is gone", sid=self._sid, error=str(failure))
             self.drop()
@@ -181,10 +181,10 @@ class Upstreams:
         """A new connection; 421 for a client that has had too many, whatever became of them."""
         if self.in_vain >= MAX_IN_VAIN:
             log.info("Too many upstream connections without a message", sid=self._sid, client=str(self._client))
-            self._service.counts.add(REFUSED, "max_errors")
+            self._context.counts.add(REFUSED, "max_errors")
             raise Rejected(replies.TOO_MANY_ERRORS)
         self.in_vain += 1
-        return self._connector.connect(route, self._client, self._clock, self._sid)
+        return self._connector.connect(route, self._client, self._deadline, self._sid)
 
     def _say_mail(self, upstream: Upstream, transaction: Transaction, recipient: Path) -> Reply:
         """MAIL, and behind it in the same write what the client has sent in one group with this RCPT."""
@@ -223,8 +223,8 @@ class Upstreams:
     def _route_of(self, recipient: Path, deadline: float = FOREVER) -> Route:
         """Raises NoRoute, LookupFailed, which is also what a time limit means here: no upstream is to blame."""
         try:
-            with self._clock.until(deadline, "looking up the recipient"):
-                return route_of(self._service.mappings, self._settings, recipient, self._service.counts)
+            with self._deadline.until(deadline, "looking up the recipient"):
+                return route_of(self._context.mappings, self._settings, recipient, self._context.counts)
         except TimeLimit as limit:
             raise LookupFailed(str(limit)) from None
 
@@ -243,7 +243,7 @@ class Upstreams:
             self.drop()
             return
         try:
-            with self._clock.limit(SETTLE_TIME, "waiting for the answers behind a refused MAIL"):
+            with self._deadline.limit(SETTLE_TIME, "waiting for the answers behind a refused MAIL"):
                 upstream.drain_answers()
         except UpstreamFailed as failure:
             log.debug("Upstream dropped", sid=self._sid, error=str(failure))

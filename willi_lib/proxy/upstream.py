@@ -133,7 +133,7 @@ class Upstream:
         try:
             # During the introduction the last answer has only just come, and an extra recv would find nothing.
             if wire.pending() if self.introduced else wire.buffered:
-                with wire.clock.limit(LAST_WORDS_TIMEOUT, "early words"):  # half a line must not hold us up
+                with wire.deadline.limit(LAST_WORDS_TIMEOUT, "early words"):  # half a line must not hold us up
                     words = read_reply(wire)
                 if words.code == 421 and self.in_transaction:
                     raise Rejected(words, UPSTREAM)
@@ -207,7 +207,7 @@ class Upstream:
     def _last_words(self) -> None:
         """Raise Rejected if the upstream has said why it wants no more of the message."""
         try:
-            with self.wire.clock.limit(LAST_WORDS_TIMEOUT, "last words"):
+            with self.wire.deadline.limit(LAST_WORDS_TIMEOUT, "last words"):
                 words = read_verdict(self.wire)[0] if self.wire.pending() and self.wire.buffered else None
         except (WireError, BadReply) as error:
             log.debug("No last words", upstream=str(self.server), error=str(error))
