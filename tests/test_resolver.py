@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ipaddress
 import socket
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,7 +17,7 @@ import pytest
 
 from tests.support.descriptors import Descriptors
 from tests.support.dns import DnsServer, Fault
-from tests.support.loopback import HOST, PATIENCE, free_port
+from tests.support.loopback import HOST, PATIENCE, ROOT, free_port
 from willi_lib import files
 from willi_lib.net import resolver as module
 from willi_lib.net.resolver import MAX_ENTRIES, Cache, DnsFailed, Resolver
@@ -52,6 +54,19 @@ def questions(server: DnsServer, kind: str) -> list[str]:
 
 def mx_hosts(resolver: Resolver, domain: str) -> list[str]:
     return [host for _, host in resolver.mx_of(domain)]
+
+
+def test_the_record_types_that_are_read_are_loaded_at_the_start():
+    """A worker without descriptors, or whose files an upgrade has replaced, could not load them later."""
+    code = (
+        "import sys; from willi_lib.net import resolver; from dns import rdata, rdataclass, rdatatype, rdtypes; "
+        "rdtypes.__path__ = rdtypes.ANY.__path__ = []; "
+        "print(*(rdata.get_rdata_class(rdataclass.IN, rdatatype.from_text(kind)).__name__ for kind in sys.argv[1:]))"
+    )
+    said = subprocess.run(
+        [sys.executable, "-c", code, "MX", "PTR", "CNAME", "SOA"], cwd=ROOT, stdout=subprocess.PIPE, check=True
+    )
+    assert said.stdout.split() == [b"MX", b"PTR", b"CNAME", b"SOA"]
 
 
 # A client's name

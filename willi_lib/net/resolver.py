@@ -23,6 +23,8 @@ from typing import Any, Generic, TypeVar
 
 import dns.exception
 import dns.inet
+import dns.rdtypes.ANY.CNAME  # these and PTR now: one that cannot be loaded at its first answer is not read for good
+import dns.rdtypes.ANY.MX
 import dns.resolver
 import dns.reversename
 import gevent
