@@ -135,6 +135,16 @@ def test_a_port_that_is_taken_is_tried_again_until_it_is_free(systemd):
     wait_until(lambda: show(systemd, "ActiveState") == "active", "Willi at its port", 60)
 
 
+def test_a_table_that_is_missing_at_the_start_is_waited_for(systemd):
+    """As at a boot, when its file system is mounted late."""
+    table = f"{ETC}/map.csv"
+    configure(systemd, mappings={"csv": {"type": "csv", "file": table}})
+    assert systemd.ask("systemctl", "start", "willi").returncode != 0
+    assert f"cannot read {table}: No such file or directory" in journal(systemd)
+    systemd.write(table, "pattern;server\nb.example;127.0.0.1\n")
+    wait_until(lambda: show(systemd, "ActiveState") == "active", "Willi with its table", 60)
+
+
 def test_in_its_sandbox_willi_reaches_a_database_socket_syslog_the_dns_and_keys_of_a_group(
     start_machine, installed_with_systemd, mariadb: Mariadb, certificates: Authority, tmp_path
 ):
