@@ -15,6 +15,7 @@ from time import monotonic
 from .. import log
 from ..config import Settings
 from ..net.deadline import Deadline, WireError
+from ..net.own_lack import OWN_LACK, is_own_lack
 from ..net.replies import read_reply
 from ..net.resolver import Address, Cache, DnsFailed, Resolver
 from ..net.tls import upstream_contexts
@@ -44,7 +45,6 @@ DOWN_TIME = 60.0  # seconds that a host that failed is tried last
 OURSELVES_TIME = 3600.0  # seconds that an MX host that turned out to be ourselves is not tried
 WANTS_TLS_TIME = 3600.0  # seconds that a host that wants TLS is not tried in clear
 NOT_KNOWN = 504  # and less: a command that is not known
-OUR_LACK = frozenset((errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM))  # of descriptors and memory
 
 
 class Connector:
@@ -198,8 +198,8 @@ class Connector:
             with deadline.limit(self._settings.dns_timeout, "looking up the address (dns_timeout)"):
                 return self._resolver.addresses_of(server.host)[:MAX_ADDRESSES]
         except (DnsFailed, WireError) as error:
-            _new_socket(stdlib_socket.AF_INET).close()  # without a descriptor there is no answer either
-            raise UpstreamFailed(f"{server}: {error}") from None
+            is_ours = isinstance(error, DnsFailed) and error.own_lack
+            raise (OurFault if is_ours else UpstreamFailed)(f"{server}: {error}") from None
 
     def note_wants_tls(self, server: Server) -> None:
         """It takes nothing in clear: for a while all goes over TLS, whatever the client used."""
@@ -392,7 +392,7 @@ def _connect(address: Address, port: int) -> Socket:
         if code not in (0, errno.EINPROGRESS):
             # Without IPv6 the same code says that there is no address to come from, in place of no port.
             no_port = code == errno.EADDRNOTAVAIL and family == stdlib_socket.AF_INET
-            raise OurFault(os.strerror(code)) if no_port or code in OUR_LACK else PeerGone(os.strerror(code))
+            raise OurFault(os.strerror(code)) if no_port or code in OWN_LACK else PeerGone(os.strerror(code))
     except BaseException:
         connection.close()
         raise
@@ -406,4 +406,4 @@ def _new_socket(family: int) -> Socket:
         return Socket(family, kind)
     except OSError as error:
         why = error.strerror or str(error)
-        raise OurFault(why) if error.errno in OUR_LACK else PeerGone(why) from None
+        raise OurFault(why) if is_own_lack(error) else PeerGone(why) from None
