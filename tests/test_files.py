@@ -136,6 +136,24 @@ def test_a_file_that_is_written_in_place_must_rest(tmp_path: Path, clock):
     assert watch.look(names) and not watch.is_being_written
 
 
+def test_a_renamed_file_does_not_end_the_rest_of_another_one(tmp_path: Path, clock):
+    """The certificate was read when half of it was written, because its key had been renamed."""
+    cert, key = tmp_path / "cert", tmp_path / "key"
+    for file in (cert, key):
+        file.write_text("old")
+    watch, names = watch_of(cert, key)
+    cert.write_text("half")
+    assert not watch.look(names)
+    replace(key, "new")
+    clock(LOOK)
+    assert not watch.look(names)
+    clock(CALM - LOOK - 0.1)
+    watch.note(names)
+    assert watch.is_being_written
+    clock(LOOK)
+    assert watch.look(names) and not watch.is_being_written
+
+
 def test_another_list_of_files_is_no_change(tmp_path: Path, clock):
     first, second = tmp_path / "first", tmp_path / "second"
     watch, _ = watch_of(first)

@@ -61,33 +61,38 @@ class FileWatch:
         self._look_at = look_at
         self._next_look = 0.0
         self._is_read = False
-        self._calm_at = self._retry_at = 0.0
+        self._calm_at: dict[str, float] = {}  # when each file that has changed will have rested
+        self._retry_at = 0.0
 
     def note(self, files: Iterable[str]) -> bool:
         """See how the files are now, as before they are read; whether that is another way than before."""
-        rests = []
+        is_new = False
         for file in files:
             now = self._stamp(file)
             before = self.seen.setdefault(file, now)
             if now != before:
-                rests.append(0.0 if now is None or _was_renamed(before, now) else CALM)
+                is_new = True
+                rest = 0.0 if now is None or _was_renamed(before, now) else CALM
+                self._calm_at[file] = monotonic() + rest
                 self.changed = list(dict.fromkeys((*self.changed, file)))
                 self.seen[file] = now
-        if rests:
-            self._is_read, self._calm_at, self._retry_at = False, monotonic() + max(rests), 0.0
-        return bool(rests)
+        if is_new:
+            self._is_read, self._retry_at = False, 0.0
+        return is_new
 
     def look(self, files: Iterable[str]) -> bool:
         """Whether to read the files."""
         if monotonic() < self._next_look:
             return False
         self._next_look = monotonic() + self._interval
-        return not self.note(files) and not self._is_read and monotonic() >= max(self._calm_at, self._retry_at)
+        if self.note(files) or self._is_read or self.is_being_written:
+            return False
+        return monotonic() >= self._retry_at
 
     @property
     def is_being_written(self) -> bool:
         """Whether one of the files has not rested for long enough."""
-        return monotonic() < self._calm_at
+        return any(monotonic() < calm_at for calm_at in self._calm_at.values())
 
     def were_read(self) -> None:
         self._is_read, self.changed = True, []
