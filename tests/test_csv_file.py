@@ -769,6 +769,20 @@ def test_a_file_that_has_vanished_is_waited_for_beside_those_that_hold_it(file, 
     assert failure.value.passing
 
 
+@pytest.mark.parametrize(
+    ("content", "may_follow"),
+    [
+        ("", True), ("pattern;ser", True), (f"{HEADER}b.example;127.0", True), ("# made by a script", True),
+        ("\n", False), (f"{HEADER}b.example;127.0\n", False), (f"{HEADER}b.example;127.0\nc.example;127.0", False),
+    ],
+)  # fmt: skip
+def test_the_rest_of_a_file_that_ends_in_the_middle_of_a_line_may_follow(file, content, may_follow):
+    file.write_text(content)
+    with pytest.raises(MappingError) as failure:
+        made(file).read()
+    assert (failure.value.missing, failure.value.passing) == (may_follow, False)
+
+
 def test_a_missing_file_is_told_with_the_line_that_names_it(file):
     with pytest.raises(MappingError) as failure:
         made(file, where="/etc/willi.conf:7").read()

@@ -181,6 +181,7 @@ class _Table:
     def read(self, file: str, octets: bytes, pause: Callable[[], None]) -> None:
         """Raises MappingError. The header must be there: a pattern in its place would be lost without a word."""
         has_header = False
+        is_cut_off = not octets.endswith(b"\n")  # and nothing is wrong before its last line
         faults: list[str] = []
         for number, line in enumerate(io.BytesIO(octets.removeprefix(codecs.BOM_UTF8)), 1):
             if number % PAUSE_LINES == 0:
@@ -193,6 +194,7 @@ class _Table:
                     raise ValueError(f"must be the header {HEADER}, not {text[:80]!r}")
                 has_header = has_header or bool(text)
             except ValueError as fault:
+                is_cut_off = not faults and not line.endswith(b"\n")
                 faults.append(f"{file}:{number}: {fault}")
                 if not has_header:
                     break
@@ -202,7 +204,7 @@ class _Table:
         if not has_header and not faults:
             faults = [f"{file}: empty, without even the header {HEADER}"]
         if faults:
-            raise MappingError(*faults)
+            raise MappingError(*faults, missing=is_cut_off)
 
     def _add(self, number: int, text: str) -> None:
         """Raises ValueError."""

@@ -83,7 +83,7 @@ class MappingError(Exception):
         super().__init__("\n".join(faults))
         self.faults = faults
         self.passing = passing  # nothing is wrong with it as far as we know, it could not be read just now
-        self.missing = missing  # its file is not there, or not yet
+        self.missing = missing  # its file, or the rest of it, is not there, or not yet
 
 
 class HeldTable(NamedTuple):

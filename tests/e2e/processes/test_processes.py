@@ -480,6 +480,9 @@ def test_a_start_that_fails_for_a_missing_file_is_one_that_systemd_tries_again(t
     done = start()
     assert (done.returncode, f"file: cannot read {table}: No such file" in done.stdout) == (4, True)
     assert done.stdout.count('msg="Cannot start"') == 1
+    for text in ("", "pattern;server\nb.example;;;"):  # it is just being written, or the disk was full
+        table.write_text(text)
+        assert start().returncode == 4
     table.write_text("pattern;server\nb.example;;;\n")
     assert start().returncode == 1
     assert "RestartPreventExitStatus=1 2\n" in (ROOT / "etc" / "willi.service").read_text()
