@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import ipaddress
 import socket
 import subprocess
 import sys
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -180,6 +182,27 @@ def test_a_failure_is_not_asked_again_by_the_next_session(server, hasty):
     gevent.idle()  # the first question has ended, too
     server.host("c.example", CLIENT)  # it would answer now; and counting queries would count late repetitions
     assert hasty.start_name_of(CLIENT)() == TEMPUNAVAIL
+
+
+def test_a_failure_does_not_keep_its_session_alive(resolver):
+    """An exception that a frame of its traceback keeps would: only the garbage collector ends such a cycle."""
+
+    class Session:
+        pass
+
+    def fails(look: Callable[[str], object]) -> weakref.ref[Session]:
+        session = Session()
+        with pytest.raises(DnsFailed):
+            look("none.example")
+        return weakref.ref(session)
+
+    gc.disable()
+    try:
+        sessions = [fails(look) for look in (resolver.addresses_of, resolver.mx_of)]
+        gevent.sleep(0)  # gevent's callback, in which we are, holds the failure
+        assert [session() for session in sessions] == [None, None]
+    finally:
+        gc.enable()
 
 
 def test_without_a_descriptor_a_failure_is_not_kept_and_called_what_it_is(server, resolver):

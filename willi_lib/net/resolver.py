@@ -282,7 +282,10 @@ class Resolver:
         finally:
             asking.kill(block=False)
         if isinstance(answer, dns.exception.DNSException):
-            raise answer
+            try:
+                raise answer
+            finally:
+                del answer, asking  # else the exception and this frame keep each other alive, and the session
         return answer
 
     def _leads_to(self, name: str, address: str) -> bool:
