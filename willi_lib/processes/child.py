@@ -185,7 +185,9 @@ class Backoff:
         return monotonic() >= self._next
 
     def died(self, lived: float = 0.0) -> None:
-        """After so many seconds, or without having served."""
+        """After so many seconds, or without having served. Of several that soon die together, the first one counts."""
+        if lived <= LONG_LIFE and not self.is_over():
+            return
         self._delay = 0.0 if lived > LONG_LIFE else min(max(FIRST_DELAY, self._delay * 2), LONGEST_DELAY)
         self.wait(self._delay)
 
