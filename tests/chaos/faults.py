@@ -65,7 +65,7 @@ class Daemon:
 
     def start(self) -> None:
         """Into a log of its own: a long one costs much to look at."""
-        self.willi.log_file = self.willi.directory / f"willi{len(self.logs) + 1}.log"
+        self.willi.change_log(self.willi.directory / f"willi{len(self.logs) + 1}.log")
         self.logs.append(self.willi.log_file)
         self._show(self.willi.log_file)
         self.willi.start(TIME_TO_START)

@@ -241,10 +241,18 @@ class Willi:
 
     def forget_log(self) -> None:
         """What it has so far, and what it may have, is of another test."""
-        with self._reading:
-            self._log_begins = self._log_read = self.log_file.stat().st_size
-            self._lines = []
+        self._begin_log(self.log_file.stat().st_size)
         self.tolerated = []
+
+    def change_log(self, file: Path) -> None:
+        """The next start writes there; the lines of the old file are no longer read."""
+        self.log_file = file
+        self._begin_log(0)
+
+    def _begin_log(self, octets: int) -> None:
+        with self._reading:
+            self._log_begins = self._log_read = octets
+            self._lines = []
 
     @property
     def log(self) -> list[dict[str, str]]:
