@@ -26,9 +26,9 @@ LIMITS = pytest.StashKey[limits.Limits]()
 # Begun last, one of these would run alone at the end, while other processes have nothing to do. The first one that
 # needs a Debian makes it for all; those that come meanwhile would wait for it.
 LONGEST = (
-    "test_chaos.py", "test_install.py", "test_reload.py", "test_interoperation.py", "test_upgrade.py", "test_load.py",
-    "test_mysql.py", "test_page_in_browser.py", "test_processes.py", "test_with_systemd.py", "test_promise_8.py",
-    "test_release.py", "test_check.py", "test_status.py",
+    "test_chaos.py", "test_install.py", "test_reload.py", "test_mysql.py",  # only one of these waits for a Debian
+    "test_load.py", "test_upgrade.py", "test_page_in_browser.py", "test_processes.py", "test_interoperation.py",
+    "test_with_systemd.py", "test_promise_8.py", "test_release.py", "test_check.py", "test_status.py",
 )  # fmt: skip
 
 
