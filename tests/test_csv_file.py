@@ -359,6 +359,16 @@ def test_a_file_that_is_too_large_is_not_even_read(file, clock):
     assert looks(mapping, clock) is None, "it is not tried again"
 
 
+def test_a_small_file_takes_little_memory_to_be_read(file):
+    """Also where a limit counts what is allocated and not used, as RLIMIT_AS does."""
+    mapping = read(file, HEADER + "b.example;mx1\n")
+    tracemalloc.start()
+    mapping.read()
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1 << 20
+
+
 def make_pipe(path: Path) -> None:
     os.mkfifo(path)
 

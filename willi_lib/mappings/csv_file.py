@@ -161,9 +161,9 @@ class CsvFile:
         """With the stamps before and after. Raises OSError, MappingError."""
         with open_file(self._file) as file:
             before = Stamp.of(os.fstat(file.fileno()))
-            octets = file.read(MAX_OCTETS + 1) if before.size <= MAX_OCTETS else b""
-            if before.size > MAX_OCTETS or len(octets) > MAX_OCTETS:
+            if before.size > MAX_OCTETS:
                 raise MappingError(f"{self._file}: {TOO_LARGE}")
+            octets = file.read(before.size + 1)  # so much is allocated; if the file grows, its stamp shows that
             return before, octets, Stamp.of(os.fstat(file.fileno()))
 
 
