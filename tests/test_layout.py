@@ -101,6 +101,14 @@ def test_only_a_few_modules_know_gevent(name: str):
 
 
 @cache
+@pytest.mark.parametrize("name", sorted(modules()))
+def test_a_file_and_a_function_can_be_read_as_a_whole(name: str):
+    source = modules()[name].read_text()
+    assert source.count("\n") <= 500
+    functions = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.FunctionDef)]
+    assert [each.name for each in functions if (each.end_lineno or 0) - each.lineno >= 45] == []
+
+
 def at_import(path: Path, name: str) -> set[str]:
     """What is imported as soon as the module is: not what stands inside a function."""
     body = ast.parse(path.read_text(encoding="utf-8")).body

@@ -1,8 +1,7 @@
 """One client, from banner to QUIT: a method named after each verb.
 
-A method returns a reply and never writes; `run` alone writes. `outcome_of` is the only
-place where an exception becomes a reply. What is under way for one message is in
-`Transaction`; the upstream side of it is in `Upstreams`; what is logged, in `SessionLog`.
+A method returns a reply and never writes; `run` alone writes. `outcome_of` is the only place where an exception becomes
+a reply. One message under way is a `Transaction`; its upstream side is in `Upstreams`, what is logged in `SessionLog`.
 """
 
 from __future__ import annotations
