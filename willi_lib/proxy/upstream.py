@@ -166,7 +166,12 @@ class Upstream:
         """Pass on message content. Raises Rejected, UpstreamFailed."""
         if self._pipelined:  # a DATA among them would make a message of what is meant as a chunk, or the reverse
             raise UpstreamFailed(f"{self.server}: content before the answer to {self._pipelined[0]!r}")
-        self._refuse_out_of_step()
+        if self.out_of_step:
+            raise UpstreamFailed(f"{self.server}: badly framed reply to the chunk before")
+        if self.wire.pending():  # it may take content for commands, and what it says now is no verdict
+            self._last_words()
+            did = "spoke" if self.wire.buffered else "hung up"
+            raise UpstreamFailed(f"{self.server}: {did} inside the message")
         try:
             self.wire.send(octets)
         except WireError as error:
@@ -182,11 +187,6 @@ class Upstream:
 
     def finish_chunk(self, octets: bytes) -> Reply:
         """The same for a chunk of BDAT, which ends by its length."""
-        self._refuse_out_of_step()
-        if self.wire.pending():  # an answer before its question must not be taken for the verdict
-            self._last_words()
-            did = "spoke" if self.wire.buffered else "hung up"
-            raise UpstreamFailed(f"{self.server}: {did} inside the message")
         self.send(octets)
         try:
             verdict, in_order = read_verdict(self.wire)
@@ -199,10 +199,6 @@ class Upstream:
         if not verdict.positive and verdict.code < 400:
             raise UpstreamFailed(f"{self.server}: no verdict: {verdict}")
         return verdict
-
-    def _refuse_out_of_step(self) -> None:
-        if self.out_of_step:
-            raise UpstreamFailed(f"{self.server}: badly framed reply to the chunk before")
 
     def _last_words(self) -> None:
         """Raise Rejected if the upstream has said why it wants no more of the message."""

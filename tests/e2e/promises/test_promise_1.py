@@ -244,6 +244,17 @@ def test_a_second_354_is_no_verdict(raw_willi: Willi, raw: RawUpstream):
     assert str(client.read_reply()) == LOST
 
 
+def test_no_content_goes_to_an_upstream_that_has_said_more_than_354(raw_willi: Willi, raw: RawUpstream):
+    """It may have refused DATA, and would take the lines of a long message for commands."""
+    client, peer = meet(raw_willi, raw)
+    client.send(b"DATA\r\n")
+    peer.answer(b"DATA", b"354 go on\r\n503 5.5.1 No recipients\r\n")
+    assert client.read_reply().code == 354
+    client.send(b"RCPT TO:<eve@e.example>\r\n" * 50_000 + b".\r\n")
+    assert str(client.read_reply()) == "503 5.5.1 No recipients"
+    assert peer.read_until_dropped() == b""
+
+
 def test_a_second_answer_to_a_chunk_is_no_verdict(raw_willi: Willi, raw: RawUpstream):
     client, peer = meet(raw_willi, raw, b"CHUNKING")
     client.send(b"BDAT 7\r\nfirst\r\n")
