@@ -70,7 +70,7 @@ install_willi() {
     make_account
     make_directories
     lock
-    release=$TARGET/releases/$(date +%Y-%m-%d.%H%M%S)
+    release=$(mktemp -d "$TARGET/releases/$(date +%Y-%m-%d.%H%M%S).XXX")
     trap throw_away EXIT
     previous=$(in_force)
     serving=$(service_state)
@@ -190,7 +190,6 @@ choose_configuration() {
 
 build() {
     say "Building in $release ..."
-    mkdir "$release"
     for part in willi.py willi_lib requirements.txt install.sh etc/willi.service etc/willi.init etc/*.example; do
         cp -R "$source"/$part "$release"
     done

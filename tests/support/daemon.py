@@ -163,7 +163,7 @@ class Willi:
     @property
     def workers(self) -> list[int]:
         """The pids of the workers, those that drain included."""
-        return [pid for pid in self.children if self.name_of(pid) != "willi-status"]
+        return [pid for pid in self.children if self.name_of(pid) == "willi-worker"]
 
     @staticmethod
     def name_of(pid: int) -> str:

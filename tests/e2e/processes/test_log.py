@@ -370,9 +370,9 @@ def test_with_debug_there_is_one_worker_and_the_dialogue_in_the_log_also_after_a
             assert deliver(client) == QUEUED
         willi.wait_for_log(msg="Message accepted", count=sessions)
         assert len(willi.lines(msg="client <", line=MAIL.decode())) == sessions
-        assert len(willi.workers) == 1
         if sessions == 1:
             willi.reload()
+    assert [line["workers"] for line in (*willi.lines(msg="Ready"), *willi.lines(msg="Reloaded"))] == ["1", "1"]
 
 
 def test_accepted_recipients_of_a_lost_upstream_are_in_the_log(willi: Willi, upstream: ScriptedUpstream):
