@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
-import resource
 import ssl
 import subprocess
 import sys
@@ -17,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.certificates import Authority, Pair
+from tests.support.descriptors import Descriptors
 from tests.support.loopback import ROOT
 from willi_lib.config import Certificate, Settings
 from willi_lib.net import key_exchange
@@ -521,13 +521,21 @@ def test_authorities_of_the_system_that_cannot_be_read_are_named(tmp_path, monke
         client_context(verify=True)
 
 
-def test_authorities_are_read_at_the_start_and_without_a_descriptor_that_fails(certificates, monkeypatch):
-    monkeypatch.setenv("SSL_CERT_FILE", str(certificates.ca))
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (0, hard))
-    try:
-        with pytest.raises(CertificateError, match="Too many open files"):
-            client_context(verify=True)
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-    assert client_context(verify=True).get_ca_certs()
+@pytest.mark.parametrize("where", ["a file", "a directory"])
+def test_authorities_are_read_at_the_start_and_without_a_descriptor_that_fails(
+    certificates, one, tmp_path, monkeypatch, where
+):
+    """A directory, too, as on Ubuntu 22.04: by itself OpenSSL opens its files in the middle of a handshake."""
+    monkeypatch.setenv("SSL_CERT_FILE", str(certificates.ca) if where == "a file" else str(tmp_path / "none.pem"))
+    monkeypatch.setenv("SSL_CERT_DIR", str(tmp_path if where == "a directory" else tmp_path / "none"))
+    name = subprocess.check_output(["openssl", "x509", "-noout", "-hash", "-in", certificates.ca], text=True).strip()
+    (tmp_path / f"{name}.0").symlink_to(certificates.ca)
+    (tmp_path / f"{name}.1").symlink_to(tmp_path / "removed.pem")
+    (tmp_path / f"{name}.2").write_text("no certificate")
+    with Descriptors(), pytest.raises(CertificateError, match="the authorities of this system: Too many open files"):
+        client_context(verify=True)
+    context = client_context(verify=True)
+    assert len(context.get_ca_certs()) == 1
+    server = serving(one)
+    with Descriptors():
+        assert shake_hands(server, context)[0].version()

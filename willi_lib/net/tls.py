@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import re
 import ssl
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime, timezone
+from pathlib import Path
 
 from ..config import Certificate, Settings
 from ..files import open_file, read_file
@@ -22,6 +24,7 @@ VERSIONS = {
     "1.3": ssl.TLSVersion.TLSv1_3,
 }
 ANY_STRENGTH = "DEFAULT:@SECLEVEL=0"  # what TLS before 1.2 and short keys need from OpenSSL 3
+HASHED_NAME = re.compile(r"[0-9a-f]{8}\.[0-9]+")  # of a certificate in a directory of authorities (c_rehash(1))
 IGNORE_DATES = 0x200000  # X509_V_FLAG_NO_CHECK_TIME, for which the ssl module has no name
 WRONG_KEY = ("KEY_VALUES_MISMATCH", "KEY_TYPE_MISMATCH", "NO_CERTIFICATE_ASSIGNED")  # the last one: of another kind
 BROKEN_PEM = "one is cut off, or its lines are not as they were: each -----BEGIN and -----END is a line of its own"
@@ -170,10 +173,23 @@ def client_context(verify: bool, ca_file: str = "") -> ssl.SSLContext:
             open_file(file).close()
         if file or directory:  # not load_default_certs: it says nothing if it cannot read them, and leaves an empty set
             context.load_verify_locations(file, directory)
+        if directory and not file:
+            _load_directory(context, directory)
     except OSError as error:
-        setting = "upstream_tls_ca" if ca_file else "the authorities of this system"
-        raise CertificateError(f"{file}: {setting}: {getattr(error, 'reason', None) or error.strerror}") from None
+        setting, why = "upstream_tls_ca" if ca_file else "the authorities of this system", error.strerror
+        raise CertificateError(f"{file or directory}: {setting}: {getattr(error, 'reason', None) or why}") from None
     return context
+
+
+def _load_directory(context: ssl.SSLContext, directory: str) -> None:
+    """OpenSSL by itself opens them within a handshake: if we lack a descriptor then, the upstream seems to be at fault.
+
+    Raises OSError.
+    """
+    for file in Path(directory).iterdir():
+        with suppress(ssl.SSLError, FileNotFoundError, PermissionError):  # OpenSSL passes over these, too
+            if HASHED_NAME.fullmatch(file.name):
+                context.load_verify_locations(file)
 
 
 class CertificateFacts:
