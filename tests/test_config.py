@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 from ipaddress import ip_network
 from math import inf
@@ -12,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from willi_lib import config
-from willi_lib.config import Address, Certificate, ConfigError, CsvSettings, MysqlSettings, StaticSettings
+from willi_lib.config import Address, Certificate, ConfigError, CsvSettings, MysqlSettings, StaticSettings, cpus
 from willi_lib.config.cpus import cpu_quota, usable_cpus
 from willi_lib.config.reader import NO_MAPPING, OLD_FILE, SECTIONS, Reader
 from willi_lib.config.settings import QUOTE, TOP_KEYS
@@ -20,6 +21,7 @@ from willi_lib.routing.route import Policy, Server
 from willi_lib.text import visible
 
 MAPPING = "[mappings]\n[[all]]\ntype = static\nserver = mx.example\n"
+CPUS = len(os.sched_getaffinity(0))
 SECOND = 1.0
 MINUTE = 60.0
 HOUR = 3600.0
@@ -708,6 +710,12 @@ def test_a_quota_of_cpus_is_that_of_the_control_groups(
 
 def test_without_proc_there_is_no_quota(tmp_path: Path):
     assert cpu_quota(tmp_path / "none", tmp_path) == inf
+
+
+@pytest.mark.parametrize(("quota", "workers"), [(0.01, 1), (1.0, 1), (1.5, min(2, CPUS)), (inf, CPUS)])
+def test_auto_is_no_more_workers_than_the_quota_rounded_up(load, monkeypatch, quota: float, workers: int):
+    monkeypatch.setattr(cpus, "cpu_quota", lambda *_: quota)
+    assert load("workers = auto\n").workers == workers
 
 
 # What is quoted from the file
