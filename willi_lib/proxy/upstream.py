@@ -190,6 +190,8 @@ class Upstream:
         self.send(octets)
         try:
             verdict, in_order = read_verdict(self.wire)
+            if verdict.code == 354 and in_order:  # DATA was answered twice, and the message is still to be judged
+                verdict, in_order = read_verdict(self.wire)[0], False
         except (WireError, BadReply) as error:
             raise UpstreamFailed(f"{self.server}: {error}") from None
         if not in_order:

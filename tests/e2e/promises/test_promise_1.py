@@ -15,7 +15,7 @@ from willi_lib.smtp.reply import Reply
 CONTENT = b"Subject: x\r\n\r\nhello\r\n"
 
 NO_VERDICTS = {
-    "354 again": b"354 go on\r\n",
+    "354 twice again": b"354 go on\r\n354 go on\r\n",
     "a greeting": b"220 upstream.example ESMTP\r\n",
     "a goodbye": b"221 2.0.0 upstream.example closing, going down\r\n",
     "a goodbye of two lines": b"221-2.0.0 upstream.example closing\r\n221 2.0.0 going down\r\n",
@@ -45,6 +45,8 @@ BADLY_FRAMED = {
     "control octets": (b"250 2.0.0 q\0ueued \x1b[2J\n", "250 2.0.0 q?ueued ?[2J"),
     "behind a warning": (b"warning: cannot open /var/log/scan\r\n\r\n250 2.0.0 Ok\r\n", "250 2.0.0 Ok"),
     "a refusal behind a warning": (b"warning: disk is nearly full\n550 5.7.1 spam\r\n", "550 5.7.1 spam"),
+    "behind a second 354": (b"354 go on\r\n250 2.0.0 Ok\r\n", "250 2.0.0 Ok"),
+    "a refusal behind a second 354": (b"354 go on\r\n550 5.7.1 spam\r\n", "550 5.7.1 spam"),
     "a refusal": (b"552 5.3.4 too big\n", "552 5.3.4 too big"),
     "a deferral": (b"451-4.7.1 greylisted\n451 4.7.1 for 5 minutes\n", "451 4.7.1 greylisted / 4.7.1 for 5 minutes"),
 }
@@ -164,13 +166,14 @@ def test_what_has_no_code_is_no_verdict(verb: bytes, garbage: bytes, raw_willi: 
     assert str(client.read_reply()) == LOST
 
 
-def test_without_a_code_there_is_no_verdict_when_the_time_is_over(start_willi: StartWilli, raw: RawUpstream):
+@pytest.mark.parametrize("octets", [b"warning: the scanner is slow\r\n", b"354 go on\r\n"], ids=repr)
+def test_what_is_no_verdict_is_none_when_the_time_is_over(octets: bytes, start_willi: StartWilli, raw: RawUpstream):
     willi = start_willi(server=raw.server, data_timeout="1s")
     willi.tolerate("Upstream failed")
     client, peer = meet_in_data(willi, raw)
     client.send(CONTENT + b".\r\n")
     peer.read_for(CONTENT)
-    peer.send(b"warning: the scanner is slow\r\n")
+    peer.send(octets)
     assert str(client.read_reply()) == LOST
 
 
@@ -233,6 +236,19 @@ def test_a_verdict_together_with_354_is_none(raw_willi: Willi, raw: RawUpstream)
     client.send(b"x\r\n.\r\n")
     assert str(client.read_reply()) == LOST
     assert b".\r\n" not in peer.read_until_dropped()
+
+
+def test_a_verdict_behind_a_second_354_is_one(start_willi: StartWilli, raw: RawUpstream):
+    """A 451 in its place would have the message delivered again at each attempt."""
+    willi = start_willi(server=raw.server)
+    client, peer = meet_in_data(willi, raw)
+    client.send(CONTENT + b".\r\n")
+    peer.read_for(CONTENT + b".\r\n")
+    peer.send(b"354 go on\r\n")
+    peer.send(b"250 2.0.0 Ok: queued as ONE\r\n")
+    assert str(client.read_reply()) == "250 2.0.0 Ok: queued as ONE"
+    assert willi.wait_for_log(lvl="warn", msg="Badly framed reply to a message")
+    assert peer.read_until_dropped() == b"", "not even QUIT: what comes next may be the answer to anything"
 
 
 def test_a_second_354_is_no_verdict(raw_willi: Willi, raw: RawUpstream):
