@@ -648,6 +648,18 @@ def test_a_directory_is_a_fault():
     assert error.value.faults == [".: cannot read it: Is a directory"]
 
 
+def test_a_pipe_or_device_is_a_fault_at_once():
+    """Opening one could keep a master that reloads waiting, it is empty the next time, and no file lies beside it."""
+    ours, theirs = os.pipe()
+    os.write(theirs, MAPPING.encode())
+    os.close(theirs)
+    for path in (f"/dev/fd/{ours}", "/dev/null"):
+        with pytest.raises(ConfigError) as error:
+            config.load(path)
+        assert str(error.value) == f"{path}: cannot read it: not a regular file"
+    os.close(ours)
+
+
 def test_octets_that_are_not_utf8_are_told_with_their_line(directory):
     (directory / "willi.conf").write_bytes(b"log = stdout\n# M\xfcnchen\n")
     with pytest.raises(ConfigError) as error:

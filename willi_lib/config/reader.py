@@ -17,6 +17,7 @@ from typing import Any
 
 from configobj import ConfigObj, ConfigObjError, DuplicateError
 
+from ..files import read_file
 from ..routing.route import Policy
 from ..text import refuse_invisible, visible
 from .settings import ALL_KEYS, MAPPING_KEYS, POLICY_KEYS, QUOTE, TOP_KEYS, TYPE, TYPES, Key, MappingSettings, Settings
@@ -55,7 +56,7 @@ class ConfigError(Exception):
 def load(path: str) -> Settings:
     """Read and check a configuration file. Raises ConfigError with all its faults."""
     try:
-        text = Path(path).read_bytes().decode("utf-8-sig")
+        text = read_file(path).decode("utf-8-sig")
     except OSError as error:
         raise ConfigError([f"{path}: cannot read it: {error.strerror}"]) from None
     except UnicodeDecodeError as error:
