@@ -33,8 +33,8 @@ WORLD = {
 }  # fmt: skip
 # `check` is a process of its own and patches it as the worker does.
 KNOW_GEVENT = {
-    "net", "mappings.mysql", "mappings.cache", "processes.admission", "processes.in_child",
-    "processes.mapping_watch", "processes.status_process", "processes.worker", "check",
+    "net", "mappings.mysql", "mappings.cache", "mappings.sqlite", "processes.admission",
+    "processes.in_child", "processes.mapping_watch", "processes.status_process", "processes.worker", "check",
     "status.reporter", "status.web",
 }  # fmt: skip
 

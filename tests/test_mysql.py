@@ -79,7 +79,7 @@ class Watched:
         rows: KnownRows | None = None,
     ) -> None:  # fmt: skip
         made = settings(timeout=TIMEOUT, cache_ttl=cache_ttl, cache_size=cache_size, stale_ttl=stale_ttl)
-        self.mapping = CachedMapping(made, table, rows or KnownRows())
+        self.mapping = CachedMapping("mysql:t", made, table, rows or KnownRows())
         self.mapping.name = f"mysql:{id(self)}"
 
     def find(self, *keys: str) -> list[Answer]:

@@ -70,7 +70,7 @@ def report(server: Mariadb, ca: str) -> None:
                 name="t", policy=Policy(), host=(Address(HOST, server.port),), unix_socket=socket, user=USER,
                 password=PASSWORD, database=name, tls_ca=tls_ca, query=QUERY,
             )  # fmt: skip
-            mapping = CachedMapping(settings, Database(settings, "mysql:t"))
+            mapping = CachedMapping("mysql:t", settings, Database(settings, "mysql:t"))
             measure(mapping, sessions, ROWS - 200, ROWS)  # connect
             cold = measure(mapping, sessions, first, first + COLD)
             print(f"{title:12} {sessions:4} sessions, never asked before: {cold:8,.0f} look-ups a second")

@@ -43,7 +43,7 @@ def _try_all(settings: Settings) -> Iterator[Finding]:
     facts = [(mapping.name, mapping.facts(thorough=True)) for mapping in mappings]
     yield from unusable
     yield from check_mappings(facts)
-    yield from check_rights(settings, [file for mapping in mappings for file in mapping.files()])
+    yield from check_rights(settings)
     if not unusable:
         yield from check_postmaster(settings, mappings)
     for mapping in mappings:

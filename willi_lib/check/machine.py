@@ -10,7 +10,7 @@ import socket
 import ssl
 import stat
 import subprocess
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import replace
 from datetime import datetime, timezone
@@ -136,8 +136,8 @@ def check_files(settings: Settings) -> Iterator[Finding]:
                 yield Finding("wrong", file, f"{anybody} change it, and with it where mail goes", f"chmod o-w {file}")
 
 
-def check_rights(settings: Settings, files: Iterable[str]) -> Iterator[Finding]:
-    """files: those that the workers read again when they are no longer root."""
+def check_rights(settings: Settings) -> Iterator[Finding]:
+    """Of the files that the workers read when they are no longer root."""
     if os.geteuid() != 0:
         return
     if not settings.user:
@@ -148,7 +148,7 @@ def check_rights(settings: Settings, files: Iterable[str]) -> Iterator[Finding]:
     account = pwd.getpwnam(settings.user)
     group = grp.getgrnam(settings.group).gr_gid if settings.group else account.pw_gid
     groups = os.getgrouplist(settings.user, group)
-    for file in sorted(set(files)):
+    for file in sorted({file for file, key in paths_of(settings) if not key.is_watched and Path(file).exists()}):
         test = subprocess.run(["test", "-r", file], user=account.pw_uid, group=group, extra_groups=groups, check=False)
         if test.returncode != 0:
             advice = f"let that user read it, and enter its directory: namei -l {file}"

@@ -103,7 +103,8 @@ def _check_table(name: str, facts: MappingFacts, patterns: int) -> Iterator[Find
 
 def _check_database(subject: str, host: HostFacts) -> Finding:
     if host.fault and host.answered:
-        return Finding("wrong", subject, host.fault, "correct query, or the rights of user (GRANT SELECT)")
+        advice = "correct query or file, or the right to read it (GRANT SELECT, chgrp willi)"
+        return Finding("wrong", subject, host.fault, advice)
     if host.fault:
         advice = "is it up, may we reach it, and are user, password and tls_ca right?"
         return Finding("wrong", subject, host.fault, advice)

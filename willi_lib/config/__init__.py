@@ -7,8 +7,9 @@ reader    `load`: the file against the table; it collects every fault before it 
 
 from ..hosts import Address
 from .reader import ConfigError, load
-from .settings import Certificate, CsvSettings, MysqlSettings, Settings, StaticSettings
+from .settings import Certificate, CsvSettings, MysqlSettings, Settings, SqliteSettings, StaticSettings
 
 __all__ = [
-    "Address", "Certificate", "ConfigError", "CsvSettings", "MysqlSettings", "Settings", "StaticSettings", "load",
+    "Address", "Certificate", "ConfigError", "CsvSettings", "MysqlSettings", "Settings", "SqliteSettings",
+    "StaticSettings", "load",
 ]  # fmt: skip

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields
 from ipaddress import IPv4Network, IPv6Network
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 from ..hosts import Address
 from ..routing.route import Policy, SendProxy, Server, UpstreamTls, Xclient, parse_servers, parse_tls_verify
@@ -27,7 +27,7 @@ LogTarget = Literal["stdout", "syslog"]
 TlsVersion = Literal["1.0", "1.1", "1.2", "1.3"]
 MixedRecipients = Literal["first", "defer"]
 BareNewline = Literal["normalize", "reject"]
-MappingType = Literal["static", "csv", "mysql"]
+MappingType = Literal["static", "csv", "sqlite", "mysql"]
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ class Settings:
     proxy_protocol_hosts: tuple[IPv4Network | IPv6Network, ...] = key("", each(values.network), is_list=True)
     xclient_hosts: tuple[IPv4Network | IPv6Network, ...] = key("", each(values.network), is_list=True)
     status_listen: Address | None = key("", lambda text: values.socket_address(text) if text else None)
-    mappings: tuple[StaticSettings | CsvSettings | MysqlSettings, ...]
+    mappings: tuple[MappingSettings, ...]
 
     @property
     def certificates(self) -> tuple[Certificate, ...]:
@@ -134,6 +134,18 @@ class CsvSettings:
     policy: Policy
     where: str  # `willi.conf:12`, the line that names the file
     file: str = key(None, str, is_path=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SqliteSettings:
+    name: str
+    policy: Policy
+    file: str = key(None, str, is_path=True)
+    query: str = key(None, values.lookup_query)
+    timeout: ClassVar[float] = 2.0  # seconds, of which nearly all is waiting for a program that writes
+    cache_ttl: ClassVar[float] = 0.0  # it is asked each time
+    cache_size: ClassVar[int] = 1000
+    stale_ttl: ClassVar[float] = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,7 +172,7 @@ class MysqlSettings:
         return tuple(Address(host.host, host.port or self.port) for host in self.host)
 
 
-MappingSettings = StaticSettings | CsvSettings | MysqlSettings
+MappingSettings = StaticSettings | CsvSettings | SqliteSettings | MysqlSettings
 
 
 def paths_of(settings: Settings) -> Iterator[tuple[str, Key]]:
@@ -174,7 +186,9 @@ def paths_of(settings: Settings) -> Iterator[tuple[str, Key]]:
             yield from ((path, this) for path in (value if this.is_list else [value]) if path)
 
 
-TYPES: dict[str, type[MappingSettings]] = {"static": StaticSettings, "csv": CsvSettings, "mysql": MysqlSettings}
+TYPES: dict[str, type[MappingSettings]] = {
+    "static": StaticSettings, "csv": CsvSettings, "sqlite": SqliteSettings, "mysql": MysqlSettings,
+}  # fmt: skip
 TYPE = Key(None, values.one_of, {"words": MappingType})
 TOP_KEYS = keys_of(Settings)
 POLICY_KEYS = {this.name: TOP_KEYS[this.name] for this in fields(Policy)}  # for all mappings, or for one of them

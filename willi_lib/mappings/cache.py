@@ -1,4 +1,4 @@
-"""Routes from a table of a MySQL or MariaDB server that may be slow, restarted, failed over or gone.
+"""Routes from a database that may be slow, locked, restarted, failed over or gone.
 
 What was asked is remembered, the database is asked once for all sessions that want the same key, and no session waits
 for one that is known to be down. A row that was there a moment ago and is missing now is no "no such row" yet: its
@@ -22,7 +22,7 @@ import gevent
 from gevent.event import AsyncResult
 
 from .. import log
-from ..config import MysqlSettings
+from ..config import MysqlSettings, SqliteSettings
 from ..routing.route import Answer, HostFacts, LookupFailed, MappingError, MappingFacts, Route
 from .known_rows import KnownRows
 from .mysql import NOBODY, Down, OwnLack, TooSlow
@@ -56,7 +56,7 @@ class _Entry(NamedTuple):
 
 
 class Source(Protocol):
-    """Where the answers come from: a `Database`."""
+    """Where the answers come from: a `Database` or a `SqliteFile`."""
 
     def ask(self, key: str) -> Route | None: ...
     def inspect_hosts(self) -> tuple[HostFacts, ...]: ...
@@ -66,9 +66,11 @@ class Source(Protocol):
 class CachedMapping:
     """A mapping whose answers come from a database, slowly or not at all."""
 
-    def __init__(self, settings: MysqlSettings, database: Source, rows: KnownRows | None = None) -> None:
+    def __init__(
+        self, name: str, settings: MysqlSettings | SqliteSettings, database: Source, rows: KnownRows | None = None
+    ) -> None:
         """rows: what the workers share. Without it each "no such row" is believed, as by `willi.py lookup`."""
-        self.name = f"mysql:{settings.name}"
+        self.name = name
         self._settings = settings
         self._database = database
         self._entries: OrderedDict[str, _Entry] = OrderedDict()  # the one that was used last is the last

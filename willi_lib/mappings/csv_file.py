@@ -40,7 +40,7 @@ from .surroundings import Surroundings
 
 HEADER = "pattern;server;tls_verify"
 MAX_OCTETS = 256 << 20  # of one file, six million lines: each worker needs two to four times as much memory for it
-TOO_LARGE = f"has more than {MAX_OCTETS >> 20} MiB, which is too much for the memory of every worker; use type = mysql"
+TOO_LARGE = f"has more than {MAX_OCTETS >> 20} MiB, which is too much for the memory of every worker; use type = sqlite"
 MAX_FAULTS = 10  # reported of one file
 RETRY = 10.0  # seconds until a file that could not be read is tried again
 FILE_TIMEOUT = 30.0  # seconds for the work with a file that may hang; a large one from a slow server takes some

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from .. import log
-from ..config import CsvSettings, MysqlSettings, Settings, StaticSettings
+from ..config import CsvSettings, MysqlSettings, Settings, SqliteSettings, StaticSettings
 from ..routing.route import Answer, Mapping, MappingError, MappingFacts, Route
-from .cache import CachedMapping
+from .cache import CachedMapping, Source
 from .csv_file import CsvFile
 from .mysql import Database
+from .sqlite import SqliteFile
 from .surroundings import Surroundings
 
 READABLE_BY_OTHERS = 0o004  # of a file's mode; the service needs that of the group
@@ -50,8 +51,16 @@ def _mysql(settings: MysqlSettings, around: Surroundings) -> Mapping:
     name = f"mysql:{settings.name}"
     if others_can_read(settings.password_file):
         log.warn("Every user of this machine can read the password file", mapping=name, error=settings.password_file)
+    return _cached(name, settings, around, Database)
+
+
+def _sqlite(settings: SqliteSettings, around: Surroundings) -> Mapping:
+    return _cached(f"sqlite:{settings.name}", settings, around, SqliteFile)
+
+
+def _cached(name: str, settings: Any, around: Surroundings, source: Callable[[Any, str], Source]) -> Mapping:
     try:
-        return CachedMapping(settings, Database(settings, name), around.known_rows.get(settings))
+        return CachedMapping(name, settings, source(settings, name), around.known_rows.get(settings))
     except ValueError as fault:
         raise MappingError(f"{name}: {fault}") from None
 
@@ -59,6 +68,7 @@ def _mysql(settings: MysqlSettings, around: Surroundings) -> Mapping:
 KINDS: dict[type[Any], Callable[[Any, Surroundings], Mapping]] = {
     StaticSettings: Static,
     CsvSettings: CsvFile,
+    SqliteSettings: _sqlite,
     MysqlSettings: _mysql,
 }
 

@@ -1,0 +1,177 @@
+"""Routes from a table in a SQLite file, which other programs may write or replace at any time.
+
+A look-up blocks its worker, so a query that takes long is ended, and a lock is waited for outside of SQLite. SQLite
+sees what others write; what it cannot see is another file under the name, or other octets that were copied into it.
+
+A file in WAL mode needs two more files, which SQLite would create. Without them all of the table is in the file itself
+and no program writes: it is read as one that cannot change, and must be the same one afterwards.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import sqlite3
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+from time import monotonic
+
+import gevent
+
+from ..config import SqliteSettings
+from ..files import Stamp, open_file
+from ..net.own_lack import is_own_lack
+from ..routing.route import HostFacts, LookupFailed, Route
+from .mysql import NOBODY, Down, NotNow, OwnLack, statement_of
+from .row import WrongColumns, route_of
+
+QUERY_TIME = 0.1  # seconds in which the worker does nothing else
+INSTRUCTIONS = 1000  # of SQLite, between two looks at the clock
+LOCK_TIME = 1.0  # seconds that a look-up waits for a program that writes; a commit takes milliseconds
+TOO_LONG = f"the query took more than {QUERY_TIME:g} s: is there an index on the pattern?"
+NO_SHM = "beside it is a -wal without its -shm: open it once with a program that may write"
+COUNTING = 30.0  # seconds that `check` counts rows ...
+MOST_ROWS = 10_000_000  # ... and how many
+WAL_MODE = b"\2\2"  # https://www.sqlite.org/fileformat.html, octets 18 and 19
+UNCHANGING = "mode=ro&immutable=1"
+
+
+class _Busy(Down):
+    """Another program writes just now."""
+
+
+class SqliteFile:
+    """One query, asked of one file."""
+
+    def __init__(self, settings: SqliteSettings, mapping: str) -> None:
+        """mapping: the name that routes bear. Raises ValueError: a query without `?`."""
+        self._policy, self._mapping = settings.policy, mapping
+        self._name, self._query = settings.file, settings.query
+        self._parameters = statement_of(settings.query)[1]
+        self._connection: sqlite3.Connection | None = None
+        self._opened: tuple[object, ...] = ()  # what the file was then
+        self._end = 0.0  # of what SQLite does just now (monotonic)
+
+    def ask(self, key: str) -> Route | None:
+        """The route in the first row for this key. Raises Down, OwnLack, LookupFailed."""
+        give_up, pause = monotonic() + LOCK_TIME, 0.005
+        while True:
+            try:
+                with self._open(QUERY_TIME) as connection:
+                    return self._ask(connection, key)[0]
+            except _Busy:
+                if monotonic() + pause > give_up:
+                    raise
+            gevent.sleep(pause)
+            pause *= 2
+
+    def inspect_hosts(self) -> tuple[HostFacts, ...]:
+        """The file, as it answers just now."""
+        try:
+            with self._open(QUERY_TIME) as connection:
+                names = self._ask(connection, NOBODY)[1]
+            with self._open(COUNTING) as connection:
+                rows = self._count_rows(connection)
+            text = f"SQLite {sqlite3.sqlite_version}, columns {', '.join(names)}, {rows}"
+            return (HostFacts(self._name, "", text=text),)
+        except (Down, LookupFailed) as fault:
+            return (HostFacts(self._name, "", fault=str(fault).removeprefix(f"{self._name}: ")),)
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        if self._connection:
+            self._connection.close()
+        self._connection = None
+
+    def _ask(self, connection: sqlite3.Connection, key: str) -> tuple[Route | None, list[str]]:
+        """The route in the first row, and the names of the columns. Raises Down, LookupFailed."""
+        with closing(connection.execute(self._query, (key,) * self._parameters)) as cursor:
+            names = [column[0] for column in cursor.description or ()] or ["none"]  # as ATTACH
+            row = cursor.fetchone()
+        try:
+            return route_of(self._policy, self._mapping, key, names, row), names
+        except WrongColumns as why:
+            raise NotNow(f"{self._name}: {why}", not_there=True) from None
+
+    def _count_rows(self, connection: sqlite3.Connection) -> str:
+        """Of each table that the query reads."""
+        read: set[str] = set()
+
+        def note(_action: int, table: str | None, column: str | None, *_: str | None) -> int:
+            if column is not None:  # SQLITE_READ
+                read.add(table or "")
+            return sqlite3.SQLITE_OK
+
+        connection.set_authorizer(note)
+        connection.execute(f"EXPLAIN {self._query}", (NOBODY,) * self._parameters).close()
+        counts = []
+        for table in sorted(read):
+            quoted = '"' + table.replace('"', '""') + '"'
+            [[rows]] = connection.execute(f"SELECT count(*) FROM (SELECT 1 FROM {quoted} LIMIT {MOST_ROWS})")
+            counts.append(f"rows in {table}: {rows:,}{' or more' if rows == MOST_ROWS else ''}")
+        return ", ".join(counts)
+
+    @contextmanager
+    def _open(self, seconds: float) -> Iterator[sqlite3.Connection]:
+        """seconds: for what is done with it, during which this process does nothing else.
+
+        Raises Down, OwnLack, also for what fails in the block.
+        """
+        try:
+            file = os.path.realpath(self._name)  # beside it are the other files of SQLite
+            now = _state(file)
+            if self._connection is None or self._opened != now:
+                self.close()
+                mode = _mode(file)
+                self._connection = sqlite3.connect(
+                    f"{Path(file).as_uri()}?{mode}", uri=True, timeout=0, isolation_level=None
+                )
+                self._connection.set_progress_handler(lambda: monotonic() > self._end, INSTRUCTIONS)
+                self._connection.text_factory = bytes  # row.py says what is wrong with a text
+                self._opened = () if mode == UNCHANGING else now
+            self._end = monotonic() + seconds
+            yield self._connection
+            if not self._opened and _state(file) != now:
+                raise _Busy(f"{self._name}: written while it was read")
+        except BaseException as error:
+            self.close()
+            if isinstance(error, OSError | MemoryError | sqlite3.Error | sqlite3.Warning):
+                raise self._failure(error) from None
+            raise
+
+    def _failure(self, error: Exception) -> Down:
+        """What it means. sqlite3.Warning: several statements, before Python 3.12."""
+        text = getattr(error, "strerror", None) or str(error) or "not enough memory"
+        text = f"{self._name}: {TOO_LONG if text == 'interrupted' else text}"
+        if is_own_lack(error):
+            return OwnLack(text)
+        return _Busy(text) if "is locked" in text else NotNow(text, not_there=True)
+
+
+def _state(file: str) -> tuple[object, ...]:
+    """Differs if the file has to be opened again: also by another user, who may not read it. Raises OSError."""
+    return Stamp.of(Path(file).stat()), _log_of(file)[0], os.geteuid()
+
+
+def _mode(file: str) -> str:
+    """How to open it. It must not be open: that connection would lose its locks here. Raises OSError."""
+    with open_file(file) as opened:
+        header = opened.read(20)
+    if header[18:] != WAL_MODE:
+        return "mode=ro"
+    if not _log_of(file)[1]:
+        return UNCHANGING
+    if not Path(f"{file}-shm").exists():
+        raise OSError(errno.ENOENT, NO_SHM)
+    return "mode=ro"
+
+
+def _log_of(file: str) -> tuple[int, int]:
+    """The inode and the size of what was written in WAL mode."""
+    try:
+        status = Path(f"{file}-wal").stat()
+    except FileNotFoundError:
+        return 0, 0
+    return status.st_ino, status.st_size
