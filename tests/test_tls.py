@@ -20,8 +20,8 @@ from tests.support.descriptors import Descriptors
 from tests.support.loopback import ROOT
 from willi_lib.config import Certificate, Settings
 from willi_lib.net import key_exchange
+from willi_lib.net.pem_files import BROKEN_PEM
 from willi_lib.net.tls import (
-    BROKEN_PEM,
     VERSIONS,
     CertificateError,
     certificate_facts,
@@ -502,13 +502,28 @@ def test_an_old_upstream_is_taken_unless_it_must_be_verified(certificates, newes
         shake_hands(server, client_context(verify=True, ca_file=str(certificates.ca)))
 
 
-@pytest.mark.parametrize("content", [None, b"", b"no PEM"])
-def test_a_file_of_issuers_that_cannot_be_used_is_named(tmp_path, content):
-    if content is not None:
-        (tmp_path / "ca.pem").write_bytes(content)
-    with pytest.raises(CertificateError, match=r"ca\.pem: .+"):
+@pytest.mark.parametrize(
+    ("made_of", "said"),
+    [
+        (lambda _: b"", "is empty"),
+        (lambda _: b"no PEM", "has no certificate in PEM, which begins with -----BEGIN CERTIFICATE-----"),
+        (ssl.PEM_cert_to_DER_cert, "is in DER, PEM is needed: openssl x509 -inform DER -in {} -out {}.new.pem"),
+        (lambda pem: pem[:-40].encode(), BROKEN_PEM),
+        (lambda _: b"-----BEGIN PRIVATE KEY-----", "is a private key: name the certificate of the authority"),
+    ],
+)
+def test_a_file_of_issuers_that_cannot_be_used_is_told_what_it_is(certificates, tmp_path, made_of, said):
+    file, pem = tmp_path / "ca.pem", certificates.ca.read_text()
+    file.write_bytes(made_of(pem[pem.index("-----BEGIN CERTIFICATE") :]))
+    with pytest.raises(CertificateError) as error:
+        client_context(verify=True, ca_file=str(file))
+    assert str(error.value) == f"{file}: upstream_tls_ca: {said.format(file, file.with_suffix(''))}"
+    assert client_context(verify=False, ca_file=str(file))
+
+
+def test_a_missing_file_of_issuers_is_named(tmp_path):
+    with pytest.raises(CertificateError, match=r"ca\.pem: upstream_tls_ca: No such file or directory"):
         client_context(verify=True, ca_file=str(tmp_path / "ca.pem"))
-    assert client_context(verify=False, ca_file=str(tmp_path / "ca.pem"))
 
 
 @pytest.mark.parametrize("content", [b"", b"no PEM"])

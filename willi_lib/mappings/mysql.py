@@ -22,6 +22,7 @@ from ..config import MysqlSettings
 from ..files import open_file, read_file
 from ..hosts import Address
 from ..net.own_lack import is_own_lack
+from ..net.pem_files import fault_of_authorities
 from ..routing.route import HostFacts, LookupFailed, Route
 from .row import WrongColumns, route_of
 
@@ -350,7 +351,7 @@ def _client_context(settings: MysqlSettings) -> ssl.SSLContext:
         open_file(settings.tls_ca).close()
         context.load_verify_locations(settings.tls_ca)
     except OSError as error:
-        raise ValueError(f"tls_ca: {settings.tls_ca}: {getattr(error, 'reason', None) or error.strerror}") from None
+        raise ValueError(f"tls_ca: {settings.tls_ca}: {fault_of_authorities(settings.tls_ca, error)}") from None
     return context
 
 

@@ -1,13 +1,17 @@
-"""What is in a file of tls_cert or tls_key, and what to do if it is not what it should be."""
+"""What is in a file of certificates or a key, and what to do if it is not what it should be."""
 
 from __future__ import annotations
 
 import re
 import ssl
 import tempfile
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from ..files import read_file
+
+BROKEN_PEM = "one is cut off, or its lines are not as they were: each -----BEGIN and -----END is a line of its own"
 
 _DER = rb"\A\x30(?:[\x00-\x7f]|\x81.|\x82..|\x83...)"  # a sequence and its length; what stands in it tells the kind
 _KINDS = {
@@ -50,6 +54,9 @@ _ADVICE = {  # {new}: a file that does not exist yet
         "": "has no private key in PEM, which begins with -----BEGIN PRIVATE KEY----- or the like",
     },
 }
+_OF_AUTHORITIES = _ADVICE["tls_cert"] | dict.fromkeys(
+    ("key", "locked key", "DER key"), "is a private key: name the certificate of the authority"
+)
 
 
 def fault_of(cert: str, key: str) -> str:
@@ -61,11 +68,23 @@ def fault_of(cert: str, key: str) -> str:
         ("tls_cert", cert, in_cert, "certificate"), ("tls_key", key, in_key, "key"),
     ):  # fmt: skip
         if wanted not in found:
-            text = next(text for kind, text in _ADVICE[setting].items() if kind in found)
-            new = Path(file).with_suffix(".pem")
-            new = new.with_suffix(".new.pem") if new.exists() else new
-            return f"{file}: {setting} {text.format(file=file, new=new)}"
+            return f"{file}: {setting} {_advice(_ADVICE[setting], file, found)}"
     return ""
+
+
+def fault_of_authorities(file: str, error: OSError) -> str:
+    """Why OpenSSL could not load them."""
+    if isinstance(error, ssl.SSLError):
+        with suppress(OSError):
+            found = _contents(file)
+            return BROKEN_PEM if "certificate" in found else _advice(_OF_AUTHORITIES, file, found)
+    return error.strerror or str(error)
+
+
+def _advice(table: Mapping[str, str], file: str, found: set[str]) -> str:
+    text = next(text for kind, text in table.items() if kind in found)
+    new = Path(file).with_suffix(".pem")
+    return text.format(file=file, new=new.with_suffix(".new.pem") if new.exists() else new)
 
 
 def _contents(file: str) -> set[str]:

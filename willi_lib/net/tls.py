@@ -15,7 +15,7 @@ from pathlib import Path
 from ..config import Certificate, Settings
 from ..files import open_file, read_file
 from .key_exchange import limit_key_exchange
-from .pem_files import fault_of, mismatch, no_passphrase
+from .pem_files import BROKEN_PEM, fault_of, fault_of_authorities, mismatch, no_passphrase
 
 VERSIONS = {
     "1.0": ssl.TLSVersion.MINIMUM_SUPPORTED,  # SSL 3 is not among them: Python rules it out by an option
@@ -27,7 +27,6 @@ ANY_STRENGTH = "DEFAULT:@SECLEVEL=0"  # what TLS before 1.2 and short keys need 
 HASHED_NAME = re.compile(r"[0-9a-f]{8}\.[0-9]+")  # of a certificate in a directory of authorities (c_rehash(1))
 IGNORE_DATES = 0x200000  # X509_V_FLAG_NO_CHECK_TIME, for which the ssl module has no name
 WRONG_KEY = ("KEY_VALUES_MISMATCH", "KEY_TYPE_MISMATCH", "NO_CERTIFICATE_ASSIGNED")  # the last one: of another kind
-BROKEN_PEM = "one is cut off, or its lines are not as they were: each -----BEGIN and -----END is a line of its own"
 KEY_KINDS = (  # the algorithm of the key in a certificate, as it is encoded there
     (bytes.fromhex("06072a8648ce3d0201"), "ECDSA"),
     (bytes.fromhex("06092a864886f70d010101"), "RSA"),
@@ -176,8 +175,8 @@ def client_context(verify: bool, ca_file: str = "") -> ssl.SSLContext:
         if directory and not file:
             _load_directory(context, directory)
     except OSError as error:
-        setting, why = "upstream_tls_ca" if ca_file else "the authorities of this system", error.strerror
-        raise CertificateError(f"{file or directory}: {setting}: {getattr(error, 'reason', None) or why}") from None
+        setting = "upstream_tls_ca" if ca_file else "the authorities of this system"
+        raise CertificateError(f"{file or directory}: {setting}: {fault_of_authorities(file or '', error)}") from None
     return context
 
 
