@@ -218,7 +218,7 @@ class Wire:
             there already, wrong for commands, which mostly are not.
         Raises WireError.
         """
-        if self._output or self._tls:
+        if self._output or self._clear_out:
             self.flush()
         octets = None
         if eager or (self._tls and self._holds_records()):
@@ -269,7 +269,7 @@ class Wire:
                 records.append(record)
                 size -= len(record)
         except ssl.SSLWantReadError:  # half a record, or none of application data
-            self._send_encrypted()  # e.g. the answer to a key update
+            self.flush()  # e.g. the answer to a key update
             if not records:
                 raise BlockingIOError from None
         except (ssl.SSLZeroReturnError, ssl.SSLEOFError):
@@ -297,13 +297,13 @@ class Wire:
 
     def flush(self) -> None:
         """Send what was kept back. Raises WireError."""
-        if self._output or self.holds_output:
+        if self.holds_output:
             self.send(b"")
 
     @property
     def holds_output(self) -> bool:
         """Whether something is kept back. Never while the owner is sending: it takes the octets away first."""
-        return bool(self._output or (self._tls and self._clear_out and self._clear_out.pending))
+        return bool(self._output or (self._clear_out and self._clear_out.pending))
 
     def send_held(self) -> None:
         """Send what is kept back as far as the kernel takes it at once, while the owner waits for another peer.
@@ -327,30 +327,21 @@ class Wire:
         """Send message content at once, past the trace, behind what was kept back. Raises WireError."""
         octets, self._output = self._output + octets, b""
         try:
-            if self._tls is None:
-                self._send_raw(octets)
-                return
-            if octets:
-                self._tls.write(octets)
-            self._send_encrypted()
+            if self._clear_out:
+                if self._tls and octets:
+                    self._tls.write(octets)
+                octets = self._clear_out.read()
+            try:
+                sent = self._socket.send(octets)
+            except BlockingIOError:
+                sent = 0
+            if sent < len(octets):
+                with self.deadline.limit(self._write_timeout, "sending (write_timeout)"):
+                    self._send_slowly(memoryview(octets)[sent:])
         except ssl.SSLError as error:
             raise TlsFailed(f"TLS: {error.reason or error}") from None
         except OSError as error:
             raise PeerGone(error.strerror or str(error)) from None
-
-    def _send_encrypted(self) -> None:
-        assert self._clear_out
-        if self._clear_out.pending:
-            self._send_raw(self._clear_out.read())
-
-    def _send_raw(self, octets: bytes) -> None:
-        try:
-            sent = self._socket.send(octets)
-        except BlockingIOError:
-            sent = 0
-        if sent < len(octets):
-            with self.deadline.limit(self._write_timeout, "sending (write_timeout)"):
-                self._send_slowly(memoryview(octets)[sent:])
 
     def _send_slowly(self, octets: memoryview) -> None:
         """Send to a peer that does not keep up. If that ends early nothing may follow: `250 O421` would be a lie."""
@@ -398,9 +389,10 @@ class Wire:
                     tls.do_handshake()
                     break
                 except ssl.SSLWantReadError:
-                    self._send_encrypted()
+                    self.flush()
                     self._clear_in.write(self._receive_raw())
-            self._send_encrypted()
+            if tls.version() != "TLSv1.3":  # else what is left, such as a session ticket, goes out with the next write
+                self.flush()
         except ssl.SSLError as error:
             with suppress(OSError):  # the peer may be gone
                 self._socket.send(self._clear_out.read())  # the alert that tells it why
@@ -440,7 +432,8 @@ class Wire:
         """
         try:
             with self.deadline.limit(LINGER, "closing"):
-                self._say_goodbye()
+                self._end_tls()
+                self.flush()
                 if linger:
                     self._drain()
         except (WireError, OSError) as error:
@@ -449,6 +442,13 @@ class Wire:
         finally:
             self.close()
 
+    def hang_up_at_once(self) -> None:
+        """The same as far as the kernel takes it without a wait."""
+        with suppress(OSError):
+            self._end_tls()
+        self.send_held()
+        self.close()
+
     def _drain(self) -> None:
         """Say that nothing more comes from us, and read until the peer has seen it."""
         self._socket.shutdown(stdlib_socket.SHUT_WR)
@@ -456,17 +456,15 @@ class Wire:
         while dropped < LINGER_OCTETS:
             dropped += len(self._receive_raw(eager=True))  # mostly it is the peer who has hung up
 
-    def _say_goodbye(self) -> None:
-        """What was kept back, and close_notify in the same write."""
+    def _end_tls(self) -> None:
+        """Have close_notify go out in the same write as what was kept back."""
         if self._tls is None:
-            self.flush()
             return
         if self._output:
             self._tls.write(self._output)
             self._output = b""
         with suppress(ssl.SSLError):  # wants the peer's close_notify, which we need not wait for (RFC 8446 §6.1)
             self._tls.unwrap()
-        self._send_encrypted()
 
 
 def give_way() -> None:
