@@ -106,6 +106,7 @@ class Settings:
     bare_newline: BareNewline = key("normalize", values.one_of, words=BareNewline)
     extensions: frozenset[str] = key(", ".join(EXTENSIONS), values.extension_names, is_list=True)
     strict_8bitmime: bool = key("no", is_true)
+    kept_upstreams: int = key("4", values.count, least=1, most=100)
     upstream_tls: UpstreamTls = key(POLICY.upstream_tls, values.one_of, words=UpstreamTls)
     upstream_tls_ca: str = key(POLICY.upstream_tls_ca, values.readable, is_watched=True)
     xclient: Xclient = key(POLICY.xclient, values.one_of, words=Xclient)

@@ -18,7 +18,7 @@ from .news import News
 from .scoreboard import Scoreboard
 
 GENERATIONS = 4  # at the same time: one that serves, one that starts, two that drain; then a reload has to wait
-DESCRIPTORS_PER_SESSION = 2  # the client and the upstream
+DESCRIPTORS_PER_SESSION = 2  # the client and an upstream; few clients need more than one
 SPARE_DESCRIPTORS = 64  # listeners, log, database, DNS
 
 Reload = Literal["", "asked", "automatic", "overdue"]  # by SIGHUP; for a changed certificate; when that waited too long
@@ -61,13 +61,13 @@ class Generation:
 
 
 def raise_descriptor_limit(settings: Settings) -> None:
-    """As far as max_connections needs it. Warns of what is no fault of the file."""
+    """As far as max_connections and kept_upstreams may need it. Warns of what is no fault of the file."""
     if os.geteuid() == 0 and not settings.user:
         log.warn("Willi runs as root: set user")
-    wanted = settings.max_connections * DESCRIPTORS_PER_SESSION + SPARE_DESCRIPTORS
+    needed = settings.max_connections * DESCRIPTORS_PER_SESSION + SPARE_DESCRIPTORS
+    wanted = settings.max_connections * (1 + settings.kept_upstreams) + SPARE_DESCRIPTORS
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft >= wanted:
-        return
-    resource.setrlimit(resource.RLIMIT_NOFILE, (min(wanted, hard), hard))
-    if hard < wanted:
-        log.warn("Too few file descriptors for max_connections", limit=hard, needed=wanted)
+    if soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (min(wanted, hard), hard))
+    if hard < needed:
+        log.warn("Too few file descriptors for max_connections", limit=hard, needed=needed)

@@ -166,7 +166,7 @@ class Session:
             self.wire.hang_up(linger=self.wire.buffered or not self.has_quit)
             self.upstreams.quit()
         finally:
-            self.upstreams.drop()
+            self.upstreams.drop_all()
             self.deadline.close()
 
     def drain(self) -> None:
@@ -202,7 +202,7 @@ class Session:
         return Reply(250, (self.settings.domain.encode(),))
 
     def introduce(self, argument: bytes, esmtp: bool) -> None:
-        """Take a new name; an upstream connection that knows the old one is of no more use."""
+        """Take a new name; upstream connections that know the old one are of no more use."""
         name = parse_helo(argument)
         self.forget_transaction()
         self.upstreams.quit()

@@ -63,10 +63,14 @@ class Transaction:
 
 
 class Upstreams:
-    """Chooses the upstream of each transaction; owns the connection, and keeps it for the client's next one."""
+    """Chooses the upstream of each transaction; owns its connection, and keeps those of the last routes.
+
+    open: the connection of the last transaction that had one; the others wait until their route is asked for again.
+    """
 
     def __init__(self, sid: str, context: SessionContext, client: Client, deadline: Deadline) -> None:
         self.open: Upstream | None = None
+        self._kept: dict[Route, Upstream] = {}  # without `open`; the one unused longest is the first
         self.in_vain = 0  # connections since the last message that was accepted
         self._sid = sid
         self._context = context
@@ -159,9 +163,9 @@ class Upstreams:
         return self._begin_once(transaction, route, recipient)
 
     def _begin_once(self, transaction: Transaction, route: Route, recipient: Path) -> tuple[Upstream, Reply]:
-        """Say MAIL on the kept connection if it is of this route and still of use, else on a new one."""
-        if self.open and self.open.route != route:
-            self.quit()
+        """Say MAIL on the kept connection of this route if it is still of use, else on a new one."""
+        if self.open is None or self.open.route != route:
+            self._change_to(route)
         if self.open:
             try:
                 with self._deadline.limit(self._settings.connect_timeout, "on a kept connection (connect_timeout)"):
@@ -176,6 +180,22 @@ class Upstreams:
             self.drop()
         self.open = self._connect(route)
         return self.open, self._say_mail(self.open, transaction, recipient)
+
+    def _change_to(self, route: Route) -> None:
+        """Take the kept connection of another route, if there is one, and keep the one in hand."""
+        self._put_away()
+        self.open = self._kept.pop(route, None)
+        if len(self._kept) >= self._settings.kept_upstreams:  # the one in hand, or that is opened next, counts, too
+            self._quit_oldest()
+
+    def _put_away(self) -> None:
+        if self.open and self.open.is_of_use:
+            self._kept[self.open.route] = self.open
+            self.open = None
+        self.drop()
+
+    def _quit_oldest(self) -> None:
+        self._kept.pop(next(iter(self._kept))).quit()
 
     def _connect(self, route: Route) -> Upstream:
         """A new connection; 421 for a client that has had too many, whatever became of them."""
@@ -264,10 +284,16 @@ class Upstreams:
             self.open = None
 
     def quit(self) -> None:
-        """Say goodbye to the upstream."""
-        if self.open:
-            self.open.quit()
-            self.open = None
+        """Say goodbye to all."""
+        self._put_away()
+        while self._kept:
+            self._quit_oldest()
+
+    def drop_all(self) -> None:
+        """Close what is left if `quit` did not come to its end."""
+        self.drop()
+        while self._kept:
+            self._kept.popitem()[1].drop()
 
 
 def _rcpt_line(recipient: Path) -> bytes:

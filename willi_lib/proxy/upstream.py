@@ -215,6 +215,11 @@ class Upstream:
 
     # -- the end of a transaction or of the connection
 
+    @property
+    def is_of_use(self) -> bool:
+        """Whether another transaction may follow: no answer is missing, and none was badly framed."""
+        return not (self._pipelined or self.out_of_step)
+
     def drain_answers(self) -> None:
         """Fetch the answers to what was pipelined behind a refused MAIL. Raises UpstreamFailed."""
         while self._pipelined:
@@ -223,8 +228,7 @@ class Upstream:
 
     def reset(self) -> None:
         """Make it ready for the next MAIL. Raises UpstreamFailed, also if it has hung up meanwhile."""
-        useless = self._pipelined or self.out_of_step
-        if useless or (self.in_transaction and self.wire.pending()):  # else MAIL will look
+        if not self.is_of_use or (self.in_transaction and self.wire.pending()):  # else MAIL will look
             raise UpstreamFailed(f"{self.server}: kept connection is of no use")
         if self.in_transaction and not self.ask(b"RSET").positive:
             raise UpstreamFailed(f"{self.server}: RSET refused")
@@ -232,11 +236,8 @@ class Upstream:
 
     def quit(self) -> None:
         """Say QUIT and close. Nothing depends on the answer, so there is no wait for it, as with Postfix."""
-        if self._pipelined or self.out_of_step:
-            self.drop()
-            return
         self.wire.write(b"QUIT\r\n")
-        self.wire.hang_up()
+        self.wire.hang_up_at_once()
 
     def drop(self) -> None:
         """Close at once: no dot, no QUIT, so that an unfinished message stays unfinished."""

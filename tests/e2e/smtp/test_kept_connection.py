@@ -54,17 +54,6 @@ def test_a_second_message_of_the_same_route_takes_the_same_connection(willi: Wil
     assert verbs(upstream.commands) == [b"EHLO", *once, *once, b"QUIT"]
 
 
-def test_another_route_means_quit_and_a_new_connection(
-    willi: Willi, upstream: ScriptedUpstream, other: ScriptedUpstream
-):
-    with greeted(willi) as client:
-        assert [deliver(client, who) for who in (BOB, CARL, BOB)] == [QUEUED] * 3
-    assert upstream.wait_for_ends() == [Ended.QUIT, Ended.QUIT]
-    assert other.wait_for_ends() == [Ended.QUIT]
-    assert len(upstream.messages) == 2
-    assert len(other.messages) == 1
-
-
 def test_a_new_ehlo_ends_the_kept_connection(willi: Willi, upstream: ScriptedUpstream):
     with greeted(willi) as client:
         assert deliver(client) == QUEUED
