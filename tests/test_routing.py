@@ -219,6 +219,14 @@ def test_the_local_part_is_cut_at_the_first_delimiter_but_never_to_nothing(recip
     assert [whole, domain] == list(keys_of(recipient))
 
 
+def test_parent_domains_come_last_and_the_longest_first():
+    assert keys_of("ann+x@a.b.example", "+", subdomains=True) == (
+        "ann+x@a.b.example", "ann@a.b.example", "a.b.example", ".b.example", ".example",
+    )  # fmt: skip
+    for single in ("ann@[192.0.2.1]", "ann@example", "ann", "ann@a..example"):
+        assert keys_of(single, subdomains=True) == keys_of(single)
+
+
 def test_an_address_without_a_domain_is_not_cut():
     assert keys_of("bob+x", "+") == ("bob+x",)
 
@@ -251,6 +259,7 @@ def test_a_domain_becomes_its_a_label_or_stays_as_it_is(domain, key):
 def test_keys_of_anything_are_one_two_or_three_and_lower_case(recipient, delimiter):
     keys = keys_of(recipient, delimiter)
     assert 1 <= len(keys) <= 3
+    assert keys_of(recipient, delimiter, subdomains=True)[: len(keys)] == keys
     assert all(key == key.lower() for key in keys)
     assert all(keys) or not recipient
     assert len(set(keys)) == len(keys)
@@ -361,12 +370,41 @@ def test_a_joiner_between_letters_that_need_it_is_a_letter(pattern):
     assert fold_pattern(pattern) in keys_of(pattern if "@" in pattern else f"ann@{pattern}")
 
 
-@pytest.mark.parametrize("pattern", [".b.example", "*.b.example", "*", "bob@*", "bob@.b.example"])
+@pytest.mark.parametrize("pattern", ["*", "bob@*", "bob@.b.example", "*b.example", "..b.example", "*.*.b.example"])
 def test_a_pattern_with_a_wildcard_is_refused_with_advice(pattern):
     with pytest.raises(ValueError) as fault:
         fold_pattern(pattern)
     why = "neither an address nor a domain; there are no wildcards: one line for each domain"
     assert str(fault.value) == f"{pattern!r}: {why}"
+
+
+@pytest.mark.parametrize(
+    ("pattern", "subdomains"), [(".München.example", False), ("*.München.example", False), ("*.München.example", True)]
+)
+def test_a_pattern_for_the_names_below_is_refused_with_the_way_to_write_it(pattern, subdomains):
+    with pytest.raises(ValueError) as fault:
+        fold_pattern(pattern, subdomains)
+    advice = "for all names below xn--mnchen-3ya.example write .xn--mnchen-3ya.example and set subdomains = yes"
+    assert str(fault.value) == f"{pattern!r}: neither an address nor a domain; {advice}"
+
+
+@pytest.mark.parametrize("domain", ["B.example", "Sub.München.example", "example", ".".join("abcdefghi") + ".example"])
+def test_a_pattern_with_a_dot_before_it_is_a_key_of_all_names_below(domain):
+    key = fold_pattern(f".{domain}", subdomains=True)
+    for below in ("x", "x.y", "x.ü.z"):
+        assert key in keys_of(f"ann@{below}.{domain}", subdomains=True)
+        assert key not in keys_of(f"ann@{below}.{domain}")
+    assert key not in keys_of(f"ann@{domain}", subdomains=True)
+
+
+def test_a_pattern_with_a_dot_before_it_has_at_most_ten_labels():
+    """A recipient with 127 labels would be as many queries."""
+    labels = ".".join(["a"] * 11)
+    with pytest.raises(ValueError, match="behind a dot it may have 10 labels"):
+        fold_pattern(f".{labels}", subdomains=True)
+    assert keys_of(f"ann@{labels}", subdomains=True)[2:] == tuple("." + labels[at:] for at in range(2, 22, 2))
+    deep = ".".join(["a"] * 127)
+    assert keys_of(f"ann@{deep}", subdomains=True)[2:] == tuple("." + deep[at:] for at in range(234, 254, 2))
 
 
 def test_a_pattern_in_postfix_style_is_refused_with_advice():

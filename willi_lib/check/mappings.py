@@ -72,7 +72,7 @@ def check_postmaster(settings: Settings, mappings: Sequence[Mapping]) -> Iterato
     """RFC 5321 §4.5.1. A mapping that does not answer has been told already."""
     address = f"postmaster@{settings.domain}"
     try:
-        route = find_route(mappings, address, settings.recipient_delimiter)
+        route = find_route(mappings, address, settings.recipient_delimiter, subdomains=settings.subdomains)
         yield Finding("ok", "postmaster", f"{address} goes to {route}")
     except NoRoute:
         what = f"mail to {address}, where others report trouble, gets 554 (RFC 5321 asks to take it)"

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar
 
 from ..hosts import Address
-from ..routing.route import Policy, SendProxy, Server, UpstreamTls, Xclient, parse_servers, parse_tls_verify
+from ..routing import route
+from ..routing.route import Policy, Server, parse_servers, parse_tls_verify
 from ..text import is_true
 from . import values
 from .values import EXTENSIONS, each
@@ -102,15 +103,17 @@ class Settings:
     max_connection_rate: int = key("0", values.count, least=0, most=1_000_000)
     max_errors: int = key("20", values.count, least=1, most=1_000_000)
     recipient_delimiter: str = key("", values.delimiters)
+    subdomains: bool = key("no", is_true)
     mixed_recipients: MixedRecipients = key("first", values.one_of, words=MixedRecipients)
     bare_newline: BareNewline = key("normalize", values.one_of, words=BareNewline)
     extensions: frozenset[str] = key(", ".join(EXTENSIONS), values.extension_names, is_list=True)
     strict_8bitmime: bool = key("no", is_true)
     kept_upstreams: int = key("4", values.count, least=1, most=100)
-    upstream_tls: UpstreamTls = key(POLICY.upstream_tls, values.one_of, words=UpstreamTls)
+    upstream_tls: route.UpstreamTls = key(POLICY.upstream_tls, values.one_of, words=route.UpstreamTls)
     upstream_tls_ca: str = key(POLICY.upstream_tls_ca, values.readable, is_watched=True)
-    xclient: Xclient = key(POLICY.xclient, values.one_of, words=Xclient)
-    send_proxy: SendProxy = key(POLICY.send_proxy, values.one_of, words=SendProxy)
+    xclient: route.Xclient = key(POLICY.xclient, values.one_of, words=route.Xclient)
+    send_proxy: route.SendProxy = key(POLICY.send_proxy, values.one_of, words=route.SendProxy)
+    server_order: route.ServerOrder = key(POLICY.server_order, values.one_of, words=route.ServerOrder)
     proxy_protocol_hosts: tuple[IPv4Network | IPv6Network, ...] = key("", each(values.network), is_list=True)
     xclient_hosts: tuple[IPv4Network | IPv6Network, ...] = key("", each(values.network), is_list=True)
     status_listen: Address | None = key("", lambda text: values.socket_address(text) if text else None)

@@ -18,6 +18,7 @@ import os
 import re
 from array import array
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from time import monotonic, time
 
@@ -64,7 +65,8 @@ class CsvFile:
         self._file = settings.file
         self._pause = around.pause  # called every few milliseconds of a long `read`; `find` answers meanwhile
         self._aside = around.aside()
-        self._table = _Table(self.name, settings.policy)
+        self._new_table = partial(_Table, self.name, settings.policy, around.subdomains)
+        self._table = self._new_table()
         self._loaded_at: float | None = None  # seconds since 1970
         self._fault = ""  # of the last `read`, if the old table had to stay
         self._held = around.held.get(self.name)  # the last whole table, ours or that of other workers
@@ -117,7 +119,7 @@ class CsvFile:
         self._watch.failed()  # unless the following succeeds
         try:
             octets = self._octets()
-            table = _Table(self.name, self._settings.policy)
+            table = self._new_table()
             table.read(self._file, octets, self._pause)
             version = self._watch.seen[self._file] or ()
             self._held = self._compared(HeldTable(version, len(table.routes), octets.endswith(b"\n")))
@@ -170,13 +172,14 @@ class CsvFile:
 class _Table:
     """The patterns of one file."""
 
-    def __init__(self, mapping: str, policy: Policy) -> None:
+    def __init__(self, mapping: str, policy: Policy, subdomains: bool) -> None:
         self.routes: dict[str, Route] = {}  # by key
         self.unique: dict[Route, Route] = {}  # equal routes are one object, which saves memory and comparing
         self._lines = array("I")  # where each key stands, in the order of `routes`
         self._by_text: dict[str, Route] = {}  # by what follows the pattern
         self._mapping = mapping
         self._policy = policy
+        self._subdomains = subdomains
 
     def read(self, file: str, octets: bytes, pause: Callable[[], None]) -> None:
         """Raises MappingError. The header must be there: a pattern in its place would be lost without a word."""
@@ -211,7 +214,7 @@ class _Table:
         pattern, rest = _split(text)
         if pattern.startswith("#") and not rest.strip("; "):  # a comment in one cell, quoted for its semicolon
             return
-        key = _fold(pattern, rest)
+        key = _fold(pattern, rest, self._subdomains)
         route = self._by_text.get(rest) or self._new_route(rest)
         known = self.routes.get(key)
         if known is None:
@@ -233,10 +236,10 @@ class _Table:
         return self._by_text[rest]
 
 
-def _fold(pattern: str, rest: str) -> str:
+def _fold(pattern: str, rest: str, subdomains: bool) -> str:
     """The key that the pattern stands for. Raises ValueError."""
     try:
-        return fold_pattern(pattern.strip())
+        return fold_pattern(pattern.strip(), subdomains)
     except ValueError as fault:
         if "," in pattern and not rest:
             raise ValueError(f"{fault}; fields are separated by ;") from None

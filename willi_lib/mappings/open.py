@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from itertools import repeat
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,8 @@ READABLE_BY_OTHERS = 0o004  # of a file's mode; the service needs that of the gr
 
 def open_mappings(settings: Settings, surroundings: Surroundings | None = None) -> list[Mapping]:
     """Make them; they still have to be loaded. A database need not be there. Raises MappingError."""
-    return [KINDS[type(one)](one, surroundings or Surroundings()) for one in settings.mappings]
+    around = replace(surroundings or Surroundings(), subdomains=settings.subdomains)
+    return [KINDS[type(one)](one, around) for one in settings.mappings]
 
 
 class Static:

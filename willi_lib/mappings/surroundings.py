@@ -20,9 +20,10 @@ def at_once(work: Callable[[], Any]) -> Any:
 
 @dataclass(frozen=True)
 class Surroundings:
-    """Those of a worker; `check` and `lookup` need none of it."""
+    """Those of a worker; `check` and `lookup` need none of it but the setting."""
 
     pause: Callable[[], None] = lambda: None  # called now and then while a large file is read, to let others run
     aside: Callable[[], Aside] = lambda: at_once  # makes what does the work with one file
     held: ByKey[str, HeldTable] = field(default_factory=dict)  # the tables of other workers, by mapping
     known_rows: ByKey[Any, KnownRows] = field(default_factory=dict)  # what the workers share, by settings
+    subdomains: bool = False  # the setting: patterns may have a leading dot

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from time import monotonic
 
 from ..config import Settings
@@ -30,11 +30,12 @@ def route_of(mappings: Sequence[Mapping], settings: Settings, recipient: Path, c
             counts.looked_up(now - began, step.mapping, _outcome(step))
             began = now
 
-    return find_route(mappings, _whole(recipient, settings), settings.recipient_delimiter, count)
+    return _find(mappings, settings, recipient, count)
 
 
-def _whole(recipient: Path, settings: Settings) -> str:
-    return recipient.address if recipient.domain else f"{recipient.address}@{settings.domain}"
+def _find(mappings: Sequence[Mapping], settings: Settings, recipient: Path, observe: Callable[[Step], None]) -> Route:
+    whole = recipient.address if recipient.domain else f"{recipient.address}@{settings.domain}"
+    return find_route(mappings, whole, settings.recipient_delimiter, observe, settings.subdomains)
 
 
 def _outcome(step: Step) -> str:
@@ -60,7 +61,7 @@ def show(mappings: Sequence[Mapping], settings: Settings, address: str) -> Asked
     path = address[1:-1] if address.startswith("<") and address.endswith(">") else address  # as copied from a log
     try:
         recipient = parse_rcpt(b"TO:<" + path.encode("utf-8", "replace") + b">", smtputf8=True)
-        route = find_route(mappings, _whole(recipient, settings), settings.recipient_delimiter, note)
+        route = _find(mappings, settings, recipient, note)
         result = f"route: {route}, tls_verify = {'true' if route.tls_verify else 'false'}"
     except Rejected as refusal:
         result = f"refused: {refusal.reply}"

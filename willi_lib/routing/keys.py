@@ -11,6 +11,7 @@ from ..text import refuse_invisible
 _DOMAIN = re.compile(DOMAIN)
 _LITERAL = re.compile(r"\[[!-Z^-~]+\]")  # RFC 5321 §4.1.3, whatever the address in it
 _FOLDED = re.compile(rf"(?:[a-z0-9._+-]+@)?{DOMAIN}")  # what folding leaves alone: nearly every pattern
+MAX_LABELS = 10  # of a pattern with a dot before it: a domain may have 127, and each key may be a query
 _UNQUOTED = re.compile(r'[^\x00-\x20\x7f"(),:;<>@\[\]\\]+')  # lenient about dots: "a..b" does occur
 _QUOTED = re.compile(r'"((?:[^"\\]|\\.)*)"')
 _ATOM = r"[^\x00-\x20\x7f\"(),.:;<>@\[\]\\]+"
@@ -19,28 +20,38 @@ _DOT_STRING = re.compile(rf"{_ATOM}(?:\.{_ATOM})*")
 _TYPESET = re.compile("[\u00ab\u00bb\u2010-\u2015\u2018-\u201f\u2039\u203a\u2212]")
 
 
-def keys_of(recipient: str, delimiter: str = "") -> tuple[str, ...]:
+def keys_of(recipient: str, delimiter: str = "", subdomains: bool = False) -> tuple[str, ...]:
     """The keys to ask for, folded: user+ext@domain, user@domain, domain.
 
     recipient: without angle brackets and source route. One without a domain
         (postmaster) has a single key.
     delimiter: a set of characters; the local part is cut at the first of them,
         unless nothing would remain, or quotes are needed around it.
+    subdomains: of a.b.example also .b.example and .example, which stand for all names below.
     """
     local, at, domain = recipient.rpartition("@")
     domain = fold_domain(domain)
     if not at or not domain or domain.endswith('"'):  # the @ of "a@b" belongs to the local part
         return (_fold_local_part(recipient),)
     local = _fold_local_part(local)
+    domains = (domain, *(_parents(domain) if subdomains else ()))
     if delimiter and not local.startswith('"'):
         cut = min((found for found in map(local.find, delimiter) if found >= 0), default=0)
         if cut:
-            return f"{local}@{domain}", f"{local[:cut]}@{domain}", domain
-    return f"{local}@{domain}", domain
+            return f"{local}@{domain}", f"{local[:cut]}@{domain}", *domains
+    return f"{local}@{domain}", *domains
 
 
-def fold_pattern(pattern: str) -> str:
+def _parents(domain: str) -> list[str]:
+    """The patterns for all names below, the longest first."""
+    labels = domain.split(".") if _DOMAIN.fullmatch(domain) else []
+    return ["." + ".".join(labels[at:]) for at in range(max(1, len(labels) - MAX_LABELS), len(labels))]
+
+
+def fold_pattern(pattern: str, subdomains: bool = False) -> str:
     """The key that an administrator's pattern, an address or a domain, stands for.
+
+    subdomains: also a domain with a dot before it.
 
     Raises ValueError with a short reason if no recipient can have that key.
     """
@@ -53,6 +64,13 @@ def fold_pattern(pattern: str) -> str:
     if at and local in ("", "*"):
         raise ValueError(f"{pattern[:80]!r}: a whole domain is written without {local}@")
     neither = f"{pattern[:80]!r}: neither an address nor a domain"
+    star, dot, below = pattern.partition(".")
+    if dot and star in ("", "*") and _DOMAIN.fullmatch(below := fold_domain(below)):
+        if star or not subdomains:
+            raise ValueError(f"{neither}; for all names below {below} write .{below} and set subdomains = yes")
+        if below.count(".") >= MAX_LABELS:
+            raise ValueError(f"{neither}: behind a dot it may have {MAX_LABELS} labels")
+        return f".{below}"
     if domain.startswith((".", "*")):
         raise ValueError(f"{neither}; there are no wildcards: one line for each domain")
     is_domain = _DOMAIN.fullmatch(domain) or _LITERAL.fullmatch(domain)

@@ -16,6 +16,7 @@ DEFAULT_PORT = 25
 UpstreamTls = Literal["auto", "always", "require", "never"]
 Xclient = Literal["try", "require", "no"]
 SendProxy = Literal["no", "v1", "v2"]
+ServerOrder = Literal["listed", "random"]
 # Of an answer: "" a table in memory; unsure: one that is empty or may lack rows, so that its "no" is not definite;
 # stale: too old, but there is no other.
 Origin = Literal["", "unsure", "asked", "cache", "stale"]
@@ -29,6 +30,7 @@ class Policy:
     upstream_tls_ca: str = ""  # PEM file; empty: the system's
     xclient: Xclient = "try"
     send_proxy: SendProxy = "no"
+    server_order: ServerOrder = "listed"
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +50,7 @@ class Server:
 class Route:
     """Where the mail for a recipient goes, and how."""
 
-    servers: tuple[Server, ...]  # tried in this order
+    servers: tuple[Server, ...]  # tried in this order, or in any
     tls_verify: bool = True
     policy: Policy = field(default_factory=Policy)
     mapping: str = field(default="", compare=False)  # the name of the mapping, for the log

@@ -24,14 +24,16 @@ class Step(NamedTuple):
 
 def find_route(
     mappings: Sequence[Mapping], recipient: str, delimiter: str = "",
-    observe: Callable[[Step], None] = lambda _step: None,
+    observe: Callable[[Step], None] = lambda _step: None, subdomains: bool = False,
 ) -> Route:  # fmt: skip
     """The first match, so that an earlier mapping's domain beats a later one's address.
 
-    observe: called after each key. Raises NoRoute, or LookupFailed from the first mapping that fails: the search ends
+    delimiter, subdomains: see `keys_of`. observe: called after each key.
+
+    Raises NoRoute, or LookupFailed from the first mapping that fails: the search ends
     there, since a later, more general mapping might send the mail elsewhere.
     """
-    keys = keys_of(recipient, delimiter)
+    keys = keys_of(recipient, delimiter, subdomains)
     unsure = ""
     for mapping in mappings:
         answers = mapping.find(keys)

@@ -639,6 +639,12 @@ def test_a_table_of_very_many_rows(
         print(f"\n{ROWS:,} rows, one client: {cold:,.0f} transactions a second with a new recipient each", end="")
 
 
+def test_a_pattern_with_a_dot_before_it_is_for_all_names_below(routed: StartWithDatabase, upstream: ScriptedUpstream):
+    willi = routed((".b.example", upstream.server, False), willi={"subdomains": True})
+    with greeted(willi) as client:
+        assert [rcpt(client, f"ann@{name}.example") for name in ("x.b", "x.y.b", "b")] == [OK, OK, NO_ROUTE]
+
+
 # check and lookup
 
 
