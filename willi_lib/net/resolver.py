@@ -16,7 +16,6 @@ import socket
 from _socket import socket as Socket
 from collections.abc import Callable
 from contextlib import suppress
-from operator import itemgetter
 from pathlib import Path
 from time import monotonic
 from typing import Any, Generic, TypeVar
@@ -316,13 +315,16 @@ class Resolver:
         return self._addresses.put(host, list(dict.fromkeys(addresses)), ADDRESS_TTL)
 
     def mx_of(self, domain: str) -> list[tuple[int, str]]:
-        """Preference and name of a domain's MX hosts, in the order to try them (RFC 5321 §5.1); itself if it has none.
+        """Preference and name of a domain's MX hosts, in the order to try them this time; itself if it has none.
 
+        Those of equal preference share the load (RFC 5321 §5.1).
         Raises DnsFailed, also for a null MX (RFC 7505): a domain that takes no mail.
         """
-        known = self._mx.get(domain)
-        if known is not None:
-            return known
+        known = self._mx.get(domain) or self._mx.put(domain, self._ask_mx(domain), MX_TTL)
+        return sorted(known, key=lambda host: (host[0], random.random()))
+
+    def _ask_mx(self, domain: str) -> list[tuple[int, str]]:
+        """Raises DnsFailed."""
         try:
             records = [(record.preference, str(record.exchange).rstrip(".")) for record in self.ask(domain, "MX")]
         except dns.resolver.NoAnswer:
@@ -334,9 +336,7 @@ class Resolver:
             raise DnsFailed(f"no MX for {domain}: {error}") from None
         if not all(host for _, host in records):
             raise DnsFailed(f"{domain} takes no mail (null MX)")
-        random.shuffle(records)  # those of equal preference share the load
-        hosts = [(preference, absolute(host.lower())) for preference, host in sorted(records, key=itemgetter(0))]
-        return self._mx.put(domain, hosts, MX_TTL)
+        return [(preference, absolute(host.lower())) for preference, host in records]
 
 
 def _own_lack(error: Exception) -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import os
+import random
 import socket as stdlib_socket
 from _socket import socket as Socket
 from collections.abc import Iterator, Set
@@ -154,7 +155,8 @@ class Connector:
 
     def _hosts(self, route: Route, failures: list[str], loops: list[str], origins: Set[str]) -> Iterator[Server]:
         """The route's servers, with `mx:domain` replaced by its MX hosts."""
-        for server in route.servers:
+        is_random = route.policy.server_order == "random"
+        for server in random.sample(route.servers, len(route.servers)) if is_random else route.servers:
             if not server.mx:
                 yield server
                 continue

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import pytest
 
 from tests.conftest import StartUpstream, StartWilli, TwoHosts
@@ -388,6 +390,34 @@ def test_a_changed_resolv_conf_is_noticed_and_its_odd_lines_are_passed_over(
             return say(client, MAIL, BOB)[-1].startswith("250")
 
     wait_until(delivers, "delivery")
+
+
+# server_order
+
+
+def servers_of(bob: bytes, willi: Willi, sessions: int = 30) -> Counter[str]:
+    """How many of these sessions each upstream had."""
+    for _ in range(sessions):
+        with greeted(willi) as client:
+            assert deliver(client, bob) == QUEUED
+    willi.wait_for_log(msg="Message accepted", count=sessions)
+    return Counter(line["upstream"] for line in willi.lines(msg="Message accepted")[-sessions:])
+
+
+def test_in_random_order_the_hosts_of_a_route_share_the_load_and_one_that_failed_is_last(two_hosts: TwoHosts):
+    willi, first, second, bob = two_hosts(server_order="random", workers=1)
+    assert servers_of(bob, willi).keys() == {first.server, second.server}
+    first.stop()
+    willi.tolerate("Upstream failed")
+    assert servers_of(bob, willi).keys() == {second.server}
+    assert len(willi.lines(msg="Upstream failed")) <= 1
+
+
+def test_the_order_of_a_mapping_is_its_own(start_willi: StartWilli, start_upstream: StartUpstream):
+    first, second = start_upstream(), start_upstream()
+    both = {"type": "static", "server": f"{first.server}, {second.server}", "tls_verify": False}
+    willi = start_willi(mappings={"all": {**both, "server_order": "listed"}}, server_order="random")
+    assert servers_of(BOB, willi) == {first.server: 30}
 
 
 # mx:domain, always on port 25
