@@ -34,6 +34,8 @@ Row = tuple[str, "str | None", "bool | None"]
 OPTIONS = """\
 [mariadbd]
 datadir = {home}/data
+# Each server that starts removes all temporary tables that it finds there, also those of another one that runs.
+tmpdir = {home}
 socket = {home}/socket
 pid_file = {home}/pid
 log_error = {home}/error.log
@@ -144,9 +146,8 @@ class Mariadb:
         try:
             wait_until(self._is_up, "MariaDB's first answer", PATIENCE)
         except AssertionError as error:
-            log = self.log_file.read_text() if self.log_file.exists() else "no log"
             self.kill()
-            raise AssertionError(f"{error}:\n{log}") from None
+            raise AssertionError(f"{error}:\n{self._log_text()}") from None
 
     def stop(self) -> None:
         """SIGTERM: as an administrator would."""
@@ -189,13 +190,16 @@ class Mariadb:
             return True
         return False
 
+    def _log_text(self) -> str:
+        return self.log_file.read_text() if self.log_file.exists() else "no log"
+
     def _install(self) -> None:
         command = [
             "mariadb-install-db", f"--defaults-file={self._options}", *self._as_account(),
             "--auth-root-authentication-method=normal", "--skip-test-db", "--skip-name-resolve",
         ]  # fmt: skip
         done = subprocess.run(command, env=PATH, capture_output=True, text=True, timeout=PATIENCE, check=False)
-        assert done.returncode == 0, f"mariadb-install-db: {done.stdout}\n{done.stderr}"
+        assert done.returncode == 0, f"mariadb-install-db: {done.stdout}\n{done.stderr}\n{self._log_text()}"
 
     def _as_account(self) -> list[str]:
         return [f"--user={ACCOUNT}"] if os.geteuid() == 0 else []
