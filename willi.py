@@ -4,20 +4,24 @@
 Usage:
   willi.py [-c FILE] [--debug]
   willi.py check [-c FILE] [--quick] [--json]
-  willi.py lookup [-c FILE] ADDRESS...
+  willi.py lookup [-c FILE] [--json] (--from FILE | ADDRESS...)
+  willi.py lookup [-c FILE] --diff OLD
   willi.py top [-c FILE]
   willi.py (-h | --help | -V | --version)
 
 Commands:
   (none)          Serve in the foreground until SIGTERM or Ctrl-C. SIGHUP reads the file again.
   check           Try the file and all that it names, and say what is wrong and what to do: one line per finding.
-  lookup          Show each key asked in each mapping for an address, and its route.
+  lookup          Show each key asked in each mapping for an address, and its route; or what a new table changes.
   top             Show in the terminal what the status page shows (status_listen), until q or Ctrl-C.
 
 Options:
   -c FILE         The configuration. Default: ./willi.conf, then /opt/willi/etc/willi.conf.
   --quick         Only whether Willi would start: the file, tables, certificates and ports. No server is asked.
-  --json          The findings as a list of {"level", "subject", "what", "advice"}.
+  --from FILE     The addresses of a file, one a line; - is stdin.
+  --diff OLD      The patterns that go elsewhere by the table (CSV) of the configuration than by this old one.
+  --json          check: the findings as a list of {"level", "subject", "what", "advice"}.
+                  lookup: for each address a line {"address", "route", "tls_verify", "mapping", "key", "result"}.
   --debug         One worker, and the whole dialogue in the log on the terminal.
   -h --help       Show this text.
   -V --version    Show the version.
@@ -58,7 +62,11 @@ except ModuleNotFoundError as missing:  # usual after an upgrade of the system: 
 
 DEFAULT_FILES = ("willi.conf", "/opt/willi/etc/willi.conf")
 # Of each command, besides -c
-OPTIONS = {"": ("--debug", "--help", "--version"), "check": ("--quick", "--json"), "lookup": (), "top": ()}
+OPTIONS = {
+    "": ("--debug", "--help", "--version"), "check": ("--quick", "--json"), "lookup": ("--json", "--from", "--diff"),
+    "top": (),
+}  # fmt: skip
+WITH_FILE = ("-c", "--from", "--diff")
 
 
 def main() -> int:
@@ -81,7 +89,7 @@ def main() -> int:
             return ask(settings, arguments)
         return serve(settings, arguments["--debug"])
     except ConfigError as error:
-        if arguments["--json"]:
+        if arguments["check"] and arguments["--json"]:
             from willi_lib.check.finding import faults, report
 
             return report(faults(str(error)), as_json=True)
@@ -91,19 +99,22 @@ def main() -> int:
 
 def wrong_usage(words: Sequence[str]) -> str:
     """What docopt does not say: which of the words is wrong."""
-    files = [at for at, word in enumerate(words) if word == "-c"]
+    files = [at for at, word in enumerate(words) if word in WITH_FILE]
     others = [word for at, word in enumerate(words) if not {at, at - 1} & set(files)]
     command, *arguments = [word for word in others if not word.startswith("-")] or [""]
     if command and command not in OPTIONS:
         return f"there is no command {command!r}{nearest(command, OPTIONS)}"
     for word in others:
-        if word.startswith("-") and not any(option.startswith(word) for option in OPTIONS[command]):
+        if word.startswith("-") and not any(option.startswith(word.split("=")[0]) for option in OPTIONS[command]):
             return f"{command or 'willi.py'} has no option {word}{nearest(word, OPTIONS[command])}"
     if arguments and command != "lookup":
         return f"{command} takes no {arguments[0]!r}"
-    if command == "lookup" and not arguments:
+    sources = {"--from", "--diff"} & set(words)
+    if command == "lookup" and not arguments and not sources:
         return "lookup needs an address"
-    return "-c must be there once, with a file behind it" if files else "an option is there twice"
+    if command == "lookup" and bool(arguments) + len(sources) > 1:
+        return "lookup takes addresses, or --from, or --diff"
+    return f"{words[files[-1]]} must be there once, with a file behind it" if files else "an option is there twice"
 
 
 def nearest(word: str, words: Iterable[str]) -> str:
@@ -118,11 +129,17 @@ def ask(settings: Settings, arguments: Mapping[str, Any]) -> int:
     sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # nor are letters it does not have
     try:
         if arguments["lookup"]:
-            return check.lookup(settings, arguments["ADDRESS"])
+            if arguments["--diff"]:
+                return check.compare(settings, arguments["--diff"])
+            addresses = check.addresses_in(arguments["--from"]) if arguments["--from"] else arguments["ADDRESS"]
+            return check.lookup(settings, addresses, as_json=arguments["--json"])
         one = check.check_quickly if arguments["--quick"] else check.check
         return one(settings, as_json=arguments["--json"])
     except BrokenPipeError:  # `willi.py check | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python complains at its end
+        return FAILED
+    except OSError as error:  # the file of addresses, or a full disk
+        print(f"willi.py: {visible(str(error.filename or 'output'))}: {error.strerror}", file=sys.stderr)
         return FAILED
 
 

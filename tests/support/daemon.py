@@ -13,6 +13,7 @@ import threading
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import BinaryIO
 
 from configobj import ConfigObj
 
@@ -66,10 +67,12 @@ def _plain(value: Setting) -> object:
     return list(value) if isinstance(value, list | tuple) else str(value)
 
 
-def run_willi(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+def run_willi(*arguments: str | Path, stdin: BinaryIO | None = None) -> subprocess.CompletedProcess[str]:
     """Run `willi.py` with these arguments to its end: for check, lookup, and files that are refused."""
     command = [PYTHON, str(ROOT / "willi.py"), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=False, env=_environment())
+    return subprocess.run(
+        command, stdin=stdin, capture_output=True, text=True, timeout=PATIENCE, check=False, env=_environment()
+    )
 
 
 # A pipe without a writer stands in for a file on a dead server, if Willi takes it for a file.

@@ -4,21 +4,22 @@ from __future__ import annotations
 
 from ..net import patch  # isort: skip  # noqa: F401 -- first of all
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 from .. import log
 from ..config import Settings
 from ..net.resolver import Resolver
 from ..net.tls import CertificateError, server_context, upstream_contexts
-from ..proxy.lookup import show
 from ..status.finding import Finding
-from ..text import visible
-from .finding import GOOD, WRONG, faults, report
+from .finding import faults, report
 from .machine import check_certificates, check_files, check_ports, check_rights
 from .mappings import Destinations, check_mappings, check_postmaster, load_mappings
 from .resolver import check_dns
+from .routes import addresses_in, compare, lookup
 from .rules import check_settings
 from .upstreams import check_upstreams
+
+__all__ = ["addresses_in", "check", "check_quickly", "compare", "lookup"]
 
 
 def check(settings: Settings, as_json: bool = False) -> int:
@@ -65,24 +66,3 @@ def _try_start(settings: Settings) -> Iterator[Finding]:
     yield from found
     if not any(finding.level == "wrong" for finding in found):
         yield Finding("ok", settings.path, "Willi would start")
-
-
-def lookup(settings: Settings, addresses: Sequence[str]) -> int:
-    """Show what a session would find for each address; 0 if each has a route."""
-    log.silence()
-    Resolver(settings.dns_timeout).serve_all_sockets()
-    mappings, unusable = load_mappings(settings)
-    if unusable:
-        print("\n".join(visible(str(finding)) for finding in unusable))
-        return WRONG
-    status = GOOD
-    for address in addresses:
-        asked = show(mappings, settings, address)
-        lines = [address]
-        for name, key, answer, seconds in asked.steps:
-            lines.append(f"  {name}  {key}  {answer}" + (f"  ({seconds * 1000:.1f} ms)" if seconds is not None else ""))
-        print("\n".join(map(visible, [*lines, f"  {asked.result}"])))
-        status = status if asked.result.startswith("route: ") else WRONG
-    for mapping in mappings:
-        mapping.close()
-    return status

@@ -17,7 +17,7 @@ import io
 import os
 import re
 from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from functools import partial
 from pathlib import Path
 from time import monotonic, time
@@ -96,6 +96,10 @@ class CsvFile:
 
     def close(self) -> None:
         pass
+
+    def patterns(self) -> Set[str]:
+        """As keys."""
+        return self._table.routes.keys()
 
     def load(self, reload: bool = False) -> bool:
         """Read the file if it is the first time, or if `changed` says so."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
+import resource
 import socket
 import textwrap
 from pathlib import Path
@@ -14,13 +16,14 @@ from tests.support.check import configure
 from tests.support.daemon import run_willi, write_config
 from tests.support.loopback import HOST, ROOT
 from willi_lib import VERSION
+from willi_lib.check.routes import ONE_TABLE
 
-GOOD, WRONG, USAGE, CANNOT_LISTEN = range(4)
+GOOD, WRONG, USAGE, CANNOT_LISTEN, FAILED = range(5)
 
 
 def test_version_and_help():
     assert run_willi("--version").stdout == f"willi {VERSION}\n"
-    assert "willi.py lookup [-c FILE] ADDRESS..." in run_willi("--help").stdout
+    assert "willi.py lookup [-c FILE] [--json] (--from FILE | ADDRESS...)" in run_willi("--help").stdout
 
 
 @pytest.mark.parametrize(("arguments", "wrong"), [
@@ -31,6 +34,10 @@ def test_version_and_help():
     (["check", "--\x1b[2J"], r"check has no option --\x1b[2J"),
     (["lookup"], "lookup needs an address"),
     (["lookup", "-c", "x.conf"], "lookup needs an address"),
+    (["lookup", "--json"], "lookup needs an address"),
+    (["lookup", "--from"], "--from must be there once, with a file behind it"),
+    (["lookup", "--diff", "old.csv", "a@b.example"], "lookup takes addresses, or --from, or --diff"),
+    (["lookup", "--frm=x", "a@b.example"], "lookup has no option --frm=x, did you mean '--from'"),
     (["check", "x"], "check takes no 'x'"),
     (["-c", "x.conf", "top", "x"], "top takes no 'x'"),
     (["-x"], "willi.py has no option -x"),
@@ -129,6 +136,114 @@ def test_lookup_says_what_is_no_address(tmp_path: Path):
     done = run_willi("lookup", "-c", path, "ann b@c")
     assert done.returncode == WRONG
     assert "501 5.1.3 Bad recipient address syntax" in done.stdout
+
+
+def test_lookup_reads_addresses_from_a_file_or_stdin_and_answers_in_json_lines(tmp_path: Path):
+    path = configure(tmp_path, "b.example;mx1.b.example;false\nann@b.example;mx2\n")
+    asked = b"\xef\xbb\xbfAnn@b.example\r\n\n  udo@b.example  \neve@c.example\na b\nj\xf6rg@c.example"
+    (tmp_path / "addresses").write_bytes(asked)
+    from_file = run_willi("lookup", "-c", path, "--json", "--from", tmp_path / "addresses")
+    with (tmp_path / "addresses").open("rb") as stdin:
+        from_stdin = run_willi("lookup", "-c", path, "--json", "--from", "-", stdin=stdin)
+    assert from_file.stdout == from_stdin.stdout
+    assert (from_file.returncode, from_file.stderr) == (WRONG, "")
+    first, second, *others = map(json.loads, from_file.stdout.splitlines())
+    mapping, route = f"csv:{tmp_path}/map.csv", "mx1.b.example:25"
+    assert first == {
+        "address": "Ann@b.example", "route": "mx2:25", "tls_verify": True, "mapping": mapping, "key": "ann@b.example",
+        "result": "route: mx2:25, tls_verify = true",
+    }  # fmt: skip
+    assert (second["address"], second["route"], second["tls_verify"]) == ("udo@b.example", route, False)
+    assert [one["route"] for one in others] == [None] * 3
+    assert "554 5.7.1" in others[0]["result"]
+    text = run_willi("lookup", "-c", path, "--from", tmp_path / "addresses").stdout
+    assert text.startswith(f"Ann@b.example\n  {mapping}  ann@b.example  mx2:25\n  route: mx2:25, tls_verify = true\n")
+    (tmp_path / "addresses").write_text("ann@b.example\n")
+    assert run_willi("lookup", "-c", path, "--from", tmp_path / "addresses").returncode == GOOD
+
+
+def test_lookup_of_many_addresses_takes_a_tenth_of_a_millisecond_each(tmp_path: Path):
+    """Of CPU time, which other processes do not count in; ten times that is allowed."""
+    number = 20_000
+    path = configure(tmp_path, "".join(f"d{at}.example;mx{at % 9}\n" for at in range(1000)))
+    (tmp_path / "addresses").write_text("".join(f"user{at}@d{at % 1100}.example\n" for at in range(number)))
+    before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
+    done = run_willi("lookup", "-c", path, "--json", "--from", tmp_path / "addresses")
+    assert len(done.stdout.splitlines()) == number
+    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before < number * 0.001
+
+
+@pytest.mark.parametrize(
+    ("name", "why"), [("none", "No such file or directory"), (".", "Is a directory")], ids=["missing", "directory"]
+)
+def test_a_file_of_addresses_that_cannot_be_read_is_named(tmp_path: Path, name: str, why: str):
+    path = configure(tmp_path, "b.example;mx1\n")
+    done = run_willi("lookup", "-c", path, "--from", tmp_path / name)
+    assert (done.returncode, done.stdout) == (FAILED, "")
+    assert done.stderr == f"willi.py: {tmp_path / name}: {why}\n"
+
+
+# lookup --diff
+
+
+def compared(path: Path, old: Path) -> tuple[int, list[str]]:
+    done = run_willi("lookup", "-c", path, "--diff", old)
+    return done.returncode, (done.stdout + done.stderr).splitlines()
+
+
+def test_diff_shows_what_goes_elsewhere_and_what_only_is_written_otherwise_is_the_same(tmp_path: Path):
+    old = tmp_path / "old.csv"
+    old.write_text(
+        "pattern;server;tls_verify\nsame.example;mx1\nann@same.example;MX1:25;true\nmoved.example;mx1\n"
+        "unverified.example;mx1\ngone.example;mx1\nbob@gone.example;mx2\n.parent.example;mx1\nx.parent.example;mx1\n"
+    )
+    new = (
+        "ben+x@Same.example;mx1;yes\nsame.example;mx1:25\nmoved.example;mx1,mx2\nunverified.example;mx1;false\n"
+        "new.example;mx1\n.parent.example;mx2\n"
+    )
+    path = configure(tmp_path, new, more="subdomains = yes\nrecipient_delimiter = +\n")
+    status, lines = compared(path, old)
+    assert (status, lines) == (WRONG, [
+        ".parent.example  mx1:25 -> mx2:25",
+        "gone.example  mx1:25 -> -",
+        "bob@gone.example  mx2:25 -> -",
+        "moved.example  mx1:25 -> mx1:25,mx2:25",
+        "new.example  - -> mx1:25",
+        "unverified.example  mx1:25 -> mx1:25 (tls_verify = false)",
+        "x.parent.example  mx1:25 -> mx2:25",
+        "patterns that go elsewhere: 7 of 10",
+    ])  # fmt: skip
+    assert compared(path, tmp_path / "map.csv") == (GOOD, ["patterns that go elsewhere: 0 of 6"])
+
+
+def test_diff_says_what_the_manual_shows(tmp_path: Path):
+    [table] = re.findall(r"^```\npattern;.*?\n(.*?)^```$", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+    [shown] = re.findall(r"lookup --diff \S+\n((?:    .*\n)+)", (ROOT / "docs/configure.md").read_text())
+    old = tmp_path / "old.csv"
+    old.write_text("pattern;server\n" + "".join(f"{name};mail.example.org\n" for name in (
+        "example.org", "example.com", "gone.example",
+    )))  # fmt: skip
+    assert compared(configure(tmp_path, table), old) == (WRONG, textwrap.dedent(shown).splitlines())
+
+
+def test_diff_needs_to_know_the_mapping_and_to_read_both_tables(tmp_path: Path):
+    path = configure(tmp_path, "b.example;mx1\n", mappings="[[more]]\ntype = csv\nfile = more.csv\n")
+    (tmp_path / "more.csv").write_text("pattern;server\nc.example;mx1\n")
+    (tmp_path / "old.csv").write_text("pattern;server\nc.example;mx2\n")
+    assert compared(path, tmp_path / "old.csv") == (WRONG, [f"{path}: {ONE_TABLE}"])
+    (tmp_path / "yesterday").mkdir()
+    old = (tmp_path / "old.csv").rename(tmp_path / "yesterday/more.csv")
+    assert compared(path, old) == (WRONG, ["c.example  mx2:25 -> mx1:25", "patterns that go elsewhere: 1 of 1"])
+    old.write_text("pattern;server\nc.example;\n")
+    assert compared(path, old) == (WRONG, [f"{old}:2: no server: a line is pattern;server;tls_verify"])
+    old.unlink()
+    assert compared(path, old) == (WRONG, [f"{old}: No such file or directory"])
+    static = tmp_path / "static.conf"
+    static.write_text("domain = mx.example\n[mappings]\n[[all]]\ntype = static\nserver = mx1\n")
+    assert compared(static, tmp_path / "map.csv") == (WRONG, [f"{static}: {ONE_TABLE}"])
+
+
+# What the manual shows
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/configure.md"])
