@@ -74,6 +74,11 @@ def test_a_configuration_that_cannot_be_used_is_refused_and_the_old_willi_goes_o
         assert done.returncode == 1
         assert f"{ETC}/lost.csv" in done.stderr
 
+        configure(machine, listen="192.0.2.77:25")  # nobody's: neither of them could start with it
+        done = install(machine, NEW)
+        assert done.returncode == 1
+        assert "cannot listen on 192.0.2.77:25: Cannot assign requested address" in done.stderr
+
         # As an editor leaves it under umask 077: neither the new Willi nor the old one could start with it.
         configure(machine)
         machine.run("chown", "root:root", CONF)
