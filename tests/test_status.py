@@ -407,6 +407,17 @@ def test_who_is_slow_is_hung_up_on_and_nobody_else_waits(served: int):
     assert slow.get() == b""
 
 
+def test_one_connection_too_many_ends_the_oldest(served: int, monkeypatch):
+    monkeypatch.setattr(web, "MAX_CONNECTIONS", 2)
+    monkeypatch.setattr(web, "TIME_LIMIT", 60.0)
+    oldest, other = [gevent.spawn(said, served, b"GET / HTT") for _ in range(2)]
+    gevent.idle()
+    assert said(served, b"GET /metrics HTTP/1.0\r\n\r\n").startswith(b"HTTP/1.1 200 OK")
+    assert oldest.get() == b""
+    assert not other.ready()
+    other.kill()
+
+
 def test_a_connection_is_for_one_request(served: int):
     request = b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n"
     answer = said(served, request + request)

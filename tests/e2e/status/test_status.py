@@ -594,12 +594,13 @@ def test_what_is_no_request_ends_the_connection_and_nothing_else(asked_willi: Wi
 
 @pytest.mark.parametrize("octets", [b"", b"GET /", b"GET / HTTP/1.1\r\nHost: localhost\r\n"])
 def test_connections_that_ask_nothing_keep_no_other_waiting(asked: Status, octets: bytes):
+    """How long it takes no test can say on a busy machine; tests/test_status.py has that they are ended for others."""
     idle = [Client(asked.port) for _ in range(300)]
     try:
         for client in idle:
             client.send(octets)
         for _ in range(3):
-            assert asked.get("/healthz").status == 200  # within 10 s, the limit of each of the others
+            assert asked.get("/healthz").status == 200
     finally:
         for client in idle:
             client.close()
