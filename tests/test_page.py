@@ -133,7 +133,7 @@ def test_texts_in_lists_are_escaped_too():
 
 def test_a_question_and_its_answer_are_escaped_in_text_and_in_the_field():
     html = page.render(overviews.healthy(), Asked(ALIEN, (AskedStep(ALIEN, ALIEN, ALIEN, 0.1),), ALIEN))
-    assert html.count(ALIEN_SHOWN) == 6
+    assert html.count(ALIEN_SHOWN) == 7
     assert f'value="{ALIEN_SHOWN}"' in html
 
 
@@ -258,6 +258,17 @@ def test_all_events_are_shown_in_their_order():
     places = [text.index(event.sid) for event in overview.events]
     assert len(places) == 50
     assert places == sorted(places)
+
+
+def test_a_question_also_chooses_the_events_of_its_address():
+    overview = overviews.healthy()
+    chosen = replace(overview.events[3], sender="Zoe@z.example", recipients="ann@a.example,Yan@y.example", sid="MINE")
+    overview = replace(overview, events=(*overview.events[:3], chosen, *overview.events[4:]))
+    for address in ("zoe@Z.example", "<yan@y.example>", "y.example"):
+        text = section(parsed(overview, Asked(address, (), "")), "events")
+        assert "MINE" in text and overview.events[0].sid not in text, address
+    assert "None of the last 50." in section(parsed(overview, Asked("udo@x.example", (), "")), "events")
+    assert overview.events[0].sid in section(parsed(overview, Asked("", (), "")), "events")
 
 
 def test_a_willi_that_has_just_started_is_told_as_such():

@@ -266,6 +266,12 @@ def percent_used(limit: Limit) -> float:
     return min(100.0, max(1.0, 100 * limit.used / limit.most)) if limit.most and limit.used else 0.0
 
 
+def events_of(overview: Overview, address: str) -> list[Event]:
+    """Those whose sender or recipients have this text; all if it is empty."""
+    wanted = address.lower().strip("<>")
+    return [event for event in overview.events if wanted in f"{event.sender},{event.recipients}".lower()]
+
+
 def event_level(event: Event) -> Level:
     """Wrong is only what an administrator may have to correct."""
     if event.kind == "accepted":
