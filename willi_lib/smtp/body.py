@@ -33,6 +33,9 @@ _SKIPPED = rb"\x00-\x09\x0b\x0c\x0e-\x20"
 
 _BLANK = rb"\x01-\x09\x0b\x0c\x0e-\x20"
 
+# Lines that a lone dot is among, found in three quarters of the time: in nearly all data there is none.
+_ONLY_DOTS_AND_SKIPPED = re.compile(rb"\n[.%b]+\r\n" % _SKIPPED)
+
 # A lone dot, with or without a stuffing dot.
 _LONE_DOT = re.compile(rb"\n(\.?[%b]*\.[%b]*)\r(?=\n)" % (_SKIPPED, _SKIPPED))
 _LONE_DOT_FIRST = re.compile(rb"(\.?[%b]*\.[%b]*)\r\n" % (_SKIPPED, _SKIPPED))
@@ -67,7 +70,8 @@ class DataReader:
         lines = self._lines
         data = lines.held + chunk
         dots = b"." in data  # base64 has none, and needs no more than this look
-        first = _LONE_DOT.search(data) if dots else None  # the end is one, too; mostly there is no other
+        may_be = dots and _ONLY_DOTS_AND_SKIPPED.search(data)
+        first = _LONE_DOT.search(data, may_be.start()) if may_be else None  # the end is one, too; mostly the only one
         lone_dots = first is not None
         end = self._end(data, lone_dots)
         if end is not None:
