@@ -25,7 +25,7 @@ class TimeLimit(WireError):
 class Deadline:
     """The time limits of one greenlet, on one loop timer that is re-armed only for a nearer deadline."""
 
-    __slots__ = ("_at", "_doing", "_fires", "_greenlet", "_timer")
+    __slots__ = ("_at", "_doing", "_fires", "_greenlet", "_timer", "waited_at")
 
     def __init__(self) -> None:
         self._greenlet = getcurrent()
@@ -33,6 +33,7 @@ class Deadline:
         self._fires = FOREVER
         self._at = FOREVER
         self._doing = ""
+        self.waited_at = 0.0  # when the greenlet last waited for a peer, or gave way to others
 
     def limit(self, seconds: float, doing: str) -> Limit:
         """Context: raise TimeLimit in this greenlet if the block takes longer. An outer limit stays in force."""

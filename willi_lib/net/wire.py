@@ -72,7 +72,7 @@ class Wire:
 
     __slots__ = (
         "_at", "_body_read", "_buffer", "_clear_in", "_clear_out", "_lines", "_output", "_readable", "_socket",
-        "_tls", "_tls_ended", "_waited", "_writable", "_write_timeout", "deadline", "received_at", "trace",
+        "_tls", "_tls_ended", "_writable", "_write_timeout", "deadline", "received_at", "trace",
     )  # fmt: skip
 
     def __init__(
@@ -91,7 +91,6 @@ class Wire:
         self._buffer = b""  # what was received and not yet taken ...
         self._at = 0  # ... from here on
         self._body_read = FIRST_BODY_READ
-        self._waited = 0.0  # when we last did, or gave way
         self.received_at = 0.0  # when the latest octets came
         self._lines = 0  # since then
         self._output = b""
@@ -146,16 +145,17 @@ class Wire:
 
     def next_line(self, limit: int) -> bytes:
         """The same; a line that is too long or badly framed is still in the buffer, as far as it has come."""
-        while (end := self._buffer.find(b"\r\n", self._at)) < 0:
-            if self._at < len(self._buffer):
-                _refuse_bare_newline(self._buffer[self._at :].removesuffix(b"\r"))  # its LF may be on the way
-                if len(self._buffer) - self._at > limit:
-                    raise LineTooLong(self._buffer[self._at : self._at + limit])
+        while True:
+            end = self._buffer.find(b"\r\n", self._at)
+            # Of a last CR the LF may be on the way.
+            line = self._buffer[self._at : end] if end >= 0 else self._buffer[self._at :].removesuffix(b"\r")
+            if b"\r" in line or b"\n" in line:  # a lenient reader next to a strict one is what smuggling lives on
+                raise BadFraming("bare CR or LF in a line")
+            if len(line) + 2 > limit:
+                raise LineTooLong(line[:limit])
+            if end >= 0:
+                break
             self.receive()
-        line = self._buffer[self._at : end]
-        _refuse_bare_newline(line)
-        if len(line) + 2 > limit:
-            raise LineTooLong(line[:limit])
         self._at = end + 2
         self._lines += 1
         if self._lines > FAIR_LINES:
@@ -222,13 +222,13 @@ class Wire:
             self.flush()
         octets = None
         if eager or (self._tls and self._holds_records()):
-            if monotonic() - self._waited > FAIR_TIME:
+            if monotonic() - self.deadline.waited_at > FAIR_TIME:
                 give_way()
-                self._waited = monotonic()
+                self.deadline.waited_at = monotonic()
             octets = self._receive_now(size)
         while octets is None:
             _wait(self._readable)
-            self._waited, self._lines = monotonic(), 0
+            self.deadline.waited_at, self._lines = monotonic(), 0
             octets = self._receive_now(size)
         if not octets:
             raise PeerGone("connection closed")
@@ -297,7 +297,7 @@ class Wire:
 
     def flush(self) -> None:
         """Send what was kept back. Raises WireError."""
-        if self.holds_output:
+        if self._output or self.holds_output:
             self.send(b"")
 
     @property
@@ -424,30 +424,26 @@ class Wire:
         self._readable = self._writable = None
         self._buffer, self._at = b"", 0
 
-    def hang_up(self, linger: bool = False) -> None:
+    def hang_up(self, linger: bool = False, patient: bool = True) -> None:
         """Send what was kept back, say goodbye to TLS, and close.
 
         linger: the peer may still be sending; a close would then reset the
             connection and take our last words away from it.
+        patient: wait for the kernel to take them, if need be.
         """
         try:
-            with self.deadline.limit(LINGER, "closing"):
-                self._end_tls()
-                self.flush()
-                if linger:
-                    self._drain()
+            self._end_tls()
+            self.send_held()
+            if linger or (self.holds_output and patient):
+                with self.deadline.limit(LINGER, "closing"):
+                    self.flush()
+                    if linger:
+                        self._drain()
         except (WireError, OSError) as error:
             if self.trace:
                 self.trace(">", f"closed: {error}".encode())
         finally:
             self.close()
-
-    def hang_up_at_once(self) -> None:
-        """The same as far as the kernel takes it without a wait."""
-        with suppress(OSError):
-            self._end_tls()
-        self.send_held()
-        self.close()
 
     def _drain(self) -> None:
         """Say that nothing more comes from us, and read until the peer has seen it."""
@@ -489,9 +485,3 @@ def _wait(event: Any) -> None:
         assert switched_by is event
     finally:
         event.stop()
-
-
-def _refuse_bare_newline(line: bytes) -> None:
-    """A lenient reader and a strict one next to each other is what SMTP smuggling lives on."""
-    if b"\n" in line or b"\r" in line:
-        raise BadFraming("bare CR or LF in a line")

@@ -34,17 +34,24 @@ class Commands:
         self._counts = counts
         self._errors = self._junk = self._deferrals = 0
 
-    @property
-    def has_next(self) -> bool:
-        """Whether a whole command has come already."""
-        return bool(self.group) or self._wire.has_line
-
-    def read(self) -> Command:
-        """The next one. Raises Rejected, WireError."""
+    def take(self) -> Command | None:
+        """The next one, if it has come as a whole. Raises Rejected, WireError."""
         if self.group:
             return self.group.popleft()
+        return self._read() if self._wire.has_line else None
+
+    def wait(self) -> Command:
+        """The next one, when it has come. Raises Rejected, WireError."""
+        self.is_waiting = True
         try:
-            line = self._wire.read_line() if self._wire.has_line else self._wait_for_line()
+            with self._wire.deadline.limit(self._settings.read_timeout, "waiting for a command (read_timeout)"):
+                return self._read()
+        finally:
+            self.is_waiting = False
+
+    def _read(self) -> Command:
+        try:
+            line = self._wire.read_line()
         except LineTooLong as error:
             raise self._kind(error.beginning)(replies.LINE_TOO_LONG) from None
         if is_header(line, () if line else self._wire.peek_lines()):
@@ -55,14 +62,6 @@ class Commands:
             return *split_command(line), None
         except Rejected as rejected:
             raise self._kind(line)(rejected.reply) from None
-
-    def _wait_for_line(self) -> bytes:
-        self.is_waiting = True
-        try:
-            with self._wire.deadline.limit(self._settings.read_timeout, "waiting for a command (read_timeout)"):
-                return self._wire.read_line()
-        finally:
-            self.is_waiting = False
 
     @staticmethod
     def _kind(line: bytes) -> type[Rejected]:

@@ -94,11 +94,11 @@ class Session:
         try:
             if self.stage is Stage.CONTENT:
                 return self.pass_content()
-            if not self.commands.has_next:
+            if (command := self.commands.take()) is None:
                 self.wire.flush()  # before the wait, in which a drain would cut an answer off
             if self.draining and self.stage in IDLE:
                 raise ShuttingDown
-            return self.commands.count(self.obey(self.commands.read()))
+            return self.commands.count(self.obey(command or self.commands.wait()))
         except (WireError, SessionEnds):
             raise
         except Exception as error:  # noqa: BLE001 -- `outcome_of` has an answer to each

@@ -70,7 +70,7 @@ class Upstreams:
 
     def __init__(self, sid: str, context: SessionContext, client: Client, deadline: Deadline) -> None:
         self.open: Upstream | None = None
-        self._kept: dict[Route, Upstream] = {}  # without `open`; the one unused longest is the first
+        self._kept: list[Upstream] = []  # without `open`; the one unused longest is the first
         self.in_vain = 0  # connections since the last message that was accepted
         self._sid = sid
         self._context = context
@@ -184,18 +184,20 @@ class Upstreams:
     def _change_to(self, route: Route) -> None:
         """Take the kept connection of another route, if there is one, and keep the one in hand."""
         self._put_away()
-        self.open = self._kept.pop(route, None)
+        for upstream in self._kept:
+            if upstream.route == route:
+                self._kept.remove(upstream)
+                self.open = upstream
+                break
         if len(self._kept) >= self._settings.kept_upstreams:  # the one in hand, or that is opened next, counts, too
-            self._quit_oldest()
+            self._kept.pop(0).quit()
 
     def _put_away(self) -> None:
         if self.open and self.open.is_of_use:
-            self._kept[self.open.route] = self.open
+            self._kept.append(self.open)
             self.open = None
-        self.drop()
-
-    def _quit_oldest(self) -> None:
-        self._kept.pop(next(iter(self._kept))).quit()
+        else:
+            self.drop()
 
     def _connect(self, route: Route) -> Upstream:
         """A new connection; 421 for a client that has had too many, whatever became of them."""
@@ -240,11 +242,10 @@ class Upstreams:
             lines.append(_rcpt_line(recipient))
         return lines
 
-    def _route_of(self, recipient: Path, deadline: float = FOREVER) -> Route:
+    def _route_of(self, recipient: Path) -> Route:
         """Raises NoRoute, LookupFailed, which is also what a time limit means here: no upstream is to blame."""
         try:
-            with self._deadline.until(deadline, "looking up the recipient"):
-                return route_of(self._context.mappings, self._settings, recipient, self._context.counts)
+            return route_of(self._context.mappings, self._settings, recipient, self._context.counts)
         except TimeLimit as limit:
             raise LookupFailed(str(limit)) from None
 
@@ -254,7 +255,10 @@ class Upstreams:
         While none is accepted, one whose own upstream has refused MAIL or failed must not be asked of another.
         """
         settled = bool(transaction.recipients) or not transaction.refusals
-        return (settled and self._settings.mixed_recipients == "first") or self._route_of(recipient, deadline) == route
+        if settled and self._settings.mixed_recipients == "first":
+            return True
+        with self._deadline.until(deadline, "looking up the recipient"):
+            return self._route_of(recipient) == route
 
     def _drain_answers(self, upstream: Upstream, answer: Reply) -> None:
         """After a refused MAIL: fetch what else was asked in the same write. After 421 nothing more comes."""
@@ -287,13 +291,13 @@ class Upstreams:
         """Say goodbye to all."""
         self._put_away()
         while self._kept:
-            self._quit_oldest()
+            self._kept.pop(0).quit()
 
     def drop_all(self) -> None:
         """Close what is left if `quit` did not come to its end."""
         self.drop()
         while self._kept:
-            self._kept.popitem()[1].drop()
+            self._kept.pop().drop()
 
 
 def _rcpt_line(recipient: Path) -> bytes:

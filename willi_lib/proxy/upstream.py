@@ -235,9 +235,9 @@ class Upstream:
         self.in_transaction = False
 
     def quit(self) -> None:
-        """Say QUIT and close. Nothing depends on the answer, so there is no wait for it, as with Postfix."""
+        """Say QUIT and close. Nothing depends on the answer, so there is no wait, as with Postfix."""
         self.wire.write(b"QUIT\r\n")
-        self.wire.hang_up_at_once()
+        self.wire.hang_up(patient=False)
 
     def drop(self) -> None:
         """Close at once: no dot, no QUIT, so that an unfinished message stays unfinished."""
