@@ -11,10 +11,7 @@ from typing import Any
 from .. import log
 from ..config import CsvSettings, MysqlSettings, Settings, SqliteSettings, StaticSettings
 from ..routing.route import Answer, Mapping, MappingError, MappingFacts, Route
-from .cache import CachedMapping, Source
 from .csv_file import CsvFile
-from .mysql import Database
-from .sqlite import SqliteFile
 from .surroundings import Surroundings
 
 READABLE_BY_OTHERS = 0o004  # of a file's mode; the service needs that of the group
@@ -49,7 +46,12 @@ class Static:
         return MappingFacts((self._route,), takes_all=True)
 
 
+# What a database needs, PyMySQL above all, is loaded only where there is one.
+
+
 def _mysql(settings: MysqlSettings, around: Surroundings) -> Mapping:
+    from .mysql import Database
+
     name = f"mysql:{settings.name}"
     if others_can_read(settings.password_file):
         log.warn("Every user of this machine can read the password file", mapping=name, error=settings.password_file)
@@ -57,10 +59,14 @@ def _mysql(settings: MysqlSettings, around: Surroundings) -> Mapping:
 
 
 def _sqlite(settings: SqliteSettings, around: Surroundings) -> Mapping:
+    from .sqlite import SqliteFile
+
     return _cached(f"sqlite:{settings.name}", settings, around, SqliteFile)
 
 
-def _cached(name: str, settings: Any, around: Surroundings, source: Callable[[Any, str], Source]) -> Mapping:
+def _cached(name: str, settings: Any, around: Surroundings, source: Callable[[Any, str], Any]) -> Mapping:
+    from .cache import CachedMapping
+
     try:
         return CachedMapping(name, settings, source(settings, name), around.known_rows.get(settings))
     except ValueError as fault:

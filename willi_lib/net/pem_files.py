@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import ssl
-import tempfile
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -99,6 +98,8 @@ def mismatch(cert: str, key: str, other_keys: list[str]) -> str:
     for other in other_keys:
         if fits(cert, other):
             return f"{text}; that is {other}: name certificates and keys in the same order"
+    import tempfile  # not before: it takes long to load, and most certificates have nothing wrong
+
     blocks = re.findall(rb"-----BEGIN CERTIFICATE-----.*?-----END CERTIFICATE-----", read_file(cert), re.DOTALL)
     for block in blocks[1:]:
         with tempfile.NamedTemporaryFile(suffix=".pem") as alone:
