@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.support.daemon import PYTHON, run_willi
+from tests.support.daemon import PYTHON, run_willi, willi_environment
 from tests.support.loopback import HOST, ROOT, free_port
 
 NOBODY = b"RCPT TO:<relay-test@willi-check.invalid>"  # what the stranger asks an upstream for
@@ -42,7 +42,7 @@ def configure(directory: Path, csv: str, more: str = "", mappings: str = "", dns
 def findings(path: Path, prefix: Sequence[str] = ()) -> list[Finding]:
     """What `check --json` says; it must say nothing else, and its exit status must fit."""
     command = [*prefix, PYTHON, str(ROOT / "willi.py"), "check", "--json", "-c", str(path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, env=willi_environment())
     assert done.stderr == ""
     found = [Finding(**entry) for entry in json.loads(done.stdout)]
     assert done.returncode == (WRONG if any(one.level == "wrong" for one in found) else GOOD)

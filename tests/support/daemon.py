@@ -6,12 +6,14 @@ import os
 import re
 import signal
 import smtplib
+import ssl
 import stat
 import subprocess
 import sys
 import threading
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from typing import BinaryIO
 
@@ -71,7 +73,7 @@ def run_willi(*arguments: str | Path, stdin: BinaryIO | None = None) -> subproce
     """Run `willi.py` with these arguments to its end: for check, lookup, and files that are refused."""
     command = [PYTHON, str(ROOT / "willi.py"), *map(str, arguments)]
     return subprocess.run(
-        command, stdin=stdin, capture_output=True, text=True, timeout=PATIENCE, check=False, env=_environment()
+        command, stdin=stdin, capture_output=True, text=True, timeout=PATIENCE, check=False, env=willi_environment()
     )
 
 
@@ -88,9 +90,24 @@ def in_a_hurry(**constants: object) -> list[str]:
     return [PYTHON, "-c", f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{program}{run}"]
 
 
-def _environment() -> dict[str, str]:
-    """Ours, without what would make the daemon believe that systemd started it."""
-    return {k: v for k, v in os.environ.items() if k not in ("JOURNAL_STREAM", "NOTIFY_SOCKET", "LISTEN_FDS")}
+def willi_environment() -> dict[str, str]:
+    """Ours, with one authority only, and without what would make the daemon believe that systemd started it."""
+    ours = {k: v for k, v in os.environ.items() if k not in ("JOURNAL_STREAM", "NOTIFY_SOCKET", "LISTEN_FDS")}
+    return {**_one_authority(), **ours}
+
+
+@cache
+def _one_authority() -> dict[str, str]:
+    """OpenSSL's variable for a file with the first authority of this system: all of them take a tenth of a start."""
+    from tests.runner.plugin import run_directory  # not before pytest has loaded it as its plugin
+
+    system = Path(ssl.get_default_verify_paths().openssl_cafile)
+    if not system.exists():  # they are in a directory, and read one by one
+        return {}
+    first, end, _ = system.read_text(encoding="utf-8").partition("-----END CERTIFICATE-----\n")
+    file = run_directory() / f"authority-{os.getpid()}.pem"
+    file.write_text(first + end, encoding="utf-8")
+    return {"SSL_CERT_FILE": str(file)}
 
 
 class Willi:
@@ -117,7 +134,7 @@ class Willi:
         self._log_begins = self._log_read = 0  # octets
         self._lines: list[dict[str, str]] = []  # of what was read
         self._reading = threading.Lock()
-        self._environment = {**_environment(), **(environment or {})}
+        self._environment = {**willi_environment(), **(environment or {})}
         self._command = [*prefix, PYTHON, str(ROOT / "willi.py"), "-c", str(self.config), *options]
         self.start()
 
