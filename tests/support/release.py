@@ -64,9 +64,9 @@ def make(tree: Path, *arguments: str, **variables: str) -> subprocess.CompletedP
     )  # fmt: skip
 
 
-def tarball_of(tree: Path) -> Path:
+def tarball_of(tree: Path, **variables: str) -> Path:
     """The tarball that `make release` makes in this tree. AssertionError with make's output if it makes none."""
-    done = make(tree, "release")
+    done = make(tree, "release", **variables)
     assert done.returncode == 0, done.stdout
     return tree / done.stdout.splitlines()[-1]
 
