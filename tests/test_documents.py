@@ -197,6 +197,15 @@ def test_the_limits_of_the_manual_have_their_defaults():
     assert shown_defaults == {name: TOP_KEYS[name].default for name in shown_defaults}
 
 
+def test_no_reply_is_held_back_for_longer_than_the_readme_says():
+    [most] = re.findall(r"no reply waits for another for more than (\d+) seconds", " ".join(README.split()))
+    code = "\n".join(
+        (ROOT / "willi_lib" / name).read_text() for name in ("processes/worker.py", "proxy/transaction.py")
+    )
+    seconds = {name: float(value) for name, value in re.findall(r"^(HOLD|SETTLE_TIME) = ([0-9.]+)", code, re.MULTILINE)}
+    assert 0 < 2 * seconds["HOLD"] <= float(most) >= seconds["SETTLE_TIME"]
+
+
 def test_the_manual_explains_each_field_of_the_log_lines():
     explained = [field for field, _ in rows(section("operate.md", "The log"))]
     assert explained == [*max(LOG_LINES, key=lambda line: len(line))]
