@@ -470,6 +470,8 @@ CONNECTION = "is now written as host, port, user, password, database and tls_ca"
         ("type = mysql", "2: query: is missing in [[m]]"),
         ("type = sqlite\nquery = SELECT server FROM t WHERE p = ?", "2: file: is missing in [[m]]"),
         ("type = sqlite\nfile = x.db", "2: query: is missing in [[m]]"),
+        ("type = csv\nfile =", "4: file: is empty"),
+        ("type = csv\nfile = a\0b", "4: file: has a NUL"),
         ("type = sqlite\nfile = x.db\nquery = SELECT server FROM t", f"5: query: {QUERY}"),
         ("file = x.csv", "2: type: is missing; must be static, csv, sqlite or mysql"),
         ("type =", "3: type: '': must be static, csv, sqlite or mysql"),

@@ -170,6 +170,7 @@ def test_a_query_without_a_question_mark_outside_of_quotation_marks_cannot_be_us
     [
         ("'mx 1', 1", "'mx 1': not a host name"),
         ("'mx1', 'perhaps'", "tls_verify must be true or false"),
+        ("zeroblob(10001), 1", "has more than 10000 octets"),
         ("CAST(x'ff' AS TEXT), 1", "can't decode byte 0xff"),
     ],
 )

@@ -137,14 +137,14 @@ class CsvSettings:
     name: str
     policy: Policy
     where: str  # `willi.conf:12`, the line that names the file
-    file: str = key(None, str, is_path=True)
+    file: str = key(None, values.file_name, is_path=True)
 
 
 @dataclass(frozen=True, kw_only=True)
 class SqliteSettings:
     name: str
     policy: Policy
-    file: str = key(None, str, is_path=True)
+    file: str = key(None, values.file_name, is_path=True)
     query: str = key(None, values.lookup_query)
     timeout: ClassVar[float] = 2.0  # seconds, of which nearly all is waiting for a program that writes
     cache_ttl: ClassVar[float] = 0.0  # it is asked each time

@@ -176,6 +176,12 @@ def readable(path: str) -> str:
     return path
 
 
+def file_name(path: str) -> str:
+    if not path or "\0" in path:
+        raise ValueError("is empty" if not path else "has a NUL")
+    return path
+
+
 def extension_names(words: list[str]) -> frozenset[str]:
     for word in words:
         if word.upper() not in EXTENSIONS:

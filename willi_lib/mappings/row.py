@@ -7,6 +7,7 @@ from functools import lru_cache
 
 from ..routing.route import LookupFailed, Policy, Route, parse_servers, parse_tls_verify
 
+MAX_TEXT = 10_000  # octets or characters of a value; some hundred hosts
 MAX_ROUTES = 10_000  # different routes kept as one object each
 
 
@@ -41,6 +42,8 @@ def _text(value: object) -> str:
     """Whatever the type of the column; empty for NULL. Raises ValueError."""
     if value is None:
         return ""
+    if isinstance(value, str | bytes) and len(value) > MAX_TEXT:  # as of a column that holds something else
+        raise ValueError(f"has more than {MAX_TEXT} octets")
     if isinstance(value, bytes):  # BIT, BINARY or BLOB
         return str(value[0]) if value in (b"\0", b"\1") else value.decode().strip()
     return str(value).strip()
