@@ -28,7 +28,7 @@ LOCK = ROOT / "wheels.sha256"  # as sha256sum writes it
 # What a host needs.
 PACKED = (
     "willi.py", "willi_lib", "etc", "docs", "install.sh", "requirements.txt", "README.md", "CHANGES.md",
-    "SECURITY.md", "CONTRIBUTING.md", "LICENSE",
+    "SECURITY.md", "CONTRIBUTING.md", "LICENSE", "Containerfile",
 )  # fmt: skip
 VERSION_FILE = "willi_lib/__init__.py"
 VERSION_LINE = re.compile(r'^VERSION = "([^"\n]+)"$', re.MULTILINE)

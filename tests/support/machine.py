@@ -23,7 +23,7 @@ from tests.support.loopback import need, wait_until
 from tests.support.network import Host
 from tests.support.once import MAKING, once
 
-PACKAGES = ("python3", "python3-venv", "systemd-sysv", "logrotate")
+PACKAGES = ("python3", "python3-venv", "systemd-sysv", "logrotate", "libcap2-bin")
 MAIL_SERVERS = ("exim4-daemon-heavy", "opensmtpd")  # Exim's light one does not know the PROXY protocol
 KEPT = "/var/cache/willi"  # a directory for each of them, with all packages that it needs
 FETCH = (  # $1: the root

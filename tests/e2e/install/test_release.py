@@ -81,7 +81,7 @@ def locked(tree: Path) -> dict[str, str]:
 def test_it_is_one_directory_of_what_a_host_needs(unpacked: Path):
     assert unpacked.name == "willi-2.1.0"
     needed = {"willi.py", "willi_lib", "etc", "install.sh", "requirements.txt", "README.md", "CHANGES.md"}
-    needed |= {"SECURITY.md", "CONTRIBUTING.md", "wheels"}
+    needed |= {"SECURITY.md", "CONTRIBUTING.md", "Containerfile", "wheels"}
     optional = {name for name in ("docs", "LICENSE") if (ROOT / name).exists()}
     assert {path.name for path in unpacked.iterdir()} == needed | optional
     assert (unpacked / "install.sh").read_bytes().startswith(b"#!/bin/sh\n"), "`make install` runs it with sh"
