@@ -94,6 +94,12 @@ def upstream(start_upstream: StartUpstream) -> ScriptedUpstream:
 
 
 @pytest.fixture
+def other(start_upstream: StartUpstream) -> ScriptedUpstream:
+    """A second one, of c.example in a table of `two_domains`."""
+    return start_upstream()
+
+
+@pytest.fixture
 def raw() -> Iterator[RawUpstream]:
     """An upstream whose every octet the test itself sends."""
     upstream = RawUpstream(steady_port("raw"))

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
-from tests.conftest import StartUpstream, StartWilli
+from tests.conftest import StartWilli
 from tests.support.daemon import Willi
 from tests.support.talk import (
     BEN,
@@ -29,12 +29,6 @@ from tests.support.upstream import Ended, ScriptedUpstream
 
 UNMAPPED = b"RCPT TO:<eve@e.example>"
 NO_ROUTE = "554 5.7.1 Relay access denied"
-
-
-@pytest.fixture
-def other(start_upstream: StartUpstream) -> ScriptedUpstream:
-    """The upstream of c.example."""
-    return start_upstream()
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.conftest import StartUpstream, StartWilli
+from tests.conftest import StartWilli
 from tests.support.daemon import Willi
 from tests.support.loopback import HOST, free_port
 from tests.support.talk import (
@@ -31,12 +31,6 @@ from tests.support.talk import (
 from tests.support.upstream import Close, Ended, Reset, ScriptedUpstream, Silence
 
 BUSY = "421 4.3.2 shutting down / 4.3.2 come again"
-
-
-@pytest.fixture
-def other(start_upstream: StartUpstream) -> ScriptedUpstream:
-    """The upstream of c.example."""
-    return start_upstream()
 
 
 @pytest.fixture

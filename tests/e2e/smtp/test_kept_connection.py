@@ -35,12 +35,6 @@ BUSY = "421 4.3.2 too many messages, goodbye"
 
 
 @pytest.fixture
-def other(start_upstream: StartUpstream) -> ScriptedUpstream:
-    """The upstream of c.example."""
-    return start_upstream()
-
-
-@pytest.fixture
 def willi(share_willi: StartWilli, upstream: ScriptedUpstream, other: ScriptedUpstream) -> Willi:
     return share_willi(csv=two_domains(upstream, other), upstream_timeout="1s")
 

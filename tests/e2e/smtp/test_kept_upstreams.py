@@ -36,12 +36,6 @@ MESSAGE = [b"MAIL", b"RCPT", b"DATA"]
 
 
 @pytest.fixture
-def other(start_upstream: StartUpstream) -> ScriptedUpstream:
-    """The upstream of c.example."""
-    return start_upstream()
-
-
-@pytest.fixture
 def willi(share_willi: StartWilli, upstream: ScriptedUpstream, other: ScriptedUpstream) -> Willi:
     return share_willi(csv=two_domains(upstream, other), xclient_hosts="127.0.0.5")
 

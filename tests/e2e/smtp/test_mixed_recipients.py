@@ -32,12 +32,6 @@ ELSEWHERE = "451 4.3.0 Different destination, please send separately"
 
 
 @pytest.fixture
-def other(start_upstream: StartUpstream) -> ScriptedUpstream:
-    """The upstream of c.example."""
-    return start_upstream()
-
-
-@pytest.fixture
 def willi(share_willi: StartWilli, upstream: ScriptedUpstream, other: ScriptedUpstream) -> Willi:
     """One with `mixed_recipients = defer`."""
     return share_willi(csv=two_domains(upstream, other), mixed_recipients="defer", max_recipients=7)
