@@ -52,12 +52,17 @@ def modules() -> dict[str, Path]:
 MODULES = modules()
 
 
+@cache
+def tree_of(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
 def imports(name: str, path: Path, of: ast.AST | None = None) -> Iterator[str]:
     """The dotted names of all imports, those inside functions too; ours begin with "willi_lib."."""
     package = ["willi_lib", *name.split(".")]
     if path.name != "__init__.py":
         package.pop()
-    for node in ast.walk(of or ast.parse(path.read_text(encoding="utf-8"))):
+    for node in ast.walk(of or tree_of(path)):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -100,19 +105,17 @@ def test_only_a_few_modules_know_gevent(name: str):
     assert [imported for imported in imports(name, MODULES[name]) if imported.split(".")[0] == "gevent"] == []
 
 
-@cache
-@pytest.mark.parametrize("name", sorted(modules()))
+@pytest.mark.parametrize("name", MODULES)
 def test_a_file_and_a_function_can_be_read_as_a_whole(name: str):
-    source = modules()[name].read_text()
-    assert source.count("\n") <= 500
-    functions = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.FunctionDef)]
+    assert MODULES[name].read_text(encoding="utf-8").count("\n") <= 500
+    functions = [node for node in ast.walk(tree_of(MODULES[name])) if isinstance(node, ast.FunctionDef)]
     assert [each.name for each in functions if (each.end_lineno or 0) - each.lineno >= 45] == []
 
 
+@cache
 def at_import(path: Path, name: str) -> set[str]:
     """What is imported as soon as the module is: not what stands inside a function."""
-    body = ast.parse(path.read_text(encoding="utf-8")).body
-    outside = [node for node in body if not isinstance(node, ast.FunctionDef | ast.ClassDef)]
+    outside = [node for node in tree_of(path).body if not isinstance(node, ast.FunctionDef | ast.ClassDef)]
     return {imported for node in outside for imported in imports(name, path, node)}
 
 
