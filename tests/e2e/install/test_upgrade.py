@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 from functools import partial
 
+from tests.support.examples import THOROUGH
 from tests.support.installation import (
     CONF,
     ETC,
@@ -32,7 +33,7 @@ from tests.support.traffic import CONNECT, Traffic
 
 INTERRUPTED = "install.sh: interrupted. What runs and what is installed is as it was."
 NOT_NOW = "install.sh: the service is being replaced, which cannot be left half done. Please wait.\n"
-SENDERS = 4
+SENDERS = 4 if THOROUGH else 2
 
 
 def traffic(machine: Machine, name: str) -> Traffic:

@@ -23,7 +23,7 @@ from tests.runner.limits import allow
 from tests.support.certificates import Authority, Pair
 from tests.support.client import Client
 from tests.support.daemon import PIPES_HANG, Willi, in_a_hurry
-from tests.support.examples import examples
+from tests.support.examples import THOROUGH, examples
 from tests.support.loopback import HOST, ROOT, free_port, wait_until
 from tests.support.promise import greeted, in_data, in_envelope
 from tests.support.talk import BOB, MAIL, OK, QUEUED, chunk, content, deliver
@@ -667,7 +667,7 @@ def test_reloads_under_load_lose_nobody(start_willi: StartWilli, upstream: Scrip
     willi.reload()
     wait_until(lambda: len(willi.workers) == 2, "two workers")
     descriptors, memory = descriptors_of(willi.process.pid), memory_of(willi.process.pid)
-    visitors = Visitors(willi, threads=4)
+    visitors = Visitors(willi, threads=4 if THOROUGH else 2)
 
     def have_reloaded() -> bool:
         """Asked for again and again, also while it is under way."""
