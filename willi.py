@@ -129,9 +129,10 @@ def ask(settings: Settings, arguments: Mapping[str, Any]) -> int:
     sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # nor are letters it does not have
     try:
         if arguments["lookup"]:
-            if arguments["--diff"]:
-                return check.compare(settings, arguments["--diff"])
-            addresses = check.addresses_in(arguments["--from"]) if arguments["--from"] else arguments["ADDRESS"]
+            if (old := arguments["--diff"]) is not None:
+                return check.compare(settings, old)
+            file = arguments["--from"]
+            addresses = arguments["ADDRESS"] if file is None else check.addresses_in(file)
             return check.lookup(settings, addresses, as_json=arguments["--json"])
         one = check.check_quickly if arguments["--quick"] else check.check
         return one(settings, as_json=arguments["--json"])
@@ -139,7 +140,7 @@ def ask(settings: Settings, arguments: Mapping[str, Any]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python complains at its end
         return FAILED
     except OSError as error:  # the file of addresses, or a full disk
-        print(f"willi.py: {visible(str(error.filename or 'output'))}: {error.strerror}", file=sys.stderr)
+        print(f"willi.py: {visible(str(error.filename or 'input or output'))}: {error.strerror}", file=sys.stderr)
         return FAILED
 
 

@@ -11,6 +11,7 @@ its host.
 
 from __future__ import annotations
 
+import pickle  # noqa: F401 -- gevent loads it for the first exception, when perhaps no descriptor is left
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass

@@ -174,13 +174,12 @@ def test_lookup_of_many_addresses_takes_a_tenth_of_a_millisecond_each(tmp_path: 
 
 
 @pytest.mark.parametrize(
-    ("name", "why"), [("none", "No such file or directory"), (".", "Is a directory")], ids=["missing", "directory"]
+    ("name", "why"), [("none", "No such file or directory"), ("/", "Is a directory"), ("", "No such file or directory")]
 )
 def test_a_file_of_addresses_that_cannot_be_read_is_named(tmp_path: Path, name: str, why: str):
-    path = configure(tmp_path, "b.example;mx1\n")
-    done = run_willi("lookup", "-c", path, "--from", tmp_path / name)
+    done = run_willi("lookup", "-c", configure(tmp_path, "b.example;mx1\n"), "--from", name)
     assert (done.returncode, done.stdout) == (FAILED, "")
-    assert done.stderr == f"willi.py: {tmp_path / name}: {why}\n"
+    assert done.stderr == f"willi.py: {name or 'input or output'}: {why}\n"
 
 
 # lookup --diff
@@ -238,6 +237,7 @@ def test_diff_needs_to_know_the_mapping_and_to_read_both_tables(tmp_path: Path):
     assert compared(path, old) == (WRONG, [f"{old}:2: no server: a line is pattern;server;tls_verify"])
     old.unlink()
     assert compared(path, old) == (WRONG, [f"{old}: No such file or directory"])
+    assert run_willi("lookup", "-c", path, "--diff", "").returncode == WRONG
     static = tmp_path / "static.conf"
     static.write_text("domain = mx.example\n[mappings]\n[[all]]\ntype = static\nserver = mx1\n")
     assert compared(static, tmp_path / "map.csv") == (WRONG, [f"{static}: {ONE_TABLE}"])
