@@ -157,13 +157,17 @@ class Machine:
         start = ["sh", "-euc", START, "sh", str(self._directory), lower, str(layer), *map(str, self._groups), "--"]
         alone = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc"]
         command = [*self.host.prefix, *alone, *start, *container]
+        # In a container of systemd-nspawn it is set, and then the first line of ours is that it cannot be reached.
+        environment = {name: value for name, value in os.environ.items() if name != "NOTIFY_SOCKET"}
         with self.console.open("wb") as console:
-            self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=console, stderr=console)
+            self._process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=console, stderr=console, env=environment
+            )
         wait_until(self._has_booted if boot else self._is_up, "the end of a machine's start", BOOTING)
 
     def _is_up(self) -> bool:
         self._find_first_process()
-        return self.console.read_text().startswith("up")
+        return "up" in self.console.read_text().splitlines()
 
     def _has_booted(self) -> bool:
         """All that is to be started at boot has been, with or without success."""

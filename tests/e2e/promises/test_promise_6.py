@@ -202,7 +202,9 @@ def test_without_a_local_port_no_host_is_marked_as_down(
             willi.tolerate("Upstream failed")
             client, taken = greeted(willi), socket.create_server((HOST, 0))
             port = taken.getsockname()[1]
-            machine.run("sh", "-c", f"echo {port} {port} >/proc/sys/net/ipv4/ip_local_port_range")
+            ports = f"echo {port} {port} >/proc/sys/net/ipv4/ip_local_port_range"
+            # The /proc/sys of a container may be read-only.
+            machine.run("unshare", "--mount", "sh", "-c", f"mount -t proc proc /proc; {ports}")
         assert say(client, MAIL, BOB) == [SENDER_KEPT, NO_ANSWER]
         willi.wait_for_log(error=f"{first.server}: Cannot assign requested address")
         taken.close()
