@@ -134,8 +134,7 @@ def ask(settings: Settings, arguments: Mapping[str, Any]) -> int:
             file = arguments["--from"]
             addresses = arguments["ADDRESS"] if file is None else check.addresses_in(file)
             return check.lookup(settings, addresses, as_json=arguments["--json"])
-        one = check.check_quickly if arguments["--quick"] else check.check
-        return one(settings, as_json=arguments["--json"])
+        return check.check(settings, quick=arguments["--quick"], as_json=arguments["--json"])
     except BrokenPipeError:  # `willi.py check | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python complains at its end
         return FAILED

@@ -19,19 +19,16 @@ from .routes import addresses_in, compare, lookup
 from .rules import check_settings
 from .upstreams import check_upstreams
 
-__all__ = ["addresses_in", "check", "check_quickly", "compare", "lookup"]
+__all__ = ["addresses_in", "check", "compare", "lookup"]
 
 
-def check(settings: Settings, as_json: bool = False) -> int:
-    """Try all that the file names; the exit status. (The file itself has been read without fault.)"""
+def check(settings: Settings, quick: bool, as_json: bool) -> int:
+    """Try all that the file, which has been read without fault, names; the exit status.
+
+    quick: only whether Willi would start: read what its workers read, and bind what the master binds.
+    """
     log.silence()
-    return report(_try_all(settings), as_json)
-
-
-def check_quickly(settings: Settings, as_json: bool = False) -> int:
-    """Whether Willi would start: read what its workers read, and bind what the master binds; the exit status."""
-    log.silence()
-    return report(_try_start(settings), as_json)
+    return report(_try_start(settings) if quick else _try_all(settings), as_json)
 
 
 def _try_all(settings: Settings) -> Iterator[Finding]:

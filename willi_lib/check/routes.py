@@ -45,8 +45,7 @@ def lookup(settings: Settings, addresses: Iterable[str], as_json: bool = False) 
 
 def addresses_in(file: str) -> Iterator[str]:
     """One a line; - is stdin. Raises OSError."""
-    source = 0 if file == "-" else file
-    with open(source, encoding="utf-8-sig", errors="surrogateescape") as opened:  # noqa: PTH123 -- Path has no descriptor
+    with open(0 if file == "-" else file, encoding="utf-8-sig", errors="surrogateescape") as opened:  # noqa: PTH123
         for line in iter(lambda: opened.readline(MAX_LINE), ""):
             if address := line.strip():
                 yield address

@@ -98,7 +98,6 @@ class CsvFile:
         pass
 
     def patterns(self) -> Set[str]:
-        """As keys."""
         return self._table.routes.keys()
 
     def load(self, reload: bool = False) -> bool:
