@@ -33,7 +33,8 @@ Open = Callable[..., Mapping]
 HOLD = """
 import sqlite3, sys
 connection = sqlite3.connect(sys.argv[1], isolation_level=None)
-connection.execute(sys.argv[2])
+for statement in sys.argv[2].split(";"):
+    connection.execute(statement)
 print("ready", flush=True)
 sys.stdin.read()
 """
@@ -265,6 +266,20 @@ def test_what_a_killed_program_has_committed_counts(tmp_path: Path, open_file: O
     (tmp_path / "routes.db-shm").unlink()
     assert "open it once with a program that may write" in str(failure(open_file()))
     assert not (tmp_path / "routes.db-shm").exists()
+
+
+def test_what_a_killed_program_has_not_committed_is_not_read(file: Path, open_file: Open):
+    """Its journal says how the file was; only a program that may write can put that back."""
+    change(file, "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 5000) "
+           "INSERT INTO routes SELECT i || '.example', 'mx1', 1 FROM n")  # fmt: skip
+    mapping = open_file()
+    with Other(file, "PRAGMA cache_size = 1; BEGIN; UPDATE routes SET server = 'mx2'") as other:
+        other.crash()
+    assert file.with_name("routes.db-journal").exists()
+    assert "attempt to write a readonly database" in str(failure(mapping))
+    change(file, "UPDATE routes SET server = 'mx3' WHERE pattern = 'b.example'")
+    assert server(open_file()) == "mx3:25"
+    assert server(open_file(), "ann@7.example") == "mx1:25"
 
 
 # Faults
