@@ -189,12 +189,14 @@ class Wire:
         if self.buffered:
             return True
         try:
-            octets = self._receive_now(COMMAND_READ)
-        except WireError:  # whoever reads next will learn why
+            octets = self._socket.recv(COMMAND_READ) if self._tls is None else self._decrypt(COMMAND_READ)
+        except BlockingIOError:
+            return False
+        except (OSError, WireError):  # the next read says why
             return True
         if octets:
             self._buffer, self._at = octets, 0
-        return octets is not None
+        return True
 
     def has_hung_up(self) -> bool:
         """Whether the peer has closed the connection and left nothing to be done. Takes nothing, does not wait."""
@@ -220,16 +222,23 @@ class Wire:
         """
         if self._output or self._clear_out:
             self.flush()
-        octets = None
-        if eager or (self._tls and self._holds_records()):
-            if monotonic() - self.deadline.waited_at > FAIR_TIME:
-                give_way()
-                self.deadline.waited_at = monotonic()
-            octets = self._receive_now(size)
-        while octets is None:
-            _wait(self._readable)
-            self.deadline.waited_at, self._lines = monotonic(), 0
-            octets = self._receive_now(size)
+        eager = eager or (self._tls is not None and self._holds_records())
+        if eager and monotonic() - self.deadline.waited_at > FAIR_TIME:
+            give_way()
+            self.deadline.waited_at = monotonic()
+        while True:
+            if not eager:
+                _wait(self._readable)
+                self.deadline.waited_at, self._lines = monotonic(), 0
+            try:
+                octets = self._socket.recv(size) if self._tls is None else self._decrypt(size)
+                break
+            except BlockingIOError:
+                eager = False
+            except ssl.SSLError as error:
+                raise TlsFailed(f"TLS: {error.reason or error}") from None
+            except OSError as error:
+                raise PeerGone(error.strerror or str(error)) from None
         if not octets:
             raise PeerGone("connection closed")
         self.received_at = monotonic()
@@ -237,23 +246,11 @@ class Wire:
         self._at = 0
         return self._buffer
 
-    def _receive_now(self, size: int) -> bytes | None:
-        """What can be had without waiting; None: nothing; b"": the peer closed. Raises PeerGone, TlsFailed."""
-        try:
-            if self._tls is None:
-                return self._socket.recv(size)
-            return self._decrypt(size)
-        except BlockingIOError:
-            return None
-        except ssl.SSLError as error:
-            raise TlsFailed(f"TLS: {error.reason or error}") from None
-        except OSError as error:
-            raise PeerGone(error.strerror or str(error)) from None
-
     def _decrypt(self, size: int) -> bytes:
-        """What can be had, several TLS records at once, of one recv. Raises BlockingIOError if that is nothing.
+        """What can be had, several TLS records at once, of one recv; b"": the peer closed.
 
         Of one only: a peer that sends nothing but key updates would never let go of us.
+        Raises OSError; it is a BlockingIOError if there is nothing.
         """
         assert self._tls and self._clear_in
         records: list[bytes] = []
