@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import mmap
 from collections.abc import Sequence
+from functools import lru_cache
 from time import monotonic
 
 CELLS = 1 << 16  # of a sketch, for each of the
@@ -19,6 +20,7 @@ WINDOWS = 7  # the current one, and six before it: at least a minute
 Cells = tuple[int, ...]
 
 
+@lru_cache(maxsize=1000)  # mostly it is asked twice, when a client comes and when it goes
 def cells_of(client: str) -> Cells:
     """Where a client is counted. Python's hash has a secret key, which the workers inherit from the master."""
     number = hash(client)

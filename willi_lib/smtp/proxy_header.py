@@ -64,7 +64,7 @@ def parse(buffer: bytes) -> tuple[Endpoints | None, int] | None:
 
 def is_header(line: bytes, following: Sequence[bytes] = ()) -> bool:
     """Whether what was read as a command line is the beginning of a header. following: the lines that came with it."""
-    return line.startswith(_V1_START) or line == b"\0" or [line, *following[:2]] == [b"", b"", b"\0"]
+    return line.startswith(_V1_START) or line == b"\0" or (not line and [*following[:2]] == [b"", b"\0"])
 
 
 def build_v1(endpoints: Endpoints) -> bytes:
