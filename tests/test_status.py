@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from contextlib import suppress
+import os
+from contextlib import ExitStack, suppress
 from email.message import Message
 from time import monotonic
 from typing import Any
@@ -17,6 +18,7 @@ from prometheus_client.openmetrics import parser as openmetrics
 from prometheus_client.openmetrics.exposition import generate_latest as as_openmetrics
 from prometheus_client.parser import text_string_to_metric_families
 
+from tests.support.loopback import PATIENCE
 from willi_lib.config import Address, Settings
 from willi_lib.status import counts, metrics, overview, reports, web
 from willi_lib.status.counts import ACCEPTED, MAX_HOSTS, TABLE, Counts, HostState
@@ -389,7 +391,7 @@ def served(totals: Totals, monkeypatch):
 
 def said(port: int, *pieces: bytes) -> bytes:
     """All that comes back, up to the end of the connection."""
-    with gevent.Timeout(10), socket.create_connection(("127.0.0.1", port)) as client:
+    with gevent.Timeout(PATIENCE), socket.create_connection(("127.0.0.1", port)) as client:
         for piece in pieces:
             client.sendall(piece)
         octets = b""
@@ -399,23 +401,48 @@ def said(port: int, *pieces: bytes) -> bytes:
         return octets
 
 
-def test_who_is_slow_is_hung_up_on_and_nobody_else_waits(served: int):
-    slow = gevent.spawn(said, served, b"GET / HTT")
-    gevent.idle()
-    assert said(served, b"GET /metrics HTTP/1.0\r\n\r\n").startswith(b"HTTP/1.1 200 OK")
-    assert not slow.ready()
-    assert slow.get() == b""
-
-
-def test_one_connection_too_many_ends_the_oldest(served: int, monkeypatch):
-    monkeypatch.setattr(web, "MAX_CONNECTIONS", 2)
+@pytest.fixture
+def half_request(served: int, monkeypatch):
+    """Opens a connection that the server has accepted and that says no more."""
     monkeypatch.setattr(web, "TIME_LIMIT", 60.0)
-    oldest, other = [gevent.spawn(said, served, b"GET / HTT") for _ in range(2)]
-    gevent.idle()
+    with ExitStack() as opened:
+
+        def connect() -> socket.socket:
+            before = len(os.listdir("/proc/self/fd"))
+            client = opened.enter_context(socket.create_connection(("127.0.0.1", served)))
+            client.sendall(b"GET / HTT")
+            with gevent.Timeout(PATIENCE):
+                while len(os.listdir("/proc/self/fd")) < before + 2:  # the other end is in this process
+                    gevent.sleep(0.01)
+            return client
+
+        yield connect
+
+
+def is_open(client: socket.socket) -> bool:
+    client.setblocking(False)
+    with pytest.raises(BlockingIOError):
+        client.recv(1)
+    return True
+
+
+def test_a_slow_request_is_hung_up_on(served: int):
+    assert said(served, b"GET / HTT") == b""
+
+
+def test_nobody_waits_for_a_slow_request(served: int, half_request):
+    slow = half_request()
     assert said(served, b"GET /metrics HTTP/1.0\r\n\r\n").startswith(b"HTTP/1.1 200 OK")
-    assert oldest.get() == b""
-    assert not other.ready()
-    other.kill()
+    assert is_open(slow)
+
+
+def test_one_connection_too_many_ends_the_oldest(served: int, half_request, monkeypatch):
+    monkeypatch.setattr(web, "MAX_CONNECTIONS", 2)
+    oldest, other = half_request(), half_request()
+    assert said(served, b"GET /metrics HTTP/1.0\r\n\r\n").startswith(b"HTTP/1.1 200 OK")
+    with gevent.Timeout(PATIENCE):
+        assert oldest.recv(1) == b""
+    assert is_open(other)
 
 
 def test_a_connection_is_for_one_request(served: int):
