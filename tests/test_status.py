@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from contextlib import ExitStack, suppress
 from email.message import Message
 from time import monotonic
@@ -404,15 +403,23 @@ def said(port: int, *pieces: bytes) -> bytes:
 @pytest.fixture
 def half_request(served: int, monkeypatch):
     """Opens a connection that the server has accepted and that says no more."""
+    accepted: list[socket.socket] = []
+    read_request = web.read_request
+
+    def read(connection: socket.socket) -> HttpRequest | None:
+        accepted.append(connection)
+        return read_request(connection)
+
     monkeypatch.setattr(web, "TIME_LIMIT", 60.0)
+    monkeypatch.setattr(web, "read_request", read)
     with ExitStack() as opened:
 
         def connect() -> socket.socket:
-            before = len(os.listdir("/proc/self/fd"))
+            before = len(accepted)
             client = opened.enter_context(socket.create_connection(("127.0.0.1", served)))
             client.sendall(b"GET / HTT")
             with gevent.Timeout(PATIENCE):
-                while len(os.listdir("/proc/self/fd")) < before + 2:  # the other end is in this process
+                while len(accepted) == before:
                     gevent.sleep(0.01)
             return client
 
