@@ -43,7 +43,7 @@ NO_ROUTE = "554 5.7.1 Relay access denied"
 CANNOT_LOOK_UP = "451 4.3.0 Cannot look up this address now"
 RELOAD_WAITS = "Reload waits for a database, since new workers would remember no answers"
 ANSWERS_LOST = "Reload while a database is down, remembered answers are lost"
-ROWS = 100_000  # measure_mysql.py has a million
+ROWS = 100_000  # bench/mysql.py has a million
 
 StartWithDatabase = Callable[..., Willi]
 

@@ -1,4 +1,4 @@
-"""How many look-ups a second the mapping `mysql` makes: `python -m tests.support.measure_mysql`.
+"""How many look-ups a second the mapping `mysql` makes: `python -m bench.mysql`.
 
 A private MariaDB with a million rows, in one process of its own, beside the one that asks.
 """
