@@ -114,6 +114,8 @@ def wrong_usage(words: Sequence[str]) -> str:
         return "lookup needs an address"
     if command == "lookup" and bool(arguments) + len(sources) > 1:
         return "lookup takes addresses, or --from, or --diff"
+    if {"--diff", "--json"} <= set(words):
+        return "lookup --diff has no option --json"
     return f"{words[files[-1]]} must be there once, with a file behind it" if files else "an option is there twice"
 
 

@@ -44,6 +44,7 @@ def test_version_and_help():
     (["check", "--quik"], "check has no option --quik, did you mean '--quick'"),
     (["top", "--json"], "top has no option --json"),
     (["--json"], "willi.py has no option --json"),
+    (["lookup", "--diff", "old", "--json"], "lookup --diff has no option --json"),
     (["-c"], "-c must be there once, with a file behind it"),
     (["-c", "a", "-c", "b"], "-c must be there once, with a file behind it"),
     (["--debug", "--debug"], "an option is there twice"),
