@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import sqlite3
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 
 import gevent
 import pytest
 
 from tests.support.daemon import parse_logfmt
-from tests.support.loopback import PATIENCE
+from tests.support.loopback import PATIENCE, ROOT
 from willi_lib.config import load
 from willi_lib.mappings import sqlite as module
 from willi_lib.mappings.known_rows import KnownRows
@@ -415,3 +417,32 @@ def test_check_names_columns_and_rows(file: Path, open_file: Open):
 def test_check_counts_a_large_table_up_to_a_limit(file: Path, open_file: Open, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(module, "MOST_ROWS", 1)
     assert facts(open_file()).endswith("rows in routes: 1 or more")
+
+
+@pytest.mark.parametrize(
+    ("query", "is_wrong"),
+    [
+        (QUERY, False),
+        (f"SELECT * FROM ({QUERY} LIMIT 1);", False),
+        (QUERY.replace("pattern", "lower(pattern)"), True),
+        (f"{QUERY} OR ',' || pattern LIKE '%,' || ?", True),
+    ],
+)
+def test_check_says_if_a_large_table_lacks_an_index(
+    file: Path, open_file: Open, monkeypatch: pytest.MonkeyPatch, query: str, is_wrong: bool
+):
+    assert "rows in routes: 1" in facts(open_file(query))
+    monkeypatch.setattr(module, "FEW_ROWS", 0)
+    assert facts(open_file(query)).startswith(f"fault: {module.NO_INDEX}" if is_wrong else "SQLite ")
+
+
+def test_the_table_of_the_manual_finds_patterns_in_any_case(tmp_path: Path, open_file: Open):
+    manual = (ROOT / "docs" / "configure.md").read_text(encoding="utf-8").partition("## Tables in SQLite")[2]
+    [create] = re.findall(r"CREATE TABLE (?:.|\n)*?ROWID;", manual.partition("\n## ")[0])
+    [query] = re.findall(r'query = "(.*)"', manual.partition("\n## ")[0])
+    change(tmp_path / "routes.db", create)
+    change(tmp_path / "routes.db", "INSERT INTO upstream_servers (pattern, server) VALUES ('Ann@B.Example', 'mx1')")
+    mapping = open_file(query)
+    assert server(mapping, "ann@b.example") == "mx1:25"
+    with closing(sqlite3.connect(tmp_path / "routes.db")) as connection:
+        assert "SEARCH" in str(connection.execute(f"EXPLAIN QUERY PLAN {query}", ("x",)).fetchall())

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import sqlite3
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
@@ -31,6 +32,9 @@ INSTRUCTIONS = 1000  # of SQLite, between two looks at the clock
 LOCK_TIME = 1.0  # seconds that a look-up waits for a program that writes; a commit takes milliseconds
 TOO_LONG = f"the query took more than {QUERY_TIME:g} s: is there an index on the pattern?"
 NO_SHM = "beside it is a -wal without its -shm: open it once with a program that may write"
+NO_INDEX = "the query reads all of the table: is there an index on the pattern?"
+READS_ALL = re.compile(rb"SCAN (?![(\d]|CONSTANT|SUBQUERY)")  # a table, not what was found in one (sqlite.org/eqp.html)
+FEW_ROWS = 10_000  # which take no time without an index, too
 COUNTING = 30.0  # seconds that `check` counts rows ...
 MOST_ROWS = 1_000_000  # ... and how many; until then a program that writes may have to wait
 WAL_MODE = b"\2\2"  # https://www.sqlite.org/fileformat.html, octets 18 and 19
@@ -71,10 +75,12 @@ class SqliteFile:
         try:
             with self._open(QUERY_TIME) as connection:
                 names = self._ask(connection, NOBODY)[1]
-                rows = "".join(self._count_rows(connection))
-            return (
-                HostFacts(self._name, "", text=f"SQLite {sqlite3.sqlite_version}, columns {', '.join(names)}{rows}"),
-            )
+                rows = dict(self._count_rows(connection))
+                if max(rows.values(), default=0) > FEW_ROWS and self._reads_all(connection):
+                    raise LookupFailed(NO_INDEX)
+            facts = [f"SQLite {sqlite3.sqlite_version}", f"columns {', '.join(names)}"]
+            facts += (f"rows in {table}: {n:,}{' or more' if n == MOST_ROWS else ''}" for table, n in rows.items())
+            return (HostFacts(self._name, "", text=", ".join(facts)),)
         except (Down, LookupFailed) as fault:
             return (HostFacts(self._name, "", fault=str(fault).removeprefix(f"{self._name}: ")),)
 
@@ -93,13 +99,18 @@ class SqliteFile:
         except WrongColumns as why:
             raise NotNow(f"{self._name}: {why}", not_there=True) from None
 
-    def _count_rows(self, connection: sqlite3.Connection) -> Iterator[str]:
-        """In the tables that the query names."""
+    def _reads_all(self, connection: sqlite3.Connection) -> bool:
+        """Whether SQLite has no index for the query."""
+        plan = connection.execute(f"EXPLAIN QUERY PLAN {self._query}", (NOBODY,) * self._parameters)
+        return any(READS_ALL.match(detail) for _, _, _, detail in plan.fetchall())
+
+    def _count_rows(self, connection: sqlite3.Connection) -> Iterator[tuple[str, int]]:
+        """Of the tables that the query names."""
         self._end = monotonic() + COUNTING
         for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'").fetchall():
             if (table := name.decode()) in self._query:
                 [[rows]] = connection.execute(f'SELECT count(*) FROM (SELECT 1 FROM "{table}" LIMIT {MOST_ROWS})')
-                yield f", rows in {table}: {rows:,}{' or more' if rows == MOST_ROWS else ''}"
+                yield table, rows
 
     @contextmanager
     def _open(self, seconds: float) -> Iterator[sqlite3.Connection]:
