@@ -16,6 +16,7 @@ import gevent
 import pytest
 
 from tests.support.daemon import parse_logfmt
+from tests.support.descriptors import Descriptors
 from tests.support.loopback import PATIENCE, ROOT
 from willi_lib.config import load
 from willi_lib.mappings import sqlite as module
@@ -380,15 +381,8 @@ def test_a_query_without_an_index_is_ended_before_it_holds_the_worker_up(file: P
 
 def test_no_descriptor_left_is_no_fault_of_the_file(file: Path, open_file: Open, capfd: pytest.CaptureFixture[str]):
     mapping = open_file()
-    held = []
-    try:
-        while True:
-            held.append(os.dup(0))
-    except OSError:
+    with Descriptors():
         why = str(failure(mapping))
-    finally:
-        for descriptor in held:
-            os.close(descriptor)
     assert "Too many open files" in why
     assert server(mapping) == "mx1:25"
     assert logged(capfd) == []
