@@ -486,6 +486,7 @@ CONNECTION = "is now written as host, port, user, password, database and tls_ca"
         ("type = csv\nfile = a\ntype = csv", "5: type: is in line 3 already"),
         ("type = csv\nfile = a\nlisten = :25", "5: listen: belongs to the top of the file, above [mappings]"),
         ("type = csv\nfle = a\nfile = b", "4: fle: unknown key; did you mean 'file'?"),
+        ("type = csv\nfile = b\nread_timeot = 5m", "5: read_timeot: unknown key; did you mean 'read_timeout'?"),
         (f"{DATABASE}connection = x", f"5: connection: {CONNECTION}"),
         (f"{DATABASE}host =", "5: host: is empty"),
         (f"{DATABASE}host = :3306", "5: host: ':3306': not a host name"),

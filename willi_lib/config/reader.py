@@ -281,5 +281,6 @@ def unknown(name: str, known: dict[str, Key]) -> str:
         return "belongs to a mapping, below its line [[name]]"
     if name in ALL_KEYS:
         return f"only for type = {enumerated([kind for kind in TYPES if name in MAPPING_KEYS[kind]])}"
-    nearest = difflib.get_close_matches(name.lower(), known or ALL_KEYS, 1)
+    alike = (difflib.get_close_matches(name.lower(), keys, 1) for keys in (known, ALL_KEYS))
+    nearest = next(filter(None, alike), None)
     return f"unknown key; did you mean '{nearest[0]}'?" if nearest else "unknown key"
