@@ -34,6 +34,8 @@ RENEW = "renew it: a running Willi reads the new file by itself"
 PATIENCE = 2.0  # seconds for the program that listens on a port to say something
 MAX_GREETING = 200  # octets of what it says that are shown
 GO_PROGRAM = "ESMTP Service Ready"  # the end of its greeting
+UNIT = Path("/etc/systemd/system/willi.service")
+HIDDEN = ("/home", "/root", "/run/user", "/tmp", "/var/tmp")  # by its ProtectHome and PrivateTmp
 MAX_METRICS = 1 << 16  # octets in which Willi would have named one of its own
 
 # -- certificates
@@ -134,6 +136,11 @@ def check_files(settings: Settings) -> Iterator[Finding]:
             mode = Path(file).stat().st_mode
             if stat.S_ISREG(mode) and mode & stat.S_IWOTH:
                 yield Finding("wrong", file, f"{anybody} change it, and with it where mail goes", f"chmod o-w {file}")
+    for file in sorted({file for file, _ in paths_of(settings)} if UNIT.exists() else ()):
+        for directory in HIDDEN:
+            if Path(os.path.realpath(file)).is_relative_to(directory):
+                what = f"systemd hides {directory} from the service, which finds no such file or may not read it"
+                yield Finding("warn", file, what, "move it to /opt/willi/etc, or see ProtectHome in the unit")
 
 
 def check_rights(settings: Settings) -> Iterator[Finding]:

@@ -145,6 +145,17 @@ def test_a_table_that_is_missing_at_the_start_is_waited_for(systemd):
     wait_until(lambda: show(systemd, "ActiveState") == "active", "Willi with its table", 60)
 
 
+def test_check_names_a_file_that_the_sandbox_hides(systemd):
+    table = systemd.write("/home/ann/table.csv", f"pattern;server\nb.example;{HOST}\n")
+    table.parent.chmod(0o755)
+    configure(systemd, dns_timeout="1s", mappings={"table": {"type": "csv", "file": "/home/ann/table.csv"}})
+    said = systemd.ask("runuser", "-u", "willi", "-g", "willi", "--", f"{HOME}/willi.py", "check").stdout
+    assert "ok     csv:/home/ann/table.csv: 1 pattern" in said
+    assert "warn   /home/ann/table.csv: systemd hides /home from the service" in said
+    assert systemd.ask("systemctl", "start", "willi").returncode != 0
+    assert "cannot read /home/ann/table.csv: Permission denied" in journal(systemd)
+
+
 def test_in_its_sandbox_willi_reaches_a_database_socket_syslog_the_dns_and_keys_of_a_group(
     start_machine, installed_with_systemd, mariadb: Mariadb, certificates: Authority, tmp_path
 ):
