@@ -143,6 +143,19 @@ def test_the_command_line_imports_no_gevent():
         assert not any(imported.split(".")[0] == "gevent" for imported in loaded)
 
 
+def test_no_test_brings_gevent_into_the_place_of_threads():
+    """The processes of the runner talk to each other by threads: with greenlets in their place the whole run ends."""
+    patching = {name for name, path in MODULES.items() if "willi_lib.net.patch" in at_import(path, name)}
+    assert "check" in patching
+    tests = [path for path in (ROOT / "tests").rglob("*.py") if path.name != "__main__.py"]
+    guilty = {
+        f"{path.relative_to(ROOT)}: {imported}"
+        for path in tests for imported in at_import(path, "") for name in patching
+        if f"{imported}.".startswith(f"willi_lib.{name}.")
+    }  # fmt: skip
+    assert guilty == set()
+
+
 @pytest.mark.parametrize("name", ["processes.master", "processes.worker", "check", "status.terminal"])
 def test_only_the_status_process_has_the_template_of_the_page(name: str):
     assert bring("jinja2", name) | bring("markupsafe", name) == set()
