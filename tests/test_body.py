@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from itertools import combinations, pairwise, product
 
@@ -373,6 +374,25 @@ def test_every_octet_value_arrives():
     message = bytes(octet for octet in range(256) if octet not in b"\r\n") * 300 + b"\r\n"
     for chunks in ([message, END_OF_DATA], split_at(message + END_OF_DATA, range(0, 77000, 7))):
         assert data_reader(chunks)[1] == message
+
+
+@pytest.mark.parametrize("line", [b".\n", b". \r\n", b" .\r\n", b"..\r\n", b".\0\r\n", b" .\0x\r\n", b"\n", b"\r"])
+@pytest.mark.parametrize("kind", [DataReader, Stuffer])
+def test_no_line_costs_a_call_of_a_function(kind: type[DataReader] | type[Stuffer], line: bytes):
+    """All others wait meanwhile, and a client may send nothing but lines that are to be spelled otherwise."""
+    calls = 0
+
+    def count(_frame: object, event: str, _argument: object) -> None:
+        nonlocal calls
+        calls += event == "call"
+
+    reader, before = kind(), sys.getprofile()
+    sys.setprofile(count)
+    try:
+        reader.feed(line * 10_000)
+    finally:
+        sys.setprofile(before)
+    assert calls < 100
 
 
 @pytest.mark.parametrize("octet", [b"\0", b" ", b"\r", b".", b"\n", b"\r\n", b"a", b".\n"])
