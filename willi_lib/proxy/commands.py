@@ -13,6 +13,8 @@ from ..smtp.syntax import MAX_COMMAND_LINE, Command, may_be_bdat, parse_rcpt, sp
 from ..status.counts import REFUSED, Counts
 from .message_log import SessionLog
 
+OTHER_PROTOCOLS = frozenset((b"GET", b"POST", b"PUT", b"HEAD", b"OPTIONS", b"CONNECT", b"DELETE", b"TRACE", b"PATCH"))
+JUNK = frozenset((b"EHLO", b"HELO", b"RSET", b"NOOP", b"VRFY", b"HELP"))  # verbs that lead to nothing
 # Between two messages that were accepted; what goes beyond is an error, and errors have max_errors.
 MAX_JUNK = 100  # commands and transactions that come to nothing; Postfix's smtpd_junk_command_limit
 MAX_DEFERRALS = 1000  # 4yz of our own, as for recipients over max_recipients (smtpd_recipient_overshoot_limit)

@@ -15,7 +15,7 @@ from ..smtp import reply as replies
 from ..smtp import xclient
 from ..smtp.reply import CLIENT, UPSTREAM, WILLI, Outcome, Rejected, Reply
 from ..smtp.syntax import Command, Path, parse_bdat, parse_helo, parse_mail, parse_rcpt
-from .commands import Commands, OutOfStep
+from .commands import JUNK, OTHER_PROTOCOLS, Commands, OutOfStep
 from .context import SessionContext
 from .message_log import SessionLog
 from .relay import Content, Relay
@@ -410,19 +410,9 @@ class Session:
             self.stage = Stage.GREETED
         return replies.RESET
 
-    def noop(self, _argument: bytes) -> Reply:
-        return replies.NOOP
-
     def vrfy(self, argument: bytes) -> Reply:
         """VRFY: neither yes nor no (RFC 5321 §3.5.3)."""
         return replies.CANNOT_VRFY if argument else replies.SYNTAX
-
-    def help(self, _argument: bytes) -> Reply:
-        return replies.HELP
-
-    def not_implemented(self, _argument: bytes) -> Reply:
-        """EXPN and AUTH: known, and not for an MX."""
-        return replies.NOT_IMPLEMENTED
 
     def quit(self, argument: bytes) -> Reply:
         """QUIT (RFC 5321 §4.1.1.10). The upstream hears it when the client has its answer."""
@@ -477,6 +467,11 @@ def outcome_of_unfinished(error: Exception) -> Outcome:
     return Outcome(replies.OUR_FAULT, WILLI, f"internal error: {error!r}")
 
 
+def always(answer: Reply) -> Callable[[Session, bytes], Reply]:
+    """For a verb that has one answer, whatever its argument."""
+    return lambda _session, _argument: answer
+
+
 VERBS: dict[bytes, tuple[Callable[[Session, bytes], Reply], frozenset[Stage]]] = {
     # verb: (method, the stages in which the client may send it)
     b"EHLO": (Session.ehlo, ANY),
@@ -488,13 +483,11 @@ VERBS: dict[bytes, tuple[Callable[[Session, bytes], Reply], frozenset[Stage]]] =
     b"DATA": (Session.data, ENVELOPE),
     b"BDAT": (Session.bdat, ANY),
     b"RSET": (Session.rset, ANY),
-    b"NOOP": (Session.noop, ANY),
+    b"NOOP": (always(replies.NOOP), ANY),
     b"VRFY": (Session.vrfy, ANY),
-    b"EXPN": (Session.not_implemented, ANY),
-    b"AUTH": (Session.not_implemented, ANY),
-    b"HELP": (Session.help, ANY),
+    b"EXPN": (always(replies.NOT_IMPLEMENTED), ANY),  # known, and not for an MX
+    b"AUTH": (always(replies.NOT_IMPLEMENTED), ANY),
+    b"HELP": (always(replies.HELP), ANY),
     b"QUIT": (Session.quit, ANY),
 }
-JUNK = frozenset((b"EHLO", b"HELO", b"RSET", b"NOOP", b"VRFY", b"HELP"))
 ADDRESSES = frozenset((b"MAIL", b"RCPT"))  # what is wrong with their arguments is logged
-OTHER_PROTOCOLS = frozenset((b"GET", b"POST", b"PUT", b"HEAD", b"OPTIONS", b"CONNECT", b"DELETE", b"TRACE", b"PATCH"))
