@@ -130,6 +130,16 @@ def test_nor_is_one_that_fails_when_the_name_is_to_be_confirmed(server, hasty, f
     assert hasty.start_name_of(CLIENT)() == TEMPUNAVAIL
 
 
+@pytest.mark.parametrize(("address", "forward"), [
+    (CLIENT, {"A": Fault.SERVFAIL, "AAAA": [CLIENT6]}), (CLIENT6, {"AAAA": Fault.SERVFAIL, "A": [CLIENT]}),
+])  # fmt: skip
+def test_nor_is_one_that_fails_for_the_clients_kind_of_address_only(server, hasty, address, forward):
+    """The host has both kinds, and the other one leads elsewhere."""
+    server.reverse(address, "c.example")
+    server.zone["c.example"] = forward
+    assert hasty.start_name_of(address)() == TEMPUNAVAIL
+
+
 def test_nor_is_a_server_that_does_not_run():
     assert Resolver(TIMEOUT, (HOST, free_port())).start_name_of(CLIENT)() == TEMPUNAVAIL
 

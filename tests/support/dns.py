@@ -40,11 +40,11 @@ class DnsServer:
     """UDP on port 53 of a loopback address of its own. Names that are not in `zone` do not exist.
 
     Without a directory (nobody needs its `prefix`) it is any free port of 127.0.0.1, for which root is not needed.
-    zone: {"b.example": {"MX": ["10 mx.b.example."], "A": ["127.0.0.1"]}, "slow.example": Fault.SILENCE}
+    zone: {"b.example": {"MX": ["10 mx.b.example."], "A": Fault.SERVFAIL}, "slow.example": Fault.SILENCE}
     """
 
     def __init__(self, directory: Path | None = None) -> None:
-        self.zone: dict[str, dict[str, Sequence[str]] | Fault] = {}
+        self.zone: dict[str, dict[str, Sequence[str] | Fault] | Fault] = {}
         self.queries: list[tuple[str, str]] = []  # (name, type) in their order
         self._socket = _bind_to_port_53() if directory else _bind_to_free_port()
         self._socket.settimeout(0.1)  # how soon stop() is noticed
@@ -92,14 +92,15 @@ class DnsServer:
         name = question.name.to_text(omit_final_dot=True).lower()
         kind = dns.rdatatype.to_text(question.rdtype)
         self.queries.append((name, kind))
-        records = self.zone.get(name, Fault.NXDOMAIN)
+        zone = self.zone.get(name, Fault.NXDOMAIN)
+        records = zone if isinstance(zone, Fault) else zone.get(kind, ())
         if records is Fault.SILENCE:
             return None
         response = dns.message.make_response(query, recursion_available=True)
         if isinstance(records, Fault):
             response.set_rcode(dns.rcode.Rcode(records.value))
-        elif kind in records:
-            response.answer.append(dns.rrset.from_text(question.name, TTL, "IN", kind, *records[kind]))
+        elif records:
+            response.answer.append(dns.rrset.from_text(question.name, TTL, "IN", kind, *records))
         return response
 
 

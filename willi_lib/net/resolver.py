@@ -288,10 +288,11 @@ class Resolver:
         return answer
 
     def _leads_to(self, name: str, address: str) -> bool:
-        """Raises OSError if DNS does not answer."""
+        """Raises OSError if DNS does not answer. Addresses of the other kind would hide that."""
         wanted = ipaddress.ip_address(address)
+        family = socket.AF_INET6 if wanted.version == 6 else socket.AF_INET
         try:
-            found = self._ares.getaddrinfo(absolute(name), 0, socket.AF_UNSPEC, socket.SOCK_STREAM)
+            found = self._ares.getaddrinfo(absolute(name), 0, family, socket.SOCK_STREAM)
         except OSError as error:
             if error.args[0] in NO_SUCH_NAME:
                 return False
