@@ -10,9 +10,12 @@ from __future__ import annotations
 
 import socket as stdlib_socket
 import ssl
+import struct
 from _socket import socket as Socket  # gevent replaces socket.socket; here we wait on the loop ourselves
 from collections.abc import Callable
 from contextlib import suppress
+from fcntl import ioctl
+from termios import TIOCOUTQ
 from time import monotonic
 from typing import Any
 
@@ -32,6 +35,7 @@ MAX_RECORD = 16 << 10  # octets of content in a TLS record, RFC 8446 §5.1
 ENCRYPTED_READ = 64 << 10  # octets a recv under TLS; OpenSSL's buffer grows to this and stays
 MAX_PENDING_OUTPUT = 64 << 10  # octets of replies kept back for one write
 WRITE_TIMEOUT = 300.0  # seconds, if nobody says otherwise: what RFC 5321 §4.5.3.2 has a server wait
+RESET = struct.pack("ii", 1, 0)  # as SO_LINGER: a close resets the connection
 LINGER = 2.0  # seconds for the peer to read our last words before the socket goes
 LINGER_OCTETS = 1 << 20  # what we throw away meanwhile
 FAIR_TIME = 0.01  # seconds with octets at hand all the time after which the others, and the clocks, get their turn
@@ -420,6 +424,13 @@ class Wire:
         self._socket.close()
         self._readable = self._writable = None
         self._buffer, self._at = b"", 0
+
+    def abort(self) -> None:
+        """The same, and what the kernel still holds is not sent either, as it would be when the peer reads on."""
+        with suppress(OSError, ValueError):  # closed already
+            if any(ioctl(self._socket, TIOCOUTQ, bytes(4))):
+                self._socket.setsockopt(stdlib_socket.SOL_SOCKET, stdlib_socket.SO_LINGER, RESET)
+        self.close()
 
     def hang_up(self, linger: bool = False, patient: bool = True) -> None:
         """Send what was kept back, say goodbye to TLS, and close.

@@ -240,5 +240,8 @@ class Upstream:
         self.wire.hang_up(patient=False)
 
     def drop(self) -> None:
-        """Close at once: no dot, no QUIT, so that an unfinished message stays unfinished."""
-        self.wire.close()
+        """Close at once: no dot, no QUIT, so that an unfinished message stays unfinished.
+
+        Also the end of one that the client is told was lost: it is not to arrive after that.
+        """
+        self.wire.abort()

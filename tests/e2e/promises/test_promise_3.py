@@ -246,6 +246,18 @@ def test_an_upstream_that_does_not_read_is_given_up(share_willi: StartWilli, raw
     assert b"\r\n.\r\n" not in peer.read_until_dropped()
 
 
+def test_the_end_of_a_message_that_was_told_to_be_lost_does_not_arrive_later(share_willi: StartWilli, raw: RawUpstream):
+    """The kernel has taken all of it, and the upstream reads on when the client has had its answer."""
+    willi = share_willi(server=raw.server, **SHORT)
+    willi.tolerate("Upstream failed")
+    client, peer = meet_in_data(willi, raw)
+    peer.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    client.send((b"x" * 98 + b"\r\n") * 2_000 + b".\r\n")
+    assert str(client.read_reply()) == LOST
+    assert "(data_timeout)" in willi.lines(msg="Upstream failed")[-1]["error"]
+    assert b"\r\n.\r\n" not in peer.read_until_dropped()
+
+
 def test_an_upstream_that_half_closes_inside_the_message_is_given_up(share_willi: StartWilli, raw: RawUpstream):
     willi = share_willi(server=raw.server, **SHORT)
     willi.tolerate("Upstream failed")
