@@ -20,7 +20,7 @@ from willi_lib import files
 from willi_lib.config import CsvSettings
 from willi_lib.files import CALM
 from willi_lib.mappings import csv_file as module
-from willi_lib.mappings.csv_file import CUT_OFF, MAX_FAULTS, MAX_OCTETS, PAUSE_LINES, RETRY, CsvFile
+from willi_lib.mappings.csv_file import CUT_OFF, MAX_FAULTS, MAX_LINE, MAX_OCTETS, PAUSE_LINES, RETRY, CsvFile
 from willi_lib.mappings.surroundings import Surroundings
 from willi_lib.routing.keys import fold_pattern
 from willi_lib.routing.route import LookupFailed, MappingError, NoRoute, Policy, Route, parse_servers
@@ -357,6 +357,23 @@ def test_a_file_that_is_too_large_is_not_even_read(file, clock):
     assert peak < MAX_OCTETS
     assert find(mapping, "b.example") == to("mx1"), "the old table stays"
     assert looks(mapping, clock) is None, "it is not tried again"
+
+
+@pytest.mark.parametrize("before", ["", HEADER + "b.example;mx1\n"])
+def test_of_a_file_that_is_one_long_line_no_copies_are_made(file, before):
+    """An archive or an image of a disk in its place, which would take a worker's memory and seconds of its time."""
+    octets = 10 * MAX_LINE
+    file.write_text(before)
+    os.truncate(file, octets)
+    tracemalloc.start()
+    with pytest.raises(MappingError) as failure:
+        made(file).read()
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    line = before.count("\n") + 1
+    assert failure.value.faults == (f"{file}:{line}: more than 1,000,000 octets in a line: is this another file?",)
+    assert not failure.value.missing
+    assert peak < octets * 2.3, "the file, and its line"
 
 
 def test_a_small_file_takes_little_memory_to_be_read(file):

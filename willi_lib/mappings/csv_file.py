@@ -42,6 +42,7 @@ from .surroundings import Surroundings
 HEADER = "pattern;server;tls_verify"
 MAX_OCTETS = 256 << 20  # of one file, six million lines: each worker needs two to four times as much memory for it
 TOO_LARGE = f"has more than {MAX_OCTETS >> 20} MiB, which is too much for the memory of every worker; use type = sqlite"
+MAX_LINE = 1_000_000  # octets; a file of something else may be one line, of which several copies would be made
 MAX_FAULTS = 10  # reported of one file
 RETRY = 10.0  # seconds until a file that could not be read is tried again
 FILE_TIMEOUT = 30.0  # seconds for the work with a file that may hang; a large one from a slow server takes some
@@ -200,7 +201,7 @@ class _Table:
                     raise ValueError(f"must be the header {HEADER}, not {text[:80]!r}")
                 has_header = has_header or bool(text)
             except ValueError as fault:
-                is_cut_off = not faults and not line.endswith(b"\n")
+                is_cut_off = not faults and not line.endswith(b"\n") and len(line) <= MAX_LINE
                 faults.append(f"{file}:{number}: {fault}")
                 if not has_header:
                     break
@@ -254,6 +255,8 @@ _BLANK_ROW = re.compile(r'(?:""|[;\s])*')
 
 def _text(line: bytes) -> str:
     """The text of a line; empty also for a comment, and for a blank row of a spreadsheet. Raises ValueError."""
+    if len(line) > MAX_LINE:
+        raise ValueError(f"more than {MAX_LINE:,} octets in a line: is this another file?")
     try:
         text = line.decode().strip()
     except UnicodeDecodeError:
