@@ -33,7 +33,7 @@ class Deadline:
         self._fires = FOREVER
         self._at = FOREVER
         self._doing = ""
-        self.waited_at = 0.0  # when the greenlet last waited for a peer, or gave way to others
+        self.waited_at = monotonic()  # when the greenlet last waited for a peer, or gave way to others
 
     def limit(self, seconds: float, doing: str) -> Limit:
         """Context: raise TimeLimit in this greenlet if the block takes longer. An outer limit stays in force."""

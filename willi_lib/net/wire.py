@@ -39,7 +39,6 @@ RESET = struct.pack("ii", 1, 0)  # as SO_LINGER: a close resets the connection
 LINGER = 2.0  # seconds for the peer to read our last words before the socket goes
 LINGER_OCTETS = 1 << 20  # what we throw away meanwhile
 FAIR_TIME = 0.01  # seconds with octets at hand all the time after which the others, and the clocks, get their turn
-FAIR_LINES = 64  # lines from the buffer, likewise
 
 # By default glibc gives the memory of each large read back to the kernel, and faults it in again for the next. Freeing
 # one larger block raises that threshold to twice its size (mallopt(3), M_MMAP_THRESHOLD): -7 % CPU a GB.
@@ -75,7 +74,7 @@ class Wire:
     """
 
     __slots__ = (
-        "_at", "_body_read", "_buffer", "_clear_in", "_clear_out", "_lines", "_output", "_readable", "_socket",
+        "_at", "_body_read", "_buffer", "_clear_in", "_clear_out", "_output", "_readable", "_socket",
         "_tls", "_tls_ended", "_writable", "_write_timeout", "deadline", "received_at", "trace",
     )  # fmt: skip
 
@@ -96,7 +95,6 @@ class Wire:
         self._at = 0  # ... from here on
         self._body_read = FIRST_BODY_READ
         self.received_at = 0.0  # when the latest octets came
-        self._lines = 0  # since then
         self._output = b""
         self._tls: ssl.SSLObject | None = None
         self._tls_ended = False  # by the peer's close_notify
@@ -149,6 +147,7 @@ class Wire:
 
     def next_line(self, limit: int) -> bytes:
         """The same; a line that is too long or badly framed is still in the buffer, as far as it has come."""
+        self._be_fair()
         while True:
             end = self._buffer.find(b"\r\n", self._at)
             # Of a last CR the LF may be on the way.
@@ -161,10 +160,6 @@ class Wire:
                 break
             self.receive()
         self._at = end + 2
-        self._lines += 1
-        if self._lines > FAIR_LINES:
-            self._lines = 0
-            give_way()
         if self.trace:
             self.trace("<", line)
         return line
@@ -227,13 +222,12 @@ class Wire:
         if self._output or self._clear_out:
             self.flush()
         eager = eager or (self._tls is not None and self._holds_records())
-        if eager and monotonic() - self.deadline.waited_at > FAIR_TIME:
-            give_way()
-            self.deadline.waited_at = monotonic()
+        if eager:
+            self._be_fair()
         while True:
             if not eager:
                 _wait(self._readable)
-                self.deadline.waited_at, self._lines = monotonic(), 0
+                self.deadline.waited_at = monotonic()
             try:
                 octets = self._socket.recv(size) if self._tls is None else self._decrypt(size)
                 break
@@ -249,6 +243,12 @@ class Wire:
         self._buffer = self._buffer[self._at :] + octets if self._at < len(self._buffer) else octets
         self._at = 0
         return self._buffer
+
+    def _be_fair(self) -> None:
+        """Give way if there were octets at hand for long: what they ask for may take more time than they."""
+        if monotonic() - self.deadline.waited_at > FAIR_TIME:
+            give_way()
+            self.deadline.waited_at = monotonic()
 
     def _decrypt(self, size: int) -> bytes:
         """What can be had, several TLS records at once, of one recv; b"": the peer closed.
@@ -407,6 +407,7 @@ class Wire:
         while True:
             if not eager:
                 _wait(self._readable)
+                self.deadline.waited_at = monotonic()
             eager = False
             with suppress(BlockingIOError):
                 if octets := self._socket.recv(COMMAND_READ):
