@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from willi_lib import config
 from willi_lib.config import Address, Certificate, ConfigError, CsvSettings, MysqlSettings, StaticSettings, cpus
 from willi_lib.config.cpus import cpu_quota, usable_cpus
-from willi_lib.config.reader import NO_MAPPING, OLD_FILE, SECTIONS, Reader
+from willi_lib.config.reader import EQUALS, MAX_FAULTS, NO_MAPPING, OLD_FILE, SECTIONS, Reader
 from willi_lib.config.settings import QUOTE, TOP_KEYS
 from willi_lib.routing.route import Policy, Server
 from willi_lib.text import visible
@@ -567,6 +567,12 @@ type = static
         "willi.conf:20: domain: belongs to the top of the file, above [mappings]",
         "willi.conf:21: [[a]]: is in line 12 already",
     ]
+
+
+def test_of_another_file_not_every_line_is_told(faults):
+    *told, rest = faults("pattern;server\n" * (MAX_FAULTS + 7), "")
+    assert told == [f"willi.conf:{n}: pattern;server: {EQUALS}" for n in range(1, MAX_FAULTS + 1)]
+    assert rest == "willi.conf: and 8 more: is it another file?"  # one is that there is no mapping
 
 
 def test_a_section_line_that_cannot_be_placed_hides_what_is_below_it(faults):

@@ -32,6 +32,15 @@ def test_a_pipe_a_device_and_a_directory_are_errors_at_once(pipe: str, tmp_path:
         assert failure.value.filename in (path, str(path))
 
 
+def test_a_file_that_is_too_large_is_not_read_as_a_whole(tmp_path: Path):
+    """A disk image, or a table, in the place of willi.conf or a key."""
+    file = tmp_path / "willi.conf"
+    file.touch()
+    os.truncate(file, 1 << 36)
+    with pytest.raises(ConfigError, match="cannot read it: has more than 4 MiB"):
+        load(str(file))
+
+
 def named_by(key: str, pipe: str) -> object:
     """A willi.conf that names the pipe."""
     file = Path(pipe).with_name("willi.conf")

@@ -12,6 +12,7 @@ from time import monotonic
 from typing import BinaryIO, NamedTuple
 
 REGULAR = (stat.S_IFREG, stat.S_IFDIR)  # opening a pipe may wait for ever; opening a directory is an error at once
+MAX_OCTETS = 4 << 20  # of a configuration, a certificate or a password
 CALM = 10.0  # seconds a file that is written in place must rest: half of it could look whole
 INTERVAL = 5.0  # seconds between looks
 RETRY = 60.0  # seconds until what did not work is tried again
@@ -26,9 +27,12 @@ def open_file(path: str | Path) -> BinaryIO:
 
 
 def read_file(path: str | Path) -> bytes:
-    """All of it. Raises OSError as `open_file`."""
+    """All of it. Raises OSError as `open_file`, also for what is too large for a file of ours."""
     with open_file(path) as file:
-        return file.read()
+        octets = file.read(MAX_OCTETS + 1)
+    if len(octets) > MAX_OCTETS:
+        raise OSError(errno.EFBIG, f"has more than {MAX_OCTETS >> 20} MiB: is it another file?", str(path))
+    return octets
 
 
 class Stamp(NamedTuple):

@@ -35,6 +35,7 @@ NO_MAPPING = (
     "there is no mapping, so that every recipient would be refused; write the three lines [[file]],"
     " type = csv and file = upstream_servers.csv below a line [mappings], or see willi.conf.example"
 )
+MAX_FAULTS = 100  # that are told of one file
 MAY_HAVE_INVISIBLE = ("password",)  # characters
 
 Place = tuple[str, ...]  # the section lines above a key, and its name: ("[mappings]", "[[a]]", "file")
@@ -89,8 +90,10 @@ class Reader:
         if not self.faults:
             with self.blame(("domain",)):  # the one default that can be wrong
                 return Settings(path=self.path, mappings=tuple(mappings), **values)
-        faults = [f"{self.path}:{line}: {name}: {why}" for line, name, why in sorted(self.faults)]
-        raise ConfigError(faults, may_pass=self.missing_files == len(faults))
+        faults = [f"{self.path}:{line}: {name}: {why}" for line, name, why in sorted(self.faults)[:MAX_FAULTS]]
+        if len(self.faults) > MAX_FAULTS:
+            faults.append(f"{self.path}: and {len(self.faults) - MAX_FAULTS} more: is it another file?")
+        raise ConfigError(faults, may_pass=self.missing_files == len(self.faults))
 
     # Faults and their lines
 
