@@ -22,6 +22,7 @@ from tests.support.loopback import HOST, PATIENCE, free_port, wait_until
 ACCOUNT = "mysql"  # whom the package creates; mariadbd does not want to be root
 PATH = {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C.UTF-8"}
 USER, PASSWORD = "willi", "pass%word'?"
+MOST_TIME = "@@GLOBAL.long_query_time"  # of a query: a number that `most_time` changes, and of no other use here
 QUERY = "SELECT server, tls_verify FROM routes WHERE pattern = ?"
 TABLE = """routes (
     pattern    VARCHAR(255) NOT NULL PRIMARY KEY,
@@ -103,7 +104,7 @@ class Mariadb:
         server: dict[str, Setting] = {} if "unix_socket" in settings else {"host": self.host}
         return {
             "type": "mysql", **server, "user": USER, "password": PASSWORD, "database": name, "query": QUERY,
-            "timeout": "5s", **settings,
+            "timeout": "30s", **settings,
         }  # fmt: skip
 
     @property
@@ -156,6 +157,15 @@ class Mariadb:
     def kill(self) -> None:
         """SIGKILL."""
         self._end(signal.SIGKILL)
+
+    @contextmanager
+    def most_time(self, seconds: float) -> Iterator[None]:
+        """What MOST_TIME is in the block. Otherwise it is ten seconds."""
+        self.query(f"SET GLOBAL long_query_time = {seconds}")
+        try:
+            yield
+        finally:
+            self.query("SET GLOBAL long_query_time = DEFAULT")
 
     @contextmanager
     def hanging(self) -> Iterator[None]:
