@@ -375,8 +375,8 @@ def test_a_host_that_is_down_has_a_time_and_others_have_none(totals: Totals):
 
 @pytest.fixture
 def served(totals: Totals, monkeypatch):
-    """The port of a server in this process; its time limit is short."""
-    monkeypatch.setattr(web, "TIME_LIMIT", 0.3)
+    """The port of a server in this process."""
+    monkeypatch.setattr(web, "TIME_LIMIT", PATIENCE)
     listener = socket.socket()
     listener.bind(("127.0.0.1", 0))
     listener.listen()
@@ -433,7 +433,8 @@ def is_open(client: socket.socket) -> bool:
     return True
 
 
-def test_a_slow_request_is_hung_up_on(served: int):
+def test_a_slow_request_is_hung_up_on(served: int, monkeypatch):
+    monkeypatch.setattr(web, "TIME_LIMIT", 0.3)
     assert said(served, b"GET / HTT") == b""
 
 
