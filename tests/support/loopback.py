@@ -23,7 +23,7 @@ PATIENCE = 60.0  # seconds that a test waits for what must happen; on a quiet ma
 T = TypeVar("T")
 
 
-_marks: deque[socket.socket] = deque(maxlen=300)  # of our last ports: one that falls out is closed
+_marks: deque[socket.socket] = deque(maxlen=300)  # of our last ports and addresses: one that falls out is closed
 _steady: dict[str, tuple[int, socket.socket]] = {}
 
 
@@ -42,6 +42,24 @@ def steady_port(name: str) -> int:
     if name not in _steady:
         _steady[name] = _marked_port(HOST)
     return _steady[name][0]
+
+
+def free_address(port: int) -> str:
+    """A loopback address at which no process has this port, and that no other test gets."""
+    while True:
+        address = f"127.25.{random.randrange(256)}.{random.randrange(1, 255)}"
+        mark = socket.socket(socket.AF_UNIX)
+        try:
+            mark.bind(f"\0willi-test-address-{address}")
+            with socket.socket() as probe:
+                probe.bind((address, port))
+        except PermissionError:
+            raise
+        except OSError:
+            mark.close()
+            continue
+        _marks.append(mark)
+        return address
 
 
 def _marked_port(host: str) -> tuple[int, socket.socket]:

@@ -10,7 +10,7 @@ from tests.conftest import StartUpstream, StartWilli, TwoHosts
 from tests.support.certificates import Authority
 from tests.support.daemon import Willi
 from tests.support.dns import DnsServer, Fault
-from tests.support.loopback import HOST, free_port, wait_until
+from tests.support.loopback import HOST, free_address, free_port, wait_until
 from tests.support.talk import (
     BOB,
     CARL,
@@ -69,7 +69,7 @@ BAD_EHLOS: dict[str, Action] = {
 
 @pytest.mark.parametrize("kind", BAD_GREETINGS)
 def test_after_such_a_greeting_the_next_host_is_tried(kind: str, two_hosts: TwoHosts):
-    willi, bad, good, bob = two_hosts(connect_timeout="1s")
+    willi, bad, good, bob = two_hosts(connect_timeout="2s" if kind in ("silence", "too slow") else "60s")
     bad.answers[GREETING] = BAD_GREETINGS[kind]
     with greeted(willi) as client:
         assert deliver(client, bob) == QUEUED
@@ -173,7 +173,7 @@ LATE_FAILURES: dict[str, tuple[bytes, Action]] = {
 def test_a_host_that_fails_before_it_accepts_a_recipient_is_tried_last(kind: str, two_hosts: TwoHosts):
     """One whose smtpd crashes at each MAIL would else have all mail of the route wait."""
     verb, failure = LATE_FAILURES[kind]
-    willi, bad, good, bob = two_hosts(upstream_timeout="2s")
+    willi, bad, good, bob = two_hosts(upstream_timeout="2s" if failure == Silence() else "60s")
     bad.answers[verb] = failure
     willi.tolerate(bad.server)
     willi.tolerate("upstream_timeout")
@@ -240,7 +240,7 @@ def test_a_host_that_greets_and_then_is_silent_leaves_time_for_the_next_one(
     verb: bytes, two_hosts: TwoHosts, certificates: Authority
 ):
     tls = certificates.issue("localhost").server_context()
-    willi, silent, _, bob = two_hosts(tls=tls, connect_timeout="1s", upstream_tls="always")
+    willi, silent, _, bob = two_hosts(tls=tls, connect_timeout="2s", upstream_tls="always")
     silent.extensions = (*silent.extensions, b"XCLIENT ADDR")
     silent.answers[verb] = Silence()
     with greeted(willi) as client:
@@ -251,7 +251,7 @@ def test_a_host_that_greets_and_then_is_silent_leaves_time_for_the_next_one(
 
 def test_the_only_host_has_the_whole_time_for_its_introduction(start_willi: StartWilli, upstream: ScriptedUpstream):
     upstream.answers[b"EHLO"] = Delay(2.5)
-    willi = start_willi(server=upstream.server, connect_timeout="1s")
+    willi = start_willi(server=upstream.server, connect_timeout="2s")
     with greeted(willi) as client:
         assert deliver(client) == QUEUED
 
@@ -293,7 +293,7 @@ def test_all_hosts_and_addresses_together_have_one_upstream_timeout(
     silent6 = start_upstream(port=silent.port, host="::1")
     silent6.answers[b"EHLO"] = Silence()
     servers = f"mx.b.example:{silent.port},{silent.server}"
-    willi = start_willi(server=servers, dns=dns, upstream_timeout="1s")
+    willi = start_willi(server=servers, dns=dns, upstream_timeout="2s")
     willi.tolerate("mx.b.example")
     with greeted(willi) as client:
         client.socket.settimeout(60)
@@ -302,7 +302,7 @@ def test_all_hosts_and_addresses_together_have_one_upstream_timeout(
 
 
 def test_a_host_that_used_up_the_time_is_tried_last_by_the_next_client(two_hosts: TwoHosts):
-    willi, silent, good, bob = two_hosts(upstream_timeout="1s")
+    willi, silent, good, bob = two_hosts(upstream_timeout="2s")
     silent.answers[b"EHLO"] = Silence()
     willi.tolerate(silent.server)
     with greeted(willi) as client:
@@ -429,7 +429,7 @@ def mx_hosts(start_upstream: StartUpstream, dns: DnsServer) -> list[ScriptedUpst
     dns.zone["b.example"] = {"MX": ["20 mx2.b.example.", "10 mx1.b.example."]}
     hosts = []
     for number in (1, 2):
-        upstream = start_upstream(port=25, host=f"127.25.0.{number}")
+        upstream = start_upstream(port=25, host=free_address(25))
         dns.zone[f"mx{number}.b.example"] = {"A": [upstream.host]}
         hosts.append(upstream)
     return hosts
@@ -486,14 +486,15 @@ def test_as_a_backup_mx_willi_asks_only_better_hosts(backup: Willi, mx_hosts: li
     with greeted(backup) as client:
         assert say(client, MAIL, BOB, b"DATA") == [SENDER_KEPT, NO_ANSWER, LOST]
     assert mx_hosts[1].connections == []
-    assert backup.wait_for_log(msg="Upstream failed")["error"] == "mx1.b.example:25 [127.25.0.1]: Connection refused"
+    down = f"mx1.b.example:25 [{mx_hosts[0].host}]: Connection refused"
+    assert backup.wait_for_log(msg="Upstream failed")["error"] == down
 
 
 def test_as_a_backup_mx_of_another_name_willi_asks_only_better_hosts(
     start_willi: StartWilli, start_upstream: StartUpstream, dns: DnsServer, mx_hosts: list[ScriptedUpstream]
 ):
     """mx2.b.example is ourselves, as its EHLO says; the primary that is down is tried last, and still no bounce."""
-    third = start_upstream(port=25, host="127.25.0.3")
+    third = start_upstream(port=25, host=free_address(25))
     dns.zone["mx3.b.example"] = {"A": [third.host]}
     dns.zone["b.example"] = {"MX": ["10 mx1.b.example.", "20 mx2.b.example.", "20 mx3.b.example.", "30 mx3.b.example."]}
     mx_hosts[1].name = b"willi.example"
@@ -521,8 +522,8 @@ def test_as_the_best_mx_willi_is_a_loop(start_willi: StartWilli, dns: DnsServer,
 
 
 def test_a_domain_without_mx_is_its_own_host(start_willi: StartWilli, start_upstream: StartUpstream, dns: DnsServer):
-    upstream = start_upstream(port=25, host="127.25.0.3")
-    dns.zone["b.example"] = {"A": ["127.25.0.3"]}
+    upstream = start_upstream(port=25, host=free_address(25))
+    dns.zone["b.example"] = {"A": [upstream.host]}
     willi = start_willi(server="mx:b.example", dns=dns)
     with greeted(willi) as client:
         assert deliver(client) == QUEUED

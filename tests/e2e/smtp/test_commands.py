@@ -7,7 +7,7 @@ import pytest
 from tests.conftest import StartUpstream, StartWilli
 from tests.support.daemon import Setting, Willi
 from tests.support.dns import DnsServer
-from tests.support.loopback import HOST, free_port
+from tests.support.loopback import HOST, free_address, free_port
 from tests.support.talk import (
     BEN,
     BOB,
@@ -308,7 +308,7 @@ def test_mail_from_an_mx_host_makes_it_none_for_this_client_only(
     start_willi: StartWilli, start_upstream: StartUpstream, dns: DnsServer
 ):
     """Else one message in a circle would have the mail of all clients bounced for an hour."""
-    upstream = start_upstream(port=25, host="127.25.0.7")
+    upstream = start_upstream(port=25, host=free_address(25))
     dns.zone["mx1.b.example"] = {"A": [upstream.host]}
     dns.zone["b.example"] = {"MX": ["10 mx1.b.example."]}
     willi = start_willi(server="mx:b.example", dns=dns, xclient_hosts="127.0.0.5")

@@ -106,7 +106,7 @@ def test_a_host_that_says_goodbye_while_the_dns_is_asked_is_followed_by_the_next
 ):
     """XCLIENT waits for the client's name; a restart in that time is no verdict on the client."""
     dns.zone["1.0.0.127.in-addr.arpa"] = Fault.SILENCE
-    willi = start_willi(server=f"{raw.server}, {upstream.server}", dns=dns, dns_timeout="1s")
+    willi = start_willi(server=f"{raw.server}, {upstream.server}", dns=dns, dns_timeout="2s")
 
     def serve() -> None:
         peer = raw.accept()

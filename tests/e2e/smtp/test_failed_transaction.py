@@ -34,8 +34,12 @@ BUSY = "421 4.3.2 shutting down / 4.3.2 come again"
 
 
 @pytest.fixture
-def willi(share_willi: StartWilli, upstream: ScriptedUpstream, other: ScriptedUpstream) -> Willi:
-    willi = share_willi(csv=two_domains(upstream, other), upstream_timeout="1s")
+def willi(
+    request: pytest.FixtureRequest, share_willi: StartWilli, upstream: ScriptedUpstream, other: ScriptedUpstream
+) -> Willi:
+    parameters = request.node.callspec.params if hasattr(request.node, "callspec") else {}
+    is_silent = isinstance(parameters.get("death"), Silence)  # all others have the time that they need
+    willi = share_willi(csv=two_domains(upstream, other), upstream_timeout="1s" if is_silent else "60s")
     willi.tolerate(upstream.server)
     return willi
 

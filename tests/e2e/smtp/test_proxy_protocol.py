@@ -124,9 +124,9 @@ def test_without_a_right_header_nothing_is_said(willi: Willi, upstream: Scripted
 
 def test_a_header_that_does_not_come_is_waited_for_3_seconds(willi: Willi):
     """Also if its octets come one by one, each in good time."""
+    began = time.monotonic()
     clients = [connect(willi) for _ in range(4)]
     silent, half, half_binary, slow = clients
-    began = time.monotonic()
     half.send(V1[:-1])
     half_binary.send(V2[:-1])
     slow.socket.settimeout(0.3)

@@ -321,7 +321,8 @@ def test_a_client_has_the_name_that_leads_back_to_it(
 ):  # fmt: skip
     for name, records in names.items():
         dns.zone[name] = records if isinstance(records, Fault) else {**records}
-    willi = start_willi(server=upstream.server, dns=dns, dns_timeout="1s")
+    dns_timeout = "1s" if Fault.SILENCE in names.values() else "60s"
+    willi = start_willi(server=upstream.server, dns=dns, dns_timeout=dns_timeout)
     with greeted(willi, source="127.0.0.7") as client:
         assert deliver(client) == QUEUED
     assert attributes(upstream.connection().commands[1])[b"NAME"] == told
@@ -333,7 +334,9 @@ def test_names_are_cached(start_willi: StartWilli, upstream: ScriptedUpstream, d
     for _ in range(3):
         with greeted(willi, source="127.0.0.7") as client:
             assert deliver(client) == QUEUED
-    assert dns.queries.count(("7.0.0.127.in-addr.arpa", "PTR")) == 1
+        dns.zone.clear()  # nobody would have a name now; and counting queries would count late repetitions
+    told = [attributes(line)[b"NAME"] for line in upstream.commands if line.startswith(b"XCLIENT")]
+    assert told == [b"client.example"] * 3
 
 
 # Refusals
