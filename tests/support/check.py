@@ -33,7 +33,7 @@ def configure(directory: Path, csv: str, more: str = "", mappings: str = "", dns
     (directory / "map.csv").write_text("pattern;server;tls_verify\n" + csv)
     path = directory / "willi.conf"
     path.write_text(
-        f"domain = mx.willi.example\nlisten = {HOST}:{free_port()}\nconnect_timeout = 5s\n{more}\n"
+        f"domain = mx.willi.example\nlisten = {HOST}:{free_port()}\nconnect_timeout = 20s\n{more}\n"
         f"dns_timeout = {dns_timeout}\n[mappings]\n[[people]]\ntype = csv\nfile = map.csv\n{mappings}"
     )
     return path

@@ -15,6 +15,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from tests.support.daemon import Willi
 from tests.support.loopback import HOST, PATIENCE, wait_until
 
+UNANSWERED = "no worker has answered within 3 s"
+
 Samples = dict[str, dict[tuple[tuple[str, str], ...], float]]  # by name; by the labels in their order
 
 
@@ -93,10 +95,13 @@ class Status:
         return parsed
 
     def lookup(self, address: str) -> str:
-        """The text of the page that answers for an address."""
+        """The text of the page that answers for an address, once a worker has had the time to."""
+        return wait_until(lambda: self._answer_for(address), "a worker that answers")
+
+    def _answer_for(self, address: str) -> str:
         answer = self.get(f"/?address={quote(address)}")
         assert answer.status == 200
-        return answer.text
+        return "" if UNANSWERED in answer.text else answer.text
 
 
 def status_process(willi: Willi) -> int | None:

@@ -28,6 +28,7 @@ class StatusServer:
         self.overview = overview
         self.answers: dict[str, bytes] = {}
         self.asked: list[str] = []  # the paths, in order
+        self.then: dict[str, Callable[[], None]] = {}  # done once, when a path has been answered
         self._server = ThreadingHTTPServer((HOST, 0), _handler(self))
         self._server.daemon_threads = True
         self.port: int = self._server.server_address[1]
@@ -53,6 +54,7 @@ class StatusServer:
             "/status.json": lambda: ("application/json", json.dumps(asdict(self.overview))),
         }
         kind, text = made[parts.path]()
+        self.then.pop(parts.path, lambda: None)()
         return kind, text.encode()
 
 

@@ -152,7 +152,7 @@ def test_a_terminal_is_shown_how_many_upstreams_are_done_until_all_are(tmp_path:
 def test_who_has_seen_enough_gets_no_traceback(tmp_path: Path, upstream: ScriptedUpstream):
     waiting = upstream.answers[GREETING] = Hold()
     path = configure(tmp_path, f"b.example;{upstream.server}\n", "connect_timeout = 60s")
-    path.write_text(path.read_text().replace("connect_timeout = 5s", ""))
+    path.write_text(path.read_text().replace("connect_timeout = 20s", ""))
     command = [PYTHON, "-u", str(ROOT / "willi.py"), "check", "-c", str(path)]
     for leave, status in (("Ctrl-C", -signal.SIGINT), ("head", 4)):
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
@@ -503,7 +503,7 @@ def test_the_status_page_needs_a_port_of_its_own(tmp_path: Path):
 
 
 def test_the_resolver_and_the_domain(tmp_path: Path, dns: DnsServer):
-    path = configure(tmp_path, "", dns_timeout="2s")
+    path = configure(tmp_path, "", dns_timeout="20s")
     [domain] = about(findings(path, dns.prefix), "domain")
     assert domain.level == "warn" and domain.what == "mx.willi.example has no address in the DNS"
     dns.zone["mx.willi.example"] = {"A": ["192.0.2.25"], "AAAA": ["2001:db8::25"]}
@@ -535,7 +535,7 @@ def test_many_hosts_behind_a_silent_resolver_are_one_finding(tmp_path: Path, dns
 def test_an_odd_line_in_resolv_conf_is_passed_over(tmp_path: Path, dns: DnsServer):
     dns.zone["mx.willi.example"] = {"A": ["192.0.2.25"]}
     dns.resolv_conf.write_text("search a..b\nnameserver 192.0.2.1,192.0.2.2\n" + dns.resolv_conf.read_text())
-    [resolver] = about(findings(configure(tmp_path, "", dns_timeout="2s"), dns.prefix), "DNS")
+    [resolver] = about(findings(configure(tmp_path, "", dns_timeout="20s"), dns.prefix), "DNS")
     assert resolver.level == "ok"
 
 
@@ -620,7 +620,7 @@ def test_routes_without_verification_are_counted_unless_they_stay_at_home(tmp_pa
     path = configure(
         tmp_path, "a.example;192.0.2.1:1;no\nb.example;192.0.2.1:1\nc.example;10.0.0.1:1;no\nd.example;192.0.2.1:1;no\n"
     )
-    path.write_text(path.read_text().replace("connect_timeout = 5s", "connect_timeout = 0.1s"))
+    path.write_text(path.read_text().replace("connect_timeout = 20s", "connect_timeout = 0.1s"))
     [problem] = bad(about(findings(path), f"csv:{tmp_path}/map.csv"))
     assert problem.level == "warn" and "1 of 3 routes have tls_verify = false" in problem.what
 

@@ -221,10 +221,13 @@ def test_a_malicious_question_is_answered_as_text(open_page: Open, server: Statu
 def test_the_page_asks_again_by_itself_and_stays_where_it_was(
     open_page: Open, server: StatusServer, monkeypatch: pytest.MonkeyPatch, fragment: str
 ):
+    def change() -> None:
+        monkeypatch.setattr(status_page, "REFRESH", 600)
+        server.overview = overviews.troubled()
+
     monkeypatch.setattr(status_page, "REFRESH", 3)
+    server.then["/"] = change
     page = open_page(f"{server.url}/{fragment}")
-    monkeypatch.setattr(status_page, "REFRESH", 600)
-    server.overview = overviews.troubled()
     page.mouse.wheel(0, 400)
     wait_until(lambda: page.evaluate("scrollY") > 0, "the page further down")
     page.get_by_text("6 problems need you").wait_for()
