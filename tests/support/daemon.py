@@ -125,7 +125,7 @@ class Willi:
         self.directory = directory
         self.port = free_port()
         defaults: dict[str, Setting] = {
-            "listen": f"{HOST}:{self.port}", "domain": "willi.example", "workers": 1, "drain_timeout": "20s",
+            "listen": f"{HOST}:{self.port}", "domain": "willi.example", "workers": 1,
         }  # fmt: skip
         self.settings: dict[str, Setting] = {**defaults, **settings}
         self.config = write_config(directory / "willi.conf", self.settings)

@@ -123,9 +123,9 @@ import pytest, threading
 from tests.runner.limits import allow
 def wait(seconds): threading.Event().wait(seconds)
 @pytest.fixture(scope="module")
-def first(): wait(1.5)
+def first(): wait(1.2)
 @pytest.fixture(scope="module")
-def second(): wait(1.5)
+def second(): wait(1.2)
 def test_one(first, second): pass
 def test_two():
     allow(60)

@@ -9,7 +9,9 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from tests.conftest import StartWilli
+from tests.support import shared
 from tests.support.daemon import Willi
+from tests.support.loopback import PATIENCE
 from tests.support.shared import SharedWillis
 from tests.support.talk import BOB, MAIL, QUEUED, deliver, greeted, say
 from tests.support.upstream import GREETING, Close, ScriptedUpstream
@@ -17,9 +19,9 @@ from tests.support.upstream import GREETING, Close, ScriptedUpstream
 
 @pytest.fixture
 def willis() -> Iterator[SharedWillis]:
-    shared = SharedWillis()
-    yield shared
-    shared.end()
+    made = SharedWillis()
+    yield made
+    made.end()
 
 
 @pytest.fixture
@@ -27,6 +29,13 @@ def start(start_willi: StartWilli, upstream: ScriptedUpstream) -> Callable[[], W
     return lambda: start_willi(server=upstream.server)
 
 
+@pytest.fixture
+def no_hurry(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A Willi that takes its time to close its connections goes on, too."""
+    monkeypatch.setattr(shared, "LEFT_OPEN", PATIENCE)
+
+
+@pytest.mark.usefixtures("no_hurry")
 def test_a_willi_that_has_had_mail_goes_on_with_an_empty_log(willis: SharedWillis, start: Callable[[], Willi]):
     first = willis.take("a", start)
     with greeted(first) as client:
@@ -70,6 +79,7 @@ def test_a_willi_in_which_a_connection_is_left_does_not(willis: SharedWillis, st
         assert first.process.poll() is not None
 
 
+@pytest.mark.usefixtures("no_hurry")
 def test_an_error_is_told_by_the_test_that_had_it(
     willis: SharedWillis, start: Callable[[], Willi], upstream: ScriptedUpstream
 ):

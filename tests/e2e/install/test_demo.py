@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import show_on_failure
-from tests.support.loopback import HOST, ROOT, free_port, wait_until
+from tests.support.loopback import HOST, PATIENCE, ROOT, free_port, wait_until
 
 LAST_LINE = "Ctrl-C ends the demo"
 SUBJECT = "Sm\N{LATIN SMALL LETTER O WITH DIAERESIS}rg\x1b[31m\x85"
@@ -109,7 +109,7 @@ def test_it_shows_a_mail_sent_by_hand_and_ends_when_asked(start_demo: Callable[.
     demo.wait_for(LAST_LINE)
     assert f" {HOST}:{demo.port} " in demo.text or f" {HOST} {demo.port}\n" in demo.text
     before = len(demo.text)
-    with smtplib.SMTP(HOST, int(demo.port), "me.example", 10) as client:
+    with smtplib.SMTP(HOST, int(demo.port), "me.example", PATIENCE) as client:
         client.sendmail("me@me.example", ["bob@west.example"], f"Subject: {SUBJECT}\n\nhello\n".encode())
     demo.wait_for("to=bob@west.example")
     shown = demo.text[before:]

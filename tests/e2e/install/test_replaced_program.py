@@ -57,7 +57,7 @@ def write_new_configuration(machine: Machine, **settings: Setting) -> None:
 def old_program_goes_on(machine: Machine) -> bool:
     """It serves, and would again after a restart."""
     machine.run("systemctl", "restart", "willi")
-    wait_until(lambda: speaks(machine, old_program.BANNER), "the old program after a restart", 30)
+    wait_until(lambda: speaks(machine, old_program.BANNER), "the old program after a restart")
     return machine.path(CONF).read_text() == old_program.SETTINGS
 
 

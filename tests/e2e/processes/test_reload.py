@@ -15,6 +15,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 from pathlib import Path
+from time import monotonic
 
 import pytest
 
@@ -242,6 +243,7 @@ def test_an_address_that_is_taken_changes_nothing(willi: Willi):
 
 
 HEAD = "pattern;server;tls_verify\n"
+CALM = 2.0  # seconds that a file must rest, where a test writes on and on
 NO_TABLE = "CSV file not read by a new worker, which answers 451 without its table"
 TABLE_FAULT = "CSV file not read, the old table stays"
 ANN = b"RCPT TO:<ann@z.example>"  # whose line is the last one
@@ -321,7 +323,7 @@ def test_a_new_worker_takes_no_table_that_is_worse_than_the_one_that_serves(
 def test_a_new_worker_waits_for_a_file_that_is_being_written(
     start: Callable[[Willi], None], tabled: Callable[[float], Willi]
 ):
-    willi = tabled(2.0)
+    willi = tabled(CALM)
     whole = willi.csv.read_text()
     first, last = whole[: whole.index("z.example")], whole[whole.index("z.example") :]
     with willi.csv.open("w") as file:
@@ -331,8 +333,10 @@ def test_a_new_worker_waits_for_a_file_that_is_being_written(
         for _ in range(6):
             file.write("# still writing\n")
             file.flush()
-            assert answer(willi, ANN)[:3] in ("250", "451")
-            threading.Event().wait(0.4)  # less than CALM
+            written = monotonic()
+            told = answer(willi, ANN)[:3]
+            assert told in ("250", "451") or monotonic() - written >= CALM, "less than CALM between two writes"
+            threading.Event().wait(0.4)
         file.write(last)
     wait_until(lambda: answer(willi, ANN) == "250 2.0.0 ok", "the whole table", 60)
 
@@ -442,18 +446,16 @@ def test_a_certificate_whose_reload_failed_for_another_reason_is_not_forgotten(
 
 
 def test_a_changed_certificate_beside_a_broken_file_is_tried_once_a_minute(
-    start_willi: StartWilli, upstream: ScriptedUpstream, certificates: Authority, postfix_certificate: Pair,
-    tmp_path: Path,
-):  # fmt: skip
+    start_willi: StartWilli, upstream: ScriptedUpstream, postfix_certificate: Pair, tmp_path: Path
+):
     cert, key = copied(postfix_certificate, tmp_path)
     prefix = in_a_hurry(**{"files.INTERVAL": 0.2, "files.RETRY": 5.0})
     willi = start_willi(server=upstream.server, workers=1, tls_cert=cert, tls_key=key, prefix=prefix)
     willi.tolerate(FAILED)
     good = willi.config.read_text()
     willi.config.write_text(good + "nonsense = 1\n")
-    renewed = certificates.issue("renewed-in-vain.example")
-    for new, name in ((renewed.cert, cert), (renewed.key, key)):
-        Path(shutil.copy(new, tmp_path / "new")).replace(name)
+    (tmp_path / "new").write_text(Path(cert).read_text() + "\n")  # alone: a second file would be a second change
+    (tmp_path / "new").replace(cert)
     willi.wait_for_log(msg=FAILED, count=2, seconds=60)
     first, second = (datetime.fromisoformat(line["t"][:19]) for line in willi.lines(msg=FAILED)[:2])
     assert (second - first).total_seconds() >= 4.0  # stamps are whole seconds, and the master looks once a second
@@ -516,7 +518,10 @@ def test_a_changed_path_of_a_certificate_is_one_reload(
 # Addresses and limits
 
 
-def test_an_address_that_was_taken_out_may_come_back_at_once(willi: Willi):
+def test_an_address_that_was_taken_out_may_come_back_at_once(
+    start_willi: StartWilli, upstream: ScriptedUpstream, tmp_path: Path
+):
+    willi = start_willi(server=upstream.server, environment={"RUNTIME_DIRECTORY": str(tmp_path)})
     first, second = willi.port, free_port()
     both = [f"{HOST}:{first}", f"{HOST}:{second}"]
     for _ in range(3):
@@ -524,8 +529,8 @@ def test_an_address_that_was_taken_out_may_come_back_at_once(willi: Willi):
         willi.signal(signal.SIGHUP)
         willi.change({"listen": f"{HOST}:{first}"})
         willi.signal(signal.SIGHUP)
-        willi.reload({"listen": both})
-        wait_until(lambda: willi.text.count("msg=Reloading\n") == willi.text.count("msg=Reloaded "), "the last reload")
+        willi.change({"listen": both})
+        assert outcome_of(ask_for_reload(tmp_path, willi.process.pid)) == (0, ""), "the last reload"
         assert willi.lines(msg=FAILED) == []
     for willi.port in (first, second):
         willi.probe()
@@ -660,10 +665,12 @@ def descriptors_of(pid: int) -> int:
     return len(list(Path(f"/proc/{pid}/fd").iterdir()))
 
 
-def test_reloads_under_load_lose_nobody(start_willi: StartWilli, upstream: ScriptedUpstream):
+def test_reloads_under_load_lose_nobody(start_willi: StartWilli, upstream: ScriptedUpstream, tmp_path: Path):
     """Not one client is refused, reset, or told 421 inside a transaction; and nothing grows."""
     allow(400)
-    willi = start_willi(server=upstream.server, workers=2, max_connections_per_ip=1000)
+    willi = start_willi(
+        server=upstream.server, workers=2, max_connections_per_ip=1000, environment={"RUNTIME_DIRECTORY": str(tmp_path)}
+    )
     willi.reload()
     wait_until(lambda: len(willi.workers) == 2, "two workers")
     descriptors, memory = descriptors_of(willi.process.pid), memory_of(willi.process.pid)
@@ -675,11 +682,11 @@ def test_reloads_under_load_lose_nobody(start_willi: StartWilli, upstream: Scrip
         return willi.text.count("msg=Reloaded ") > examples(20)
 
     wait_until(have_reloaded, "four reloads, or twenty", 300)
-    wait_until(lambda: willi.text.count("msg=Reloading\n") == willi.text.count("msg=Reloaded "), "the last one", 60)
+    assert outcome_of(ask_for_reload(tmp_path, willi.process.pid)) == (0, ""), "the last one"
     wait_until(lambda: len(visitors.accepted) > 100, "a hundred messages")
     visitors.end()
     assert {command[:4] for command in visitors.sent_away} <= {b"EHLO", b"MAIL", b"QUIT"}
     assert sorted(message.content for message in upstream.messages) == sorted(visitors.accepted)
     wait_until(lambda: len(willi.workers) == 2, "two workers, all others have gone")
-    assert descriptors_of(willi.process.pid) == descriptors
+    wait_until(lambda: descriptors_of(willi.process.pid) <= descriptors, "no descriptor more than before")
     assert memory_of(willi.process.pid) - memory < 1024

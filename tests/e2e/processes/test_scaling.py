@@ -101,9 +101,14 @@ def test_health_checks_leave_no_line_in_the_log(site: Site):
     site.tell_haproxies("set server mx/willi1 health down")
     site.wait_until_up("willi1")  # it takes two good checks of each HAProxy
     for balancer in site.balancers:
-        for server in balancer.haproxy.servers().values():
-            assert (server["check_status"], server["last_chk"]) == ("L7OK", "2.0.0 Bye")
+        wait_until(lambda: all_are_well(balancer), "good checks of all")  # noqa: B023
     assert {name: willi.text for name, willi in site.willis.items()} == before
+
+
+def all_are_well(balancer: Balancer) -> bool:
+    """By the last health check of each Willi."""
+    servers = balancer.haproxy.servers().values()
+    return all((server["check_status"], server["last_chk"]) == ("L7OK", "2.0.0 Bye") for server in servers)
 
 
 def test_mail_goes_on_when_a_willi_is_killed_and_none_is_lost(site: Site):

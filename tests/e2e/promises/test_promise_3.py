@@ -117,7 +117,7 @@ def test_an_upstream_may_die_at_any_step(
 def test_an_upstream_may_be_killed_at_any_octet_of_the_message(
     verb: bytes, start_willi: StartWilli, upstream: ScriptedUpstream
 ):
-    willi = start_willi(server=upstream.server, **SHORT)
+    willi = start_willi(server=upstream.server)
     willi.tolerate("Upstream failed")
     if verb == b"BDAT to DATA":
         upstream.extensions = ()
@@ -326,7 +326,7 @@ def test_an_upstream_that_is_not_who_it_should_be_is_a_451(
 
 def test_a_real_postfix_that_is_stopped_in_the_message_is_a_451(start_willi: StartWilli, start_postfix: StartPostfix):
     postfix: Postfix = start_postfix(domains=("b.example",))
-    willi = start_willi(server=postfix.server, **SHORT)
+    willi = start_willi(server=postfix.server)
     willi.tolerate("Upstream failed")
     waiting = in_envelope(willi)
     client = in_data(willi)

@@ -238,7 +238,7 @@ def test_sigint_is_as_good_as_sigterm(willi: Willi):
 
 
 def test_postfix_has_the_whole_message_or_none_of_it(start_willi: StartWilli, postfix: Postfix):
-    willi = start_willi(server=postfix.server, drain_timeout="1s")
+    willi = start_willi(server=postfix.server, drain_timeout="3s")
     whole, half = in_data(willi, "drained-whole@b.example"), in_data(willi, "drained-half@b.example")
     for client in (whole, half):
         client.send(b"Subject: x\r\n\r\nhello\r\n")

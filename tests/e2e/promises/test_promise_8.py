@@ -203,7 +203,9 @@ def test_an_upstream_that_drips_runs_into_its_limits(start_willi: StartWilli):
     def refuse(where: bytes) -> None:
         upstream = ScriptedUpstream()
         upstream.extensions = ()
-        upstream.answers[where] = Drip(Reply(354 if where == b"DATA" else 250, (b"slowly, slowly",)), 0.4)
+        dripping = Drip(Reply(354 if where == b"DATA" else 250, (b"slowly, slowly",)), 0.4)
+        code_in_time = Drip(Reply(250, (b"slowly, slowly" * 4,)), 0.1)
+        upstream.answers[where] = code_in_time if where == VERDICT else dripping
         upstreams.append(upstream)
         table.append(f"{len(upstreams)}.example;{upstream.server};false\n")
 
