@@ -285,6 +285,19 @@ def test_what_a_killed_program_has_not_committed_is_not_read(file: Path, open_fi
     assert server(open_file(), "ann@7.example") == "mx1:25"
 
 
+def test_what_another_program_puts_right_at_once_is_no_outage(
+    file: Path, open_file: Open, capfd: pytest.CaptureFixture[str]
+):
+    """As it is for milliseconds when a program that writes in WAL mode begins or ends."""
+    fill = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 5000)"
+    change(file, f"{fill} INSERT INTO routes SELECT i || '.example', 'mx1', 1 FROM n")
+    with Other(file, "PRAGMA cache_size = 1; BEGIN; UPDATE routes SET server = 'mx2'") as other:
+        other.crash()
+    gevent.spawn_later(0.1, change, file, "UPDATE routes SET server = 'mx3' WHERE pattern = 'b.example'")
+    assert server(open_file()) == "mx3:25"
+    assert logged(capfd) == []
+
+
 # Faults
 
 

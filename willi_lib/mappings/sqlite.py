@@ -32,6 +32,8 @@ INSTRUCTIONS = 1000  # of SQLite, between two looks at the clock
 LOCK_TIME = 1.0  # seconds that a look-up waits for a program that writes; a commit takes milliseconds
 TOO_LONG = f"the query took more than {QUERY_TIME:g} s: is there an index on the pattern?"
 NO_SHM = "beside it is a -wal without its -shm: open it once with a program that may write"
+# Also when a program that writes in WAL mode has just begun or ended: it makes and removes the -wal and the -shm.
+MAY_PASS = ("is locked", "readonly database", "unable to open", NO_SHM)
 NO_INDEX = "the query reads all of the table: is there an index on the pattern?"
 READS_ALL = re.compile(rb"SCAN (?![(\d]|CONSTANT|SUBQUERY)")  # a table, not what was found in one (sqlite.org/eqp.html)
 FEW_ROWS = 10_000  # which take no time without an index, too
@@ -42,7 +44,7 @@ UNCHANGING = "mode=ro&immutable=1"
 
 
 class _Busy(Down):
-    """Another program writes just now."""
+    """Another program writes just now, it seems."""
 
 
 class SqliteFile:
@@ -146,7 +148,8 @@ class SqliteFile:
         text = f"{self._name}: {TOO_LONG if text == 'interrupted' else text}"
         if is_own_lack(error):
             return OwnLack(text)
-        return _Busy(text) if "is locked" in text else NotNow(text, not_there=True)
+        is_passing = any(words in text for words in MAY_PASS)
+        return (_Busy if is_passing else NotNow)(text, not_there="is locked" not in text)
 
 
 def _state(file: str) -> tuple[object, ...]:
