@@ -186,6 +186,15 @@ def test_a_flood_of_unknown_recipients_does_not_drive_out_their_domain(table: Ta
     assert table.asked.count("b") == 1
 
 
+def test_a_key_that_is_longer_than_any_takes_no_memory(table: Table):
+    """A client could fill it with a hundred thousand of them."""
+    watched = Watched(table)
+    for key in ("a" * 2000, "b"):
+        watched.find(key)
+        watched.find(key)
+    assert table.asked == ["a" * 2000, "a" * 2000, "b"]
+
+
 def test_a_hundred_sessions_with_the_same_key_make_one_query(table: Table):
     watched = Watched(table)
     table.release.clear()

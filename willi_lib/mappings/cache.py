@@ -35,6 +35,7 @@ CONFIRMATION = 60.0  # seconds a row must be missing until that is believed: a r
 ROW_IS_MISSING = f"A row is missing, it is believed to be gone after {CONFIRMATION:g} s"
 NO_ROW = "Database has shown no row, until it does what no other mapping has is told 451"
 BACK = "Database is back after {:.1f} s"
+MAX_KEY = 512  # characters of a key that is remembered: of real ones 320, and of a command's line 2,000
 GRACE = 0.2  # seconds for a query that has just run into the time limit to say why
 
 
@@ -221,6 +222,8 @@ class CachedMapping:
             self._no_row_logged = False
         elif rows and self._is_missing(rows, key, now):
             raise LookupFailed(f"the row for {key!r} was there, and is missing", logged=True)
+        if len(key) > MAX_KEY:
+            return
         self._entries[key] = _Entry(route, now)
         self._entries.move_to_end(key)
         if len(self._entries) > self._settings.cache_size:
