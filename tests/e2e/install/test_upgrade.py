@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 from tests.support.examples import THOROUGH
@@ -26,8 +27,8 @@ from tests.support.installation import (
     upstream_on,
     version_on,
 )  # fmt: skip
-from tests.support.loopback import ROOT
-from tests.support.machine import Machine
+from tests.support.loopback import ROOT, wait_until
+from tests.support.machine import RUNNING, Machine
 from tests.support.talk import EHLO, MAIL
 from tests.support.traffic import CONNECT, Traffic
 
@@ -126,9 +127,9 @@ def test_an_upgrade_that_is_killed_leaves_the_old_willi_and_the_next_one_clears_
     assert nothing_but_one_release(machine)
 
 
-# $1: the installation, $2: Willi's log.
+# $1: the installation, $2: Willi's log, $3: what is said on stderr.
 INTERRUPT_WHILE_IT_DRAINS = """
-"$1" & job=$!
+"$1" 2>"$3" & job=$!
 until grep -q msg=Draining "$2"; do sleep 0.1; done
 kill -TERM $job
 wait $job
@@ -137,22 +138,25 @@ wait $job
 
 def test_an_upgrade_says_what_it_waits_for_and_ends_well_if_it_is_interrupted_then(machine):
     """Here /opt/willi is a symlink, too."""
-    configure(machine)
+    configure(machine, drain_timeout="5m")
     machine.run("mv", "/opt/willi", "/opt/data")
     machine.run("ln", "-s", "/opt/data", "/opt/willi")
     with upstream_on(machine) as upstream:
         machine.run(INIT, "start")
-        with connect(machine) as client:  # in a transaction, so that it takes until drain_timeout
+        with ThreadPoolExecutor() as beside, connect(machine) as client:
             assert client.read_reply().code == 220
             assert client.command(EHLO).code == 250
-            assert client.command(MAIL).code == 250
+            assert client.command(MAIL).code == 250  # in a transaction: the old Willi waits for its end
+            said = machine.write("/root/said", "")
             new = f"{UNPACKED}/willi-{NEW}/install.sh"
-            done = machine.ask(
-                "bash", "-c", INTERRUPT_WHILE_IT_DRAINS, "bash", new, LOG, environment={"PYTHON": QUICK_PYTHON}
-            )
-        assert done.returncode == 0, done.stdout + done.stderr
+            command = ["bash", "-c", INTERRUPT_WHILE_IT_DRAINS, "bash", new, LOG, "/root/said"]
+            installing = beside.submit(machine.ask, *command, environment={"PYTHON": QUICK_PYTHON})
+            wait_until(lambda: NOT_NOW in said.read_text() or installing.done(), NOT_NOW, RUNNING)
+            client.close()
+            done = installing.result()
+        assert done.returncode == 0, done.stdout + said.read_text()
         assert "What has begun is finished first, for up to drain_timeout" in done.stdout
-        assert NOT_NOW in done.stderr
+        assert NOT_NOW in said.read_text()
         assert "It is running." in done.stdout
         send_message(machine, upstream)
         machine.run(INIT, "restart")

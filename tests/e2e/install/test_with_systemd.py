@@ -39,9 +39,14 @@ PEM = "/etc/ssl/private/mx.pem"
 SOCKET = "/run/mysqld/mysqld.sock"
 
 
-def has_come_back(machine: Machine, times: int) -> bool:
-    """systemd has started it anew so many times, and it serves."""
-    return (show(machine, "NRestarts"), show(machine, "ActiveState")) == (str(times), "active")
+def restarts(machine: Machine) -> int:
+    """How many times systemd has started it anew."""
+    return int(show(machine, "NRestarts"))
+
+
+def has_come_back(machine: Machine, before: int) -> bool:
+    """systemd has started it anew since then, and it serves."""
+    return restarts(machine) > before and show(machine, "ActiveState") == "active"
 
 
 def test_with_systemd_a_first_install_leaves_no_failed_unit_and_the_journal_says_why(systemd, installed_with_systemd):
@@ -84,7 +89,7 @@ def test_with_systemd_another_python_is_told_in_one_line_and_install_sh_again_he
     [line, *more] = dict.fromkeys(journal(systemd).splitlines())
     assert (line, more) == (WHY_NOT.strip(), [line for line in more if "run install.sh of the release again" in line])
     assert len(more) == 1
-    wait_until(lambda: show(systemd, "NRestarts") != "0", "another try", 30)
+    wait_until(lambda: show(systemd, "NRestarts") != "0", "another try")
     with upstream_on(systemd) as upstream:
         assert install(systemd, NEW).returncode == 0
         send_message(systemd, upstream)
@@ -119,9 +124,10 @@ def test_a_master_that_hangs_or_dies_is_replaced(systemd):
     drop_in(systemd, "WatchdogSec=3s")
     with upstream_on(systemd) as upstream:
         systemd.run("systemctl", "start", "willi")
-        for number, name in ((1, "STOP"), (2, "KILL")):
+        for name in ("STOP", "KILL"):
+            before = restarts(systemd)  # a slow machine may have had one of its own
             systemd.run("sh", "-c", f"kill -{name} {show(systemd, 'MainPID')}")
-            wait_until(partial(has_come_back, systemd, number), f"restart {number}", 60)
+            wait_until(partial(has_come_back, systemd, before), f"the restart after {name}")
             send_message(systemd, upstream)
 
 
