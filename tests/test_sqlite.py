@@ -285,6 +285,18 @@ def test_what_a_killed_program_has_not_committed_is_not_read(file: Path, open_fi
     assert server(open_file(), "ann@7.example") == "mx1:25"
 
 
+def test_a_file_that_a_program_has_open_in_wal_mode_is_not_read_as_one_that_cannot_change(
+    tmp_path: Path, open_file: Open
+):
+    """Although its -wal is empty just now. SQLite would not notice that the program writes it into the file."""
+    file = table(tmp_path / "routes.db", {"b.example": "mx1"}, wal=True)
+    with Other(file, "UPDATE routes SET server = 'mx2'; PRAGMA wal_checkpoint(TRUNCATE)"):
+        assert file.with_name("routes.db-wal").stat().st_size == 0
+        assert server(open_file()) == "mx2:25"
+        opened = {str(one.readlink()) for one in Path("/proc/self/fd").iterdir() if one.is_symlink()}
+        assert f"{file}-shm" in opened
+
+
 def test_what_another_program_puts_right_at_once_is_no_outage(
     file: Path, open_file: Open, capfd: pytest.CaptureFixture[str]
 ):

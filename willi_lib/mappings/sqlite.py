@@ -163,11 +163,12 @@ def _mode(file: str) -> str:
         header = opened.read(20)
     if header[18:] != WAL_MODE:
         return "mode=ro"
-    if not _log_of(file)[1]:
-        return UNCHANGING
-    if not Path(f"{file}-shm").exists():
+    number, size = _log_of(file)
+    if number and Path(f"{file}-shm").exists():  # a program that writes has it open, perhaps
+        return "mode=ro"
+    if size:
         raise OSError(errno.ENOENT, NO_SHM)
-    return "mode=ro"
+    return UNCHANGING
 
 
 def _log_of(file: str) -> tuple[int, int]:
