@@ -86,7 +86,9 @@ class Connector:
         for number, server in enumerate(servers, 1):
             began = monotonic()
             try:
-                return self._open_host(route, server, client, deadline, sid, is_last=number == len(servers))
+                upstream = self._open_host(route, server, client, deadline, sid, is_last=number == len(servers))
+                upstream.stands_in = bool(failures) or any(self._is_down(one.host, one.port) for one in servers)
+                return upstream
             except UpstreamFailed as error:
                 failures.append(str(error))
                 is_ours = isinstance(error, OurFault)

@@ -212,9 +212,9 @@ class Upstreams:
         """MAIL, and behind it in the same write what the client has sent in one group with this RCPT."""
         mail = transaction.mail
         if mail.smtputf8 and "SMTPUTF8" not in upstream.features:
-            raise Rejected(replies.NO_SMTPUTF8)
+            raise Rejected(replies.STANDS_IN if upstream.stands_in else replies.NO_SMTPUTF8)
         if mail.body == "8BITMIME" and self._settings.strict_8bitmime and "8BITMIME" not in upstream.features:
-            raise Rejected(replies.NO_8BITMIME)
+            raise Rejected(replies.STANDS_IN if upstream.stands_in else replies.NO_8BITMIME)
         line = mail.line(upstream.features)
         upstream.send_pipelined([line, _rcpt_line(recipient), *self._lines_ahead(transaction, upstream)])
         answer = upstream.ask(line)

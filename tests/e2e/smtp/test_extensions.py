@@ -145,6 +145,21 @@ def test_smtputf8_is_refused_if_the_upstream_lacks_it(willi: Willi, upstream: Sc
     assert len(upstream.connections) == 1
 
 
+@pytest.mark.parametrize("parameter", [b" SMTPUTF8", b" BODY=8BITMIME"])
+def test_nothing_is_refused_for_good_by_a_host_that_stands_in_for_another(
+    parameter: bytes, start_willi: StartWilli, upstream: ScriptedUpstream, other: ScriptedUpstream
+):
+    """What one upstream lacks, the one that is down may have."""
+    willi = start_willi(server=f"{other.server},{upstream.server}", strict_8bitmime=True)
+    upstream.extensions = ()
+    other.stop()
+    later = "451 4.4.1 Server that may support this message does not answer, try again"
+    for _ in range(2):  # at first the other one is asked, then it is known to be down
+        with greeted(willi) as client:
+            assert say(client, MAIL + parameter, BOB, b"RSET") == [SENDER_KEPT, later, "250 2.0.0 Ok"]
+            assert deliver(client) == QUEUED
+
+
 def test_non_ascii_without_smtputf8_is_refused(willi: Willi):
     needs = "553 5.6.7 Non-ASCII address needs SMTPUTF8"
     with greeted(willi) as client:
