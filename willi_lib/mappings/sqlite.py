@@ -13,10 +13,11 @@ import errno
 import os
 import re
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 from time import monotonic
+from typing import TypeVar
 
 import gevent
 
@@ -26,6 +27,8 @@ from ..net.own_lack import is_own_lack
 from ..routing.route import HostFacts, LookupFailed, Route
 from .mysql import NOBODY, Down, NotNow, OwnLack, statement_of
 from .row import WrongColumns, route_of
+
+T = TypeVar("T")
 
 QUERY_TIME = 0.1  # seconds in which the worker does nothing else
 INSTRUCTIONS = 1000  # of SQLite, between two looks at the clock
@@ -61,30 +64,37 @@ class SqliteFile:
 
     def ask(self, key: str) -> Route | None:
         """The route in the first row for this key. Raises Down, OwnLack, LookupFailed."""
+        return self._patiently(lambda connection: self._ask(connection, key)[0])
+
+    def inspect_hosts(self) -> tuple[HostFacts, ...]:
+        """The file, as it answers just now."""
+        try:
+            return (HostFacts(self._name, "", text=self._patiently(self._inspect)),)
+        except (Down, LookupFailed) as fault:
+            return (HostFacts(self._name, "", fault=str(fault).removeprefix(f"{self._name}: ")),)
+
+    def _patiently(self, work: Callable[[sqlite3.Connection], T]) -> T:
+        """Again for some time, if another program is in the way."""
         give_up, pause = monotonic() + LOCK_TIME, 0.005
         while True:
             try:
                 with self._open(QUERY_TIME) as connection:
-                    return self._ask(connection, key)[0]
+                    return work(connection)
             except _Busy:
                 if monotonic() + pause > give_up:
                     raise
             gevent.sleep(pause)
             pause *= 2
 
-    def inspect_hosts(self) -> tuple[HostFacts, ...]:
-        """The file, as it answers just now."""
-        try:
-            with self._open(QUERY_TIME) as connection:
-                names = self._ask(connection, NOBODY)[1]
-                rows = dict(self._count_rows(connection))
-                if max(rows.values(), default=0) > FEW_ROWS and self._reads_all(connection):
-                    raise LookupFailed(NO_INDEX)
-            facts = [f"SQLite {sqlite3.sqlite_version}", f"columns {', '.join(names)}"]
-            facts += (f"rows in {table}: {n:,}{' or more' if n == MOST_ROWS else ''}" for table, n in rows.items())
-            return (HostFacts(self._name, "", text=", ".join(facts)),)
-        except (Down, LookupFailed) as fault:
-            return (HostFacts(self._name, "", fault=str(fault).removeprefix(f"{self._name}: ")),)
+    def _inspect(self, connection: sqlite3.Connection) -> str:
+        """Raises LookupFailed: the query is of no use."""
+        names = self._ask(connection, NOBODY)[1]
+        rows = dict(self._count_rows(connection))
+        if max(rows.values(), default=0) > FEW_ROWS and self._reads_all(connection):
+            raise LookupFailed(NO_INDEX)
+        facts = [f"SQLite {sqlite3.sqlite_version}", f"columns {', '.join(names)}"]
+        facts += (f"rows in {table}: {n:,}{' or more' if n == MOST_ROWS else ''}" for table, n in rows.items())
+        return ", ".join(facts)
 
     def close(self) -> None:
         if self._connection:
