@@ -30,6 +30,10 @@ START_DATABASE = (
     "While a database is down, answers that are known keep serving for stale_ttl, and others hear 451. Start it again; "
     "Willi finds it by itself."
 )
+REPAIR_FILE = (
+    "Recipients hear 451 until the file can be read again, which Willi finds by itself. The error says what is wrong; "
+    "as the user willi, willi.py check tells the same."
+)
 CORRECT_LINE = "A table with a wrong line is not taken; the old one serves. Correct the line that the error names."
 RAISE_LIMIT = (
     "Clients beyond max_connections are told 421 and try again. Raise it, if the machine can bear it, and reload."
@@ -194,7 +198,8 @@ def problems(totals: Totals, now: float) -> Iterator[Finding]:
     yield from _problems_of_processes(totals, now)
     for mapping in totals.mappings():
         if mapping.last_error and mapping.database_up is False:
-            yield Finding("wrong", mapping.name, f"database is down: {mapping.last_error}", START_DATABASE)
+            advice = REPAIR_FILE if mapping.kind == "sqlite" else START_DATABASE
+            yield Finding("wrong", mapping.name, f"database is down: {mapping.last_error}", advice)
         elif mapping.last_error:
             yield Finding("warn", mapping.name, f"not read again: {mapping.last_error}", CORRECT_LINE)
     yield from _problems_of_hosts(totals, now)

@@ -27,7 +27,7 @@ class MappingState:
     """A mapping as a worker has it, and what was counted of it; a key of /status.json. None: it knows no such thing."""
 
     name: str  # as in the log, such as csv:/opt/willi/etc/map.csv
-    kind: str  # static, csv, mysql
+    kind: str  # static, csv, sqlite, mysql
     patterns: int | None = None
     loaded_at: float | None = None  # seconds since 1970
     last_error: str = ""
