@@ -113,13 +113,16 @@ def test_a_message_for_which_there_is_no_memory_ends_with_451_and_is_not_finishe
 def test_too_little_memory_for_a_changed_table_leaves_the_old_one_and_it_is_read_later(
     start_willi: StartWilli, upstream: ScriptedUpstream
 ):
+    """The file has more octets than are left: one large piece is refused, and the small ones of the others are not."""
     head = f"pattern;server\nb.example;{upstream.server}\n"
     willi = start_willi(csv=head, prefix=in_a_hurry(**{"csv_file.RETRY": 1.0}))
     willi.tolerate("CSV file not read, the old table stays")
     (worker,) = willi.workers
     leave_memory(worker, 20 * MEGABYTE)
-    rows = (f"user{number}@b{number}.example;127.0.0.1:{number % 60000 + 1}\n" for number in range(250_000))
-    willi.replace_csv(head + "".join(rows))
+    rows = (f"user{number:060}@b{number}.example;127.0.0.1:{number % 60000 + 1}\n" for number in range(250_000))
+    table = head + "".join(rows)
+    assert len(table) > 20 * MEGABYTE
+    willi.replace_csv(table)
     fault = willi.wait_for_log(msg="CSV file not read, the old table stays", seconds=60)
     assert fault["error"] == f"{willi.csv}: not enough memory to read it"
     with greeted(willi) as client:
