@@ -143,6 +143,14 @@ def test_the_command_line_imports_no_gevent():
         assert not any(imported.split(".")[0] == "gevent" for imported in loaded)
 
 
+def test_only_where_there_is_a_mysql_database_its_driver_is_loaded():
+    assert (
+        bring("pymysql", "mappings.open") | bring("pymysql", "mappings.sqlite") | bring("pymysql", "mappings.cache")
+        == set()
+    )
+    assert bring("pymysql", "mappings.mysql") == {"mappings.mysql"}
+
+
 def test_no_test_brings_gevent_into_the_place_of_threads():
     """The processes of the runner talk to each other by threads: with greenlets in their place the whole run ends."""
     patching = {name for name, path in MODULES.items() if "willi_lib.net.patch" in at_import(path, name)}

@@ -17,8 +17,9 @@ from willi_lib.mappings import cache as module
 from willi_lib.mappings import known_rows
 from willi_lib.mappings.cache import NO_ROW, CachedMapping
 from willi_lib.mappings.known_rows import KnownRows
-from willi_lib.mappings.mysql import Database, Down, OwnLack, TooSlow, statement_of
+from willi_lib.mappings.mysql import Database
 from willi_lib.mappings.row import WrongColumns, route_of
+from willi_lib.mappings.source import Down, OwnLack, TooSlow, statement_of
 from willi_lib.routing.route import Answer, HostFacts, LookupFailed, Policy, Route, parse_servers
 
 TIMEOUT = 1.0  # seconds for a recipient

@@ -17,16 +17,16 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from time import monotonic
 from traceback import format_exception
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import gevent
 from gevent.event import AsyncResult
 
 from .. import log
 from ..config import MysqlSettings, SqliteSettings
-from ..routing.route import Answer, HostFacts, LookupFailed, MappingError, MappingFacts, Route
+from ..routing.route import Answer, LookupFailed, MappingError, MappingFacts, Route
 from .known_rows import KnownRows
-from .mysql import NOBODY, Down, OwnLack, TooSlow
+from .source import NOBODY, Down, OwnLack, Source, TooSlow
 
 RETRY_INTERVAL = 5.0  # seconds between sessions that wait for a database that is down ...
 QUICK_RETRY = 1.0  # ... and between tries if they cost no time, as with a refused connection ...
@@ -55,14 +55,6 @@ class _Entry(NamedTuple):
 
     route: Route | None
     since: float
-
-
-class Source(Protocol):
-    """Where the answers come from: a `Database` or a `SqliteFile`."""
-
-    def ask(self, key: str) -> Route | None: ...
-    def inspect_hosts(self) -> tuple[HostFacts, ...]: ...
-    def close(self) -> None: ...
 
 
 class CachedMapping:

@@ -25,6 +25,7 @@ from ..net.own_lack import is_own_lack
 from ..net.pem_files import fault_of_authorities
 from ..routing.route import HostFacts, LookupFailed, Route
 from .row import WrongColumns, route_of
+from .source import NOBODY, Down, NotNow, OwnLack, TooSlow, statement_of
 
 HOST_REST = 60.0  # seconds a host that failed is tried last, as for an upstream
 MAX_IDLE = 60.0  # seconds a connection is kept unused: firewalls forget it after some minutes and tell no one
@@ -36,7 +37,6 @@ REMEDIES = {
     " caching_sha2_password",
     "can't start new thread": "the system gives Willi no more threads; look at its memory, TasksMax and `ulimit -u`",
 }
-NOBODY = "nobody.invalid"  # what `check` asks for
 
 # After these a new connection may well get an answer: 1047 a Galera node that is not ready, 1053 shutdown, 1152 to 1184
 # network, 1317 and 1927 killed, 2000 to 2999 lost, also in the words of a router or proxy in between, 3169 killed,
@@ -62,29 +62,6 @@ PROXY_ERRORS = range(9000, 10000)  # of ProxySQL (9001: no server within its tim
 # Said when the characters of a key do not exist in the character set of the column: illegal mix, cannot convert.
 UNKNOWN_CHARACTER_ERRORS = frozenset((1267, 1270, 1271, 3854))
 TOO_MANY_CONNECTIONS = frozenset((1040, 1203, 1226))  # for the server, or for the account
-
-
-class Down(Exception):
-    """The database gave no answer; the text says why, for each host.
-
-    not_there: a host has answered that something is not there that user, database or query name.
-    """
-
-    def __init__(self, text: str, not_there: bool = False) -> None:
-        super().__init__(text)
-        self.not_there = not_there
-
-
-class NotNow(Down):
-    """The server has answered that it has no answer now."""
-
-
-class TooSlow(NotNow):
-    """The server gave up this query: that may be a matter of this key."""
-
-
-class OwnLack(Down):
-    """We have no descriptor, memory or thread for a connection, which says nothing about the server."""
 
 
 class _Lost(Down):
@@ -367,24 +344,3 @@ def _number(error: Exception) -> int:
 
 
 _EQUALITY = re.compile(r"=\s*(?:\w+\s*\(\s*)*\?|\?\s*=")  # as in `pattern = LOWER(?)`, not `? IN (a, b)`
-_TOKEN = re.compile(
-    r"""'(?:[^'\\]|\\.|'')*' | "(?:[^"\\]|\\.|"")*" | `[^`]*` | --\s[^\n]* | \#[^\n]* | /\*(?!!).*?\*/ | \? """,
-    re.VERBOSE | re.DOTALL,
-)
-
-
-def statement_of(query: str) -> tuple[str, int]:
-    """The query as PyMySQL wants it, and the number of its parameters.
-
-    A `?` in quotation marks or in a comment is none. Raises ValueError if there is no other.
-    """
-    parameters = 0
-    parts, at = [], 0
-    for token in _TOKEN.finditer(query):
-        if token[0] == "?":
-            parts += [query[at : token.start()].replace("%", "%%"), "%s"]
-            at = token.end()
-            parameters += 1
-    if not parameters:
-        raise ValueError("query: has no ? outside quotation marks, which stands for the address or domain to look up")
-    return "".join([*parts, query[at:].replace("%", "%%")]), parameters

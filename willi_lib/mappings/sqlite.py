@@ -25,8 +25,8 @@ from ..config import SqliteSettings
 from ..files import Stamp, open_file
 from ..net.own_lack import is_own_lack
 from ..routing.route import HostFacts, LookupFailed, Route
-from .mysql import NOBODY, Down, NotNow, OwnLack, statement_of
 from .row import WrongColumns, route_of
+from .source import NOBODY, Down, NotNow, OwnLack, statement_of
 
 T = TypeVar("T")
 

@@ -25,7 +25,8 @@ from tests.support.loopback import HOST, PATIENCE, ROOT, free_port
 from tests.support.mariadb import MOST_TIME, PASSWORD, QUERY, USER, Mariadb
 from willi_lib.config import MysqlSettings
 from willi_lib.hosts import Address
-from willi_lib.mappings.mysql import Connection, Database, Down, OwnLack, TooSlow
+from willi_lib.mappings.mysql import Connection, Database
+from willi_lib.mappings.source import Down, OwnLack, TooSlow
 from willi_lib.net.resolver import Resolver
 from willi_lib.routing.route import LookupFailed, Policy, Route, parse_servers
 
@@ -449,7 +450,8 @@ monkey.patch_all(ssl=False)
 from willi_lib.routing.route import Policy
 from willi_lib.hosts import Address
 from willi_lib.config import MysqlSettings
-from willi_lib.mappings.mysql import Database, Down
+from willi_lib.mappings.mysql import Database
+from willi_lib.mappings.source import Down
 try:
     settings = MysqlSettings(name="t", policy=Policy(), host=(Address("localhost", 1),), query={QUERY!r})
     Database(settings, "mysql:t").ask("b.example")
