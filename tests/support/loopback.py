@@ -48,32 +48,32 @@ def free_address(port: int) -> str:
     """A loopback address at which no process has this port, and that no other test gets."""
     while True:
         address = f"127.25.{random.randrange(256)}.{random.randrange(1, 255)}"
-        mark = socket.socket(socket.AF_UNIX)
-        try:
-            mark.bind(f"\0willi-test-address-{address}")
-            with socket.socket() as probe:
-                probe.bind((address, port))
-        except PermissionError:
-            raise
-        except OSError:
-            mark.close()
-            continue
-        _marks.append(mark)
-        return address
+        if mark := _mark_if_free(address, address, port):
+            _marks.append(mark)
+            return address
 
 
 def _marked_port(host: str) -> tuple[int, socket.socket]:
     while True:
         port = random.randrange(10_000, FIRST_CLIENT_PORT)
-        mark = socket.socket(socket.AF_UNIX)
-        try:
-            mark.bind(f"\0willi-test-port-{port}")
-            with socket.socket() as probe:
-                probe.bind((host, port))
-        except OSError:
-            mark.close()
-            continue
-        return port, mark
+        if mark := _mark_if_free(f"port-{port}", host, port):
+            return port, mark
+
+
+def _mark_if_free(name: str, host: str, port: int) -> socket.socket | None:
+    """What keeps others from the same choice while it is open; None: another test has it, or a process the port."""
+    mark = socket.socket(socket.AF_UNIX)
+    try:
+        mark.bind(f"\0willi-test-{name}")
+        with socket.socket() as probe:
+            probe.bind((host, port))
+    except PermissionError:  # of a port below 1024: no other choice helps
+        mark.close()
+        raise
+    except OSError:
+        mark.close()
+        return None
+    return mark
 
 
 def wait_until(condition: Callable[[], T | None], what: str, seconds: float = PATIENCE) -> T:

@@ -80,7 +80,7 @@ def troubled() -> Overview:
             Finding("wrong", "reload", "the last one failed: /opt/willi/etc/willi.conf:12: read_timeot: unknown key",
                     advice.RELOAD_AGAIN),
             Finding("wrong", DATABASE, "database is down: db1.example.org:3306: Can't connect: timed out",
-                    advice.START_DATABASE),
+                    advice.REPAIR_DATABASE),
             Finding("wrong", "mail2.example.org:25", "the upstream is down: Connection refused",
                     advice.LOOK_AT_UPSTREAM),
             Finding("warn", first.file, "certificate: 5 days left", RENEW),

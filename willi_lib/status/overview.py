@@ -26,13 +26,10 @@ LOOK_AT_UPSTREAM = (
     "While an upstream is down, its clients hear 451 and try again later: nothing is lost. Look at that server; "
     "willi.py check tries it from here."
 )
-START_DATABASE = (
-    "While a database is down, answers that are known keep serving for stale_ttl, and others hear 451. Start it again; "
-    "Willi finds it by itself."
-)
-REPAIR_FILE = (
-    "Recipients hear 451 until the file can be read again, which Willi finds by itself. The error says what is wrong; "
-    "as the user willi, willi.py check tells the same."
+REPAIR_DATABASE = (
+    "While a database is down, recipients hear 451, but for answers that are known (stale_ttl of type = mysql). Start "
+    "it again, or correct what the error says; Willi finds it by itself. As the user willi, willi.py check tells the "
+    "same."
 )
 CORRECT_LINE = "A table with a wrong line is not taken; the old one serves. Correct the line that the error names."
 RAISE_LIMIT = (
@@ -198,8 +195,7 @@ def problems(totals: Totals, now: float) -> Iterator[Finding]:
     yield from _problems_of_processes(totals, now)
     for mapping in totals.mappings():
         if mapping.last_error and mapping.database_up is False:
-            advice = REPAIR_FILE if mapping.kind == "sqlite" else START_DATABASE
-            yield Finding("wrong", mapping.name, f"database is down: {mapping.last_error}", advice)
+            yield Finding("wrong", mapping.name, f"database is down: {mapping.last_error}", REPAIR_DATABASE)
         elif mapping.last_error:
             yield Finding("warn", mapping.name, f"not read again: {mapping.last_error}", CORRECT_LINE)
     yield from _problems_of_hosts(totals, now)

@@ -17,7 +17,7 @@ from tests.support.loopback import free_port, wait_until
 from tests.support.status import Status
 from tests.support.talk import MAIL, OK, QUEUED, deliver, greeted, say
 from tests.support.upstream import ScriptedUpstream
-from willi_lib.status.overview import REPAIR_FILE
+from willi_lib.status.overview import REPAIR_DATABASE
 
 QUERY = "SELECT server, tls_verify FROM routes WHERE pattern = ?"
 CANNOT_LOOK_UP = "451 4.3.0 Cannot look up this address now"
@@ -80,7 +80,8 @@ def test_a_missing_file_is_a_451_and_one_line_and_its_return_is_seen(
     status.wait_for(5, "willi_lookups_total", mapping="sqlite:table", outcome="error")
     [mapping] = status.overview()["mappings"]
     assert (mapping["kind"], mapping["last_error"]) == ("sqlite", f"{file}: No such file or directory")
-    assert [one["advice"] for one in status.overview()["problems"] if one["subject"] == "sqlite:table"] == [REPAIR_FILE]
+    [problem] = [one for one in status.overview()["problems"] if one["subject"] == "sqlite:table"]
+    assert problem["advice"] == REPAIR_DATABASE
     assert "sqlite:table" in status.lookup("bob@b.example")
     make(file.with_name("new.db"), upstream.server).replace(file)
     wait_until(lambda: rcpt(client) == OK, "the new file")
