@@ -5,13 +5,11 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
-from pathlib import Path
 
 from .. import log
-from ..config import CsvSettings, Settings
+from ..config import Settings
 from ..mappings.csv_file import CsvFile
-from ..mappings.open import open_mappings
+from ..mappings.open import open_new_and_old
 from ..net.resolver import Resolver
 from ..proxy.lookup import show
 from ..routing.keys import keys_of
@@ -22,7 +20,6 @@ from .finding import GOOD, WRONG
 from .mappings import load_mappings
 
 MAX_LINE = 10_000  # characters; what is behind them is a line of its own
-ONE_TABLE = "--diff needs one mapping with type = csv, or one whose file has the same name as the old one"
 
 
 def lookup(settings: Settings, addresses: Iterable[str], as_json: bool = False) -> int:
@@ -37,7 +34,7 @@ def lookup(settings: Settings, addresses: Iterable[str], as_json: bool = False) 
     for address in addresses:
         asked = show(mappings, settings, address)
         print(_as_json(asked) if as_json else _as_text(asked))
-        status = status if asked.result.startswith("route: ") else WRONG
+        status = status if asked.route else WRONG
     for mapping in mappings:
         mapping.close()
     return status
@@ -60,23 +57,19 @@ def _as_text(asked: Asked) -> str:
 
 def _as_json(asked: Asked) -> str:
     """The last step is the one that counts."""
-    route, _, verify = asked.result.removeprefix("route: ").rpartition(", tls_verify = ")
     mapping, key = asked.steps[-1][:2] if asked.steps else ("", "")
-    fields = {"address": asked.address, "route": route or None, "tls_verify": verify == "true" if route else None}
-    return json.dumps({**fields, "mapping": mapping, "key": key, "result": asked.result})
+    return json.dumps({
+        "address": asked.address, "route": str(asked.route) if asked.route else None,
+        "tls_verify": asked.route.tls_verify if asked.route else None, "mapping": mapping, "key": key,
+        "result": asked.result,
+    })  # fmt: skip
 
 
 def compare(settings: Settings, old_file: str) -> int:
     """Show the patterns whose mail goes elsewhere by the table of `settings` than by an old one; 0 if there is none."""
     log.silence()
-    tables = [one for one in settings.mappings if isinstance(one, CsvSettings)]
-    tables = [one for one in tables if len(tables) == 1 or Path(one.file).name == Path(old_file).name]
-    if len(tables) != 1:
-        print(f"{settings.path}: {ONE_TABLE}", file=sys.stderr)
-        return WRONG
-    both = replace(settings, mappings=(*tables, replace(tables[0], file=old_file, where="")))
-    new, old = (one for one in open_mappings(both) if isinstance(one, CsvFile))
     try:
+        new, old = open_new_and_old(settings, old_file)
         new.load()
         old.load()
     except MappingError as error:

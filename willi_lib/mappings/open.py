@@ -14,6 +14,7 @@ from ..routing.route import Answer, Mapping, MappingError, MappingFacts, Route
 from .csv_file import CsvFile
 from .surroundings import Surroundings
 
+ONE_TABLE = "--diff needs one mapping with type = csv, or one whose file has the same name as the old one"
 READABLE_BY_OTHERS = 0o004  # of a file's mode; the service needs that of the group
 
 
@@ -21,6 +22,16 @@ def open_mappings(settings: Settings, surroundings: Surroundings | None = None) 
     """Make them; they still have to be loaded. A database need not be there. Raises MappingError."""
     around = replace(surroundings or Surroundings(), subdomains=settings.subdomains)
     return [KINDS[type(one)](one, around) for one in settings.mappings]
+
+
+def open_new_and_old(settings: Settings, old_file: str) -> tuple[CsvFile, CsvFile]:
+    """The table of `settings` that an old one is to be compared with, and the old one. Raises MappingError."""
+    tables = [one for one in settings.mappings if isinstance(one, CsvSettings)]
+    tables = [one for one in tables if len(tables) == 1 or Path(one.file).name == Path(old_file).name]
+    if len(tables) != 1:
+        raise MappingError(f"{settings.path}: {ONE_TABLE}")
+    around = Surroundings(subdomains=settings.subdomains)
+    return CsvFile(tables[0], around), CsvFile(replace(tables[0], file=old_file, where=""), around)
 
 
 class Static:

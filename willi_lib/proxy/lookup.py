@@ -58,6 +58,7 @@ def show(mappings: Sequence[Mapping], settings: Settings, address: str) -> Asked
         steps.append(AskedStep(step.mapping, step.key, answer, monotonic() - began if is_slow else None))
         began = monotonic()
 
+    route = None
     path = address[1:-1] if address.startswith("<") and address.endswith(">") else address  # as copied from a log
     try:
         recipient = parse_rcpt(b"TO:<" + path.encode("utf-8", "replace") + b">", smtputf8=True)
@@ -71,4 +72,4 @@ def show(mappings: Sequence[Mapping], settings: Settings, address: str) -> Asked
         is_unsure = not steps or not steps[-1].answer.startswith("failed: ")
         why = f"no mapping matches; {failure}:" if is_unsure else "the search ends here,"
         result = f"{why} the client gets {replies.LOOKUP_FAILED}"
-    return Asked(address, tuple(steps), result)
+    return Asked(address, tuple(steps), result, route)

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from ..routing.route import Route
 from .counts import Row
 
 MAX_DATAGRAM = 32 << 10  # octets of what we put together; a system's default for a socket is six times that
@@ -109,6 +110,7 @@ class Asked:
     address: str
     steps: tuple[AskedStep, ...]
     result: str  # "route: ..." or why none
+    route: Route | None = None  # not in an answer to the status process, which shows only the text
 
 
 class Links:
