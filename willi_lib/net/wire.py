@@ -27,7 +27,7 @@ from .deadline import AFTER_READING, Deadline, WireError
 READ_EVENT, WRITE_EVENT = 1, 2  # libev's EV_READ and EV_WRITE
 COMMAND_READ = 16 << 10  # octets a recv when lines are expected
 FIRST_BODY_READ = 64 << 10  # octets a recv of message content, doubled while the peer fills it ...
-LARGEST_BODY_READ = 256 << 10  # ... up to this, and a quarter where their work has taken FAIR_TIME
+LARGEST_BODY_READ = 256 << 10  # ... up to this, and divided by four if the work with it has taken FAIR_TIME
 CLOSE_NOTIFY = 24  # octets of that record in TLS 1.3, which hides what a record is; with a QUIT in it, it has 28
 ALERT = b"\x15"  # the type of a record that before TLS 1.3 holds a close_notify (RFC 5246 §6.2.1)
 CLOSE_WAIT = 8  # TCP: the peer has closed (linux/tcp_states.h)
@@ -299,7 +299,7 @@ class Wire:
 
     def flush(self) -> None:
         """Send what was kept back. Raises WireError."""
-        if self._output or self.holds_output:
+        if self.holds_output:
             self.send(b"")
 
     @property
