@@ -191,11 +191,12 @@ class Connector:
         tls = upstream.wire.tls_version or "none"
         self._counts.opened(upstream.server, upstream.greeted_after, tls, upstream.xclient or "off")
 
-    def mark_down(self, server: Server) -> None:
-        """It failed before it accepted a recipient: for a while it is tried last."""
+    def mark_down(self, server: Server, address: str = "") -> None:
+        """It failed, at this address: for a while both are tried last."""
         now = monotonic()
         self._down = {key: until for key, until in self._down.items() if until > now}
-        self._down[server.host, server.port] = now + DOWN_TIME
+        for host in (server.host, address or server.host):
+            self._down[host, server.port] = now + DOWN_TIME
 
     def _addresses(self, server: Server, deadline: Deadline) -> list[Address]:
         try:
@@ -245,7 +246,7 @@ class Connector:
         with deadline.limit(self._settings.connect_timeout, "connecting (connect_timeout)"):
             connection = _connect(address, server.port)
             wire = Wire(connection, deadline, log.tracer(sid, "upstream"), self._settings.write_timeout)
-            upstream = Upstream(wire, server, route)
+            upstream = Upstream(wire, server, route, address[1])
             try:
                 if route.policy.send_proxy != "no":
                     if not client.address:

@@ -279,7 +279,7 @@ class Upstreams:
             self.mark_down(self.open)
 
     def mark_down(self, upstream: Upstream) -> None:
-        self._connector.mark_down(upstream.server)
+        self._connector.mark_down(upstream.server, upstream.address)
 
     def drop(self) -> None:
         """Close the connection: an unfinished message stays unfinished."""

@@ -76,9 +76,10 @@ class Client:
 class Upstream:
     """One connection to an upstream, after its last EHLO."""
 
-    def __init__(self, wire: Wire, server: Server, route: Route) -> None:
+    def __init__(self, wire: Wire, server: Server, route: Route, address: str) -> None:
         self.wire = wire
         self.server = server
+        self.address = address  # the one of the server's that it is
         self.route = route
         self.features: Mapping[str, str] = {}
         self.knows_client = False  # by XCLIENT or a PROXY header

@@ -345,6 +345,27 @@ def test_an_address_that_failed_is_tried_last_for_a_while(
     assert len(down.messages) == 2, "it is tried all the same if there is no other"
 
 
+@pytest.mark.parametrize("verb", [b"MAIL", b"RCPT", VERDICT], ids=bytes.decode)
+def test_an_address_that_greets_and_fails_later_is_tried_last(
+    verb: bytes, start_willi: StartWilli, start_upstream: StartUpstream, dns: DnsServer
+):
+    """IPv6 that loses large packets would else have all mail of a host wait that takes it by IPv4."""
+    six = start_upstream(host="::1")
+    four = start_upstream(port=six.port)
+    failures: list[Action] = [Close()]
+    six.answers[verb] = four.answers[verb] = failures
+    dns.zone["mx.b.example"] = {"A": ["127.0.0.1"], "AAAA": ["::1"]}
+    willi = start_willi(server=f"mx.b.example:{six.port}", dns=dns)
+    willi.tolerate("connection closed")
+    with greeted(willi) as client:
+        if say(client, MAIL, BOB, b"DATA")[-1] == GO_ON:
+            assert content(client) == LOST
+    assert failures == []
+    with greeted(willi) as client:
+        assert deliver(client) == QUEUED
+    assert len(six.connections) == len(four.connections) == 1
+
+
 def test_an_ipv6_upstream_is_named_in_brackets(start_willi: StartWilli, start_upstream: StartUpstream):
     upstream = start_upstream(host="::1")
     willi = start_willi(server=upstream.server)
