@@ -282,6 +282,8 @@ HOSTILE = {
     "open literals": b"<@" + b"[a" * (N // 2),
     "long literal": b"<a@[" + b":" * N,
     "spaces": b" " * N,
+    "spaces behind a bracket": b"<" + b" " * N,
+    "spaces behind an address": b"<a@b" + b" " * N,
     "spaces before a parameter": b"<a@b>" + b" " * N + b"\xff",
     "many parameters": b"<a@b>" + b" a=b" * (N // 4),
     "one parameter many times": b"<a@b>" + b" a" * (N // 2),

@@ -29,7 +29,7 @@ _ADDRESS = rb"%s(?:@(%s))?" % (_LOCAL_PART, _DOMAIN)
 _SOURCE_ROUTE = rb"(?:@%s(?:,@%s)*:)?" % (_DOMAIN, _DOMAIN)  # to be ignored, RFC 5321 §4.1.1.3
 _PATH = re.compile(
     # Blanks around the address and a path without brackets are common; Postfix takes both.
-    rb"[ \t]*(?:<[ \t]*(?:%s(?P<path>%s))?[ \t]*>|(?P<bare>%s))(?:[ \t]+(?P<parameters>.*))?"
+    rb"[ \t]*(?:<[ \t]*(?:%s(?P<path>%s)[ \t]*)?>|(?P<bare>%s))(?:[ \t]+(?P<parameters>.*))?"
     % (_SOURCE_ROUTE, _ADDRESS, _ADDRESS)
 )
 _PARAMETER = re.compile(rb"([0-9A-Za-z][0-9A-Za-z-]*)(?:=([\x21-\x3c\x3e-\x7e]+))?")
