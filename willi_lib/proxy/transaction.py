@@ -273,9 +273,9 @@ class Upstreams:
             log.debug("Upstream dropped", sid=self._sid, error=str(failure))
             self.drop()
 
-    def note_failure(self, transaction: Transaction) -> None:
-        """The upstream failed, or said 421: try its host last for a while if it has not accepted a recipient."""
-        if self.open and not transaction.recipients:
+    def note_failure(self) -> None:
+        """The upstream failed, or said 421 to the first recipient: try its host last for a while."""
+        if self.open:
             self.mark_down(self.open)
 
     def mark_down(self, upstream: Upstream) -> None:
