@@ -230,11 +230,11 @@ class Upstream:
 
     def reset(self) -> None:
         """Make it ready for the next MAIL. Raises UpstreamFailed, also if it has hung up meanwhile."""
-        if not self.is_of_use or (self.in_transaction and self.wire.pending()):  # else MAIL will look
+        if not self.is_of_use:
             raise UpstreamFailed(f"{self.server}: kept connection is of no use")
-        if self.in_transaction and not self.ask(b"RSET").positive:
+        heard_mail, self.in_transaction = self.in_transaction, False  # a goodbye from here on is no verdict
+        if heard_mail and not self.ask(b"RSET").positive:
             raise UpstreamFailed(f"{self.server}: RSET refused")
-        self.in_transaction = False
 
     def quit(self) -> None:
         """Say QUIT and close. Nothing depends on the answer, so there is no wait, as with Postfix."""
