@@ -43,7 +43,7 @@ NO_MX = 1 << 16  # a preference that no MX record has
 MAX_MX_HOSTS = 20
 MAX_ADDRESSES = 10
 DOWN_TIME = 60.0  # seconds that a host that failed is tried last
-OURSELVES_TIME = 3600.0  # seconds that an MX host that turned out to be ourselves is not tried
+OURSELVES_TIME = 60.0  # seconds that an MX host that turned out to be ourselves is not tried: that may be put right
 WANTS_TLS_TIME = 3600.0  # seconds that a host that wants TLS is not tried in clear
 NOT_KNOWN = 504  # and less: a command that is not known
 
