@@ -297,6 +297,20 @@ def test_a_file_that_a_program_has_open_in_wal_mode_is_not_read_as_one_that_cann
         assert f"{file}-shm" in opened
 
 
+def test_the_wal_of_a_file_that_was_replaced_is_not_taken_for_that_of_the_new_one(tmp_path: Path, open_file: Open):
+    """By SQLite it is: c.example would be in no row, and get 554."""
+    file = table(tmp_path / "routes.db", {"b.example": "mx1"}, wal=True)
+    mapping = open_file()
+    with Other(file, "PRAGMA wal_autocheckpoint = 0; UPDATE routes SET server = 'mx2'"):
+        assert server(mapping) == "mx2:25"
+        table(tmp_path / "new.db", {"b.example": "mx3", "c.example": "mx3"}).replace(file)
+        assert "the -wal of another file" in str(failure(mapping, "ann@c.example"))
+    assert "the -wal of another file" in facts(open_file())
+    for name in ("routes.db-wal", "routes.db-shm"):
+        (tmp_path / name).unlink()
+    assert server(open_file(), "ann@c.example") == "mx3:25"
+
+
 @pytest.mark.parametrize("asked_by", ["a session", "check"])
 def test_what_another_program_puts_right_at_once_is_no_outage(
     file: Path, open_file: Open, capfd: pytest.CaptureFixture[str], asked_by: str

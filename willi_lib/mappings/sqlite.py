@@ -35,8 +35,9 @@ INSTRUCTIONS = 1000  # of SQLite, between two looks at the clock
 LOCK_TIME = 1.0  # seconds that a look-up waits for a program that writes; a commit takes milliseconds
 TOO_LONG = f"the query took more than {QUERY_TIME:g} s: is there an index on the pattern?"
 NO_SHM = "beside it is a -wal without its -shm: open it once with a program that may write"
+NOT_ITS_WAL = "beside it is the -wal of another file: end the program that writes that, and remove -wal and -shm"
 # Also when a program that writes in WAL mode has just begun or ended: it makes and removes the -wal and the -shm.
-MAY_PASS = ("is locked", "readonly database", "unable to open", NO_SHM)
+MAY_PASS = ("is locked", "readonly database", "unable to open", NO_SHM, NOT_ITS_WAL)
 NO_INDEX = "the query reads all of the table: is there an index on the pattern?"
 READS_ALL = re.compile(rb"SCAN (?![(\d]|CONSTANT|SUBQUERY)")  # a table, not what was found in one (sqlite.org/eqp.html)
 FEW_ROWS = 10_000  # which take no time without an index, too
@@ -171,9 +172,11 @@ def _mode(file: str) -> str:
     """How to open it. It must not be open: that connection would lose its locks here. Raises OSError."""
     with open_file(file) as opened:
         header = opened.read(20)
-    if header[18:] != WAL_MODE:
-        return "mode=ro"
     number, size = _log_of(file)
+    if header[18:] != WAL_MODE:
+        if size:  # SQLite would take it for this file's: old rows would stay, and new ones be missing
+            raise OSError(errno.ENOENT, NOT_ITS_WAL)
+        return "mode=ro"
     if number and Path(f"{file}-shm").exists():  # a program that writes has it open, perhaps
         return "mode=ro"
     if size:
