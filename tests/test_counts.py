@@ -6,12 +6,15 @@ import os
 import socket
 from collections.abc import Iterator
 from datetime import datetime, timezone
+from time import monotonic
 from types import SimpleNamespace
 from typing import Any
 
 import gevent
+import gevent.socket
 import pytest
 
+from tests.support.loopback import PATIENCE
 from willi_lib.config import Address, Settings, StaticSettings
 from willi_lib.mappings.open import Static
 from willi_lib.routing.route import Policy, Server
@@ -36,7 +39,7 @@ from willi_lib.status.counts import (
     HostState,
     Row,
 )
-from willi_lib.status.reports import MAX_DATAGRAM, Asked, Links, packed, receive, send
+from willi_lib.status.reports import MAX_DATAGRAM, Asked, AskedStep, Links, packed, receive, send
 
 HOST = "mail.example:25"
 
@@ -214,13 +217,15 @@ def test_what_two_workers_have_met_is_put_in_order(one: HostState, other: HostSt
 # On the way
 
 
-def reporter_of(counts: Counts, links: Links, files: tuple[str, ...] = (), mappings: int = 0) -> reporter.Reporter:
+def reporter_of(
+    counts: Counts, links: Links, files: tuple[str, ...] = (), mappings: int = 0, steps: tuple[AskedStep, ...] = ()
+) -> reporter.Reporter:
     settings = Settings(
         path="willi.conf", mappings=(), tls_cert=files, tls_key=files, status_listen=Address("127.0.0.1", 8025)
     )
     tables = [Static(StaticSettings(f"{'x' * 200}{number}", Policy(), (Server("a"),))) for number in range(mappings)]
     peaks = {"max_connections_per_ip": 3}
-    return reporter.Reporter(settings, tables, counts, links, lambda: peaks, lambda _: Asked("", (), ""))
+    return reporter.Reporter(settings, tables, counts, links, lambda: peaks, lambda _: Asked("", steps, "asked"))
 
 
 def report_once(worker: reporter.Reporter) -> None:
@@ -301,6 +306,18 @@ def test_a_worker_has_a_report_that_fits_however_much_there_is_to_tell(links: Li
     assert {report["turn"] for report in reports} == {0}
     rows = [row for report in reports for row in report["rows"]]
     assert len(numbers(rows)) == len(states(rows)) == MAX_HOSTS
+
+
+def test_an_answer_with_the_keys_of_very_many_mappings_is_sent_as_far_as_it_fits(links: Links):
+    steps = tuple(AskedStep("csv:/t.csv", "x" * 100, "-", None) for _ in range(10_000))
+    answering = gevent.spawn(reporter_of(Counts(), links, steps=steps).answer_questions)
+    send(links.to_questions, number=7, address="ann@b.example", asked_at=monotonic())
+    with gevent.Timeout(PATIENCE):
+        gevent.socket.wait_read(links.reports.fileno())
+    answering.kill()
+    number, some, result = receive(links.reports)["answer"]
+    assert (number, result) == (7, "asked")
+    assert 100 < len(some) < len(steps)
 
 
 def test_a_datagram_has_its_limit():

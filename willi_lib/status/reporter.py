@@ -93,10 +93,11 @@ class Reporter:
         except Exception as error:  # noqa: BLE001 -- the page shows it, and the next question is answered
             log.bug("Internal error")
             asked = Asked("", (), f"internal error: {error!r}")
-        send(self._links.to_reports, answer=[question["number"], asked.steps, asked.result])
+        if not send(self._links.to_reports, answer=[question["number"], asked.steps, asked.result]):
+            send(self._links.to_reports, answer=[question["number"], _first(asked.steps), asked.result])
 
 
-def _first(facts: list[Any]) -> list[Any]:
+def _first(facts: Sequence[Any]) -> list[Any]:
     """As many as fit: a report that is too large would never be sent."""
     return next(packed(facts))
 
