@@ -61,7 +61,7 @@ ADVICE = (
     (r"XCLIENT", f"{ALLOW_XCLIENT}, or set xclient = try"),
     (r"connect_timeout|[Uu]nreachable|No route", "is it up, and does no firewall keep us from it?"),
     (r"refused$", "start the server there, or correct host and port in the route"),
-    (r"greeting: |EHLO: |HELO: ", "it refuses us, whoever the client is: allow Willi's address there"),
+    (r"(greeting|EHLO|HELO): [45]", "it refuses us, whoever the client is: allow Willi's address there"),
 )
 TRY_AGAIN = "try again in some minutes, if it is greylisting"
 ASK_ITS_LOG = "the log of that server should say why"

@@ -20,7 +20,7 @@ from ..smtp.xclient import TEMPUNAVAIL
 
 LAST_WORDS_TIMEOUT = 0.1  # seconds for the rest of a reply of which the beginning has come already
 ONE_WRITE = 64 << 10  # octets up to which copying the end of a message costs less than a second write
-INTERMEDIATE = {b"DATA": 354, b"STARTTLS": 220, b"XCLIENT": 220}  # the codes that are neither yes nor no, where due
+INTERMEDIATE = {"DATA": 354, "STARTTLS": 220, "XCLIENT": 220}  # the codes that are neither yes nor no, where due
 # Exchange's words for 530, as its connectors with RequireTLS say them.
 _TLS_IS_REQUIRED = re.compile(rb"(?:5\.7\.\d+ )?STARTTLS is required to send mail\b.*", re.IGNORECASE)
 
@@ -106,12 +106,10 @@ class Upstream:
         try:
             answer = read_reply(self.wire)
         except (WireError, BadReply) as error:
-            raise UpstreamFailed(f"{self.server}: {error}") from None
+            raise UpstreamFailed(f"{self.server}: {_verb(line)}: {error}") from None
         self._pipelined.popleft()  # not before: behind a DATA whose answer was not heard, QUIT would be content
-        if not answer.positive and answer.code < 400:
-            verb = line.partition(b" ")[0]
-            if answer.code != INTERMEDIATE.get(verb):  # a goodbye, or a second greeting
-                raise UpstreamFailed(f"{self.server}: {verb.decode()}: {answer}")
+        if not answer.positive and answer.code < 400 and answer.code != INTERMEDIATE.get(_verb(line)):
+            raise UpstreamFailed(f"{self.server}: {_verb(line)}: {answer}")  # a goodbye, or a second greeting
         return answer
 
     def send_pipelined(self, lines: Sequence[bytes]) -> None:
@@ -195,7 +193,7 @@ class Upstream:
             if verdict.code == 354 and in_order:  # DATA was answered twice, and the message is still to be judged
                 verdict, in_order = read_verdict(self.wire)[0], False
         except (WireError, BadReply) as error:
-            raise UpstreamFailed(f"{self.server}: {error}") from None
+            raise UpstreamFailed(f"{self.server}: no verdict: {error}") from None
         if not in_order:
             self.out_of_step = True
             self.drop()
@@ -247,3 +245,7 @@ class Upstream:
         Also the end of one that the client is told was lost: it is not to arrive after that.
         """
         self.wire.abort()
+
+
+def _verb(line: bytes) -> str:
+    return line.partition(b" ")[0].decode()

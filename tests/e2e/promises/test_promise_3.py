@@ -107,10 +107,13 @@ def test_an_upstream_may_die_at_any_step(
     )
     willi.tolerate("Upstream failed")
     all_at_once(lambda recipient: play(greeted(willi, tls), recipient, upstreams[recipient][1]), upstreams)
+    errors = [line["error"] for line in willi.lines(msg="Upstream failed")]
     for upstream, step in upstreams.values():
         if step.key != VERDICT:
             assert upstream.messages == []
         assert b"QUIT" not in upstream.commands
+        where = {GREETING: "", VERDICT: "no verdict: "}.get(step.key, f"{step.key.decode()}: ")
+        assert any(error.startswith(f"{upstream.server}: {where}") for error in errors), step
 
 
 @pytest.mark.parametrize("verb", [b"DATA", b"BDAT", b"BDAT to DATA"])
