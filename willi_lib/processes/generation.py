@@ -12,7 +12,7 @@ from .. import log
 from ..config import Settings
 from ..config.settings import MappingSettings
 from ..mappings.known_rows import KnownRows
-from ..net.tls import ServerTls, server_tls
+from ..net.tls import ServerTls, UpstreamContexts, server_tls, upstream_contexts
 from ..routing.route import HeldTable
 from .news import News
 from .scoreboard import Scoreboard
@@ -40,12 +40,14 @@ class Generation:
     settings: Settings
     board: Scoreboard
     tls: ServerTls
+    upstream_tls: UpstreamContexts
     known_rows: Mapping[MappingSettings, KnownRows]
     news: News
 
     @classmethod
     def of(cls, settings: Settings, before: Generation | None) -> Generation:
-        """Reads the certificates for clients, once for all workers. before: what is the same is kept.
+        """Reads certificates and authorities, for all workers and those that replace them. before: what is the same
+        is kept.
 
         Raises CertificateError.
         """
@@ -57,7 +59,8 @@ class Generation:
             board = before.board  # what still drains is not counted in another one
         else:
             board = Scoreboard(rows, rates)
-        return cls(settings, board, tls, known_rows, News(before.news.tables if before else {}))
+        news = News(before.news.tables if before else {})
+        return cls(settings, board, tls, upstream_contexts(settings), known_rows, news)
 
 
 def raise_descriptor_limit(settings: Settings) -> None:

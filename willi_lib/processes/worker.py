@@ -19,7 +19,6 @@ from ..mappings.open import open_mappings
 from ..mappings.surroundings import Surroundings
 from ..net.jobs import keep_going
 from ..net.resolver import Resolver
-from ..net.tls import CertificateError
 from ..net.wire import Wire, give_way
 from ..proxy.connector import Connector
 from ..proxy.context import SessionContext
@@ -70,7 +69,7 @@ class Worker:
         self, generation: Generation, sockets: Sequence[stdlib_socket.socket], row: Row, links: Links,
         start: Start, master: Master,
     ) -> None:  # fmt: skip
-        """Loads all tables and authorities, and becomes `user`: whatever is wrong is wrong before the first client.
+        """Loads all tables, and becomes `user`: whatever is wrong is wrong before the first client.
 
         Raises CannotStart.
         """
@@ -83,11 +82,9 @@ class Worker:
             around = Surroundings(give_way, FileThread, start.held, generation.known_rows)
             self._mappings = open_mappings(settings, around)
             mapping_watch.load(self._mappings, start, self._tell_news)
-            connector = Connector(settings, resolver, counts)
         except MappingError as error:
             raise CannotStart(str(error), error.passing or error.missing) from None
-        except CertificateError as error:
-            raise CannotStart(str(error)) from None
+        connector = Connector(settings, resolver, counts, generation.upstream_tls)
         limits = Limits(row, settings.max_connections, settings.max_connections_per_ip, settings.max_connection_rate)
         context = SessionContext(settings, self._mappings, connector, resolver, generation.tls.context, counts)
         self._admission = Admission(context, limits, sockets)

@@ -190,6 +190,20 @@ def test_workers_that_die_at_once_are_replaced_ever_more_slowly(start_willi: Sta
     assert all(gap >= delay - 1 for gap, delay in zip(gaps, (1, 2, 4), strict=True)), gaps  # stamps are whole seconds
 
 
+def test_a_worker_is_replaced_although_its_authorities_cannot_be_read_any_more(
+    start_willi: StartWilli, upstream: ScriptedUpstream, certificates: Authority, tmp_path: Path
+):
+    authorities = tmp_path / "ca.pem"
+    authorities.write_bytes(certificates.ca.read_bytes())
+    willi = start_willi(server=upstream.server, workers=1, upstream_tls_ca=str(authorities))
+    willi.tolerate(DIED)
+    willi.tolerate("Reload failed")
+    authorities.unlink()
+    os.kill(willi.workers[0], signal.SIGKILL)
+    willi.wait_for_log(msg="Worker replaced")
+    assert deliver(greeted(willi)) == QUEUED
+
+
 def test_a_replacement_that_cannot_start_says_why_and_is_tried_again(
     start_willi: StartWilli, upstream: ScriptedUpstream
 ):
