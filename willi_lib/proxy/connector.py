@@ -103,7 +103,7 @@ class Connector:
                 continue
             except Rejected as rejected:
                 self._counts.refused(server)
-                if number == len(servers) or not self._may_ask_next(server, rejected):
+                if number == len(servers) or not isinstance(rejected, NextMayTake):
                     raise
                 failures.append(f"{server}: {rejected.reply}")
                 continue
@@ -118,14 +118,6 @@ class Connector:
             log.error("Mail loop: no host of the route leads away from Willi", sid=sid, upstream=str(route))
             raise MailLoop
         raise UpstreamFailed("; ".join([*failures, *(f"{host}: mail loops" for host in loops)]))
-
-    def _may_ask_next(self, server: Server, rejected: Rejected) -> bool:
-        """Whether another host may take what this one refused: only where XCLIENT is required, and did not work."""
-        if not isinstance(rejected, NextMayTake):
-            return False
-        if rejected.by == WILLI:
-            self.mark_down(server)
-        return True
 
     def _open_host(
         self, route: Route, server: Server, client: Client, deadline: Deadline, sid: str, is_last: bool
@@ -147,6 +139,10 @@ class Connector:
                 upstream = self._open(route, server, address, client, deadline, sid, seconds)
             except OurFault as error:
                 raise OurFault(f"{server}: {error}") from None
+            except NextMayTake as rejected:
+                if rejected.by == WILLI:
+                    self.mark_down(server, address[1])
+                raise
             except (UpstreamFailed, WireError, BadReply) as error:
                 where = "" if address[1] == server.host else f" [{address[1]}]"
                 failures.append(f"{server}{where}: {str(error).removeprefix(f'{server}: ')}")

@@ -450,6 +450,25 @@ def test_where_xclient_is_required_the_next_host_is_asked(
         assert say(client, MAIL, BOB) == [SENDER_KEPT, heard]
 
 
+def test_where_xclient_is_required_the_next_client_goes_to_another_address(
+    start_willi: StartWilli, start_upstream: StartUpstream, dns: DnsServer
+):
+    six = start_upstream(host="::1")
+    four = start_upstream(port=six.port)
+    refusals: list[Action] = [reply("550 5.7.0 Error: insufficient authorization")]
+    for upstream in (six, four):
+        upstream.extensions = (*EXTENSIONS, ALL)
+        upstream.answers[b"XCLIENT"] = refusals
+    dns.zone["mx.b.example"] = {"A": ["127.0.0.1"], "AAAA": ["::1"]}
+    willi = start_willi(server=f"mx.b.example:{six.port}", xclient="require", dns=dns)
+    willi.tolerate("XCLIENT")
+    with greeted(willi) as client:
+        assert say(client, MAIL, BOB) == [SENDER_KEPT, NEEDED]
+    with greeted(willi) as client:
+        assert deliver(client) == QUEUED
+    assert len(six.connections) == len(four.connections) == 1
+
+
 def test_where_xclient_is_required_and_taken_all_is_well(share_willi: StartWilli, upstream: ScriptedUpstream):
     with greeted(share_willi(server=upstream.server, xclient="require")) as client:
         assert deliver(client) == QUEUED
