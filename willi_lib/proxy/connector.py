@@ -90,7 +90,7 @@ class Connector:
             began = monotonic()
             try:
                 upstream = self._open_host(route, server, client, deadline, sid, is_last=number == len(servers))
-                upstream.stands_in = bool(failures) or any(self._is_down(one.host, one.port) for one in servers)
+                upstream.stands_in |= bool(failures) or any(self._is_down(one.host, one.port) for one in servers)
                 return upstream
             except UpstreamFailed as error:
                 failures.append(str(error))
@@ -151,6 +151,7 @@ class Connector:
             else:
                 self._down.pop((address[1], server.port), None)
                 self._note_open(upstream)
+                upstream.stands_in = any(self._is_down(one, server.port) for _, one in addresses)
                 return upstream
         raise UpstreamFailed("; ".join(failures) or f"{server}: no time was left for it")
 

@@ -85,7 +85,7 @@ class Upstream:
         self.knows_client = False  # by XCLIENT or a PROXY header
         self.greeted_after = 0.0  # seconds
         self.xclient = ""  # what became of it
-        self.stands_in = False  # for a host of the route that failed a moment ago, and may take what this one does not
+        self.stands_in = False  # for a host or address that failed a moment ago, and may take what this one does not
         self.introduced = False  # and waits for MAIL, which may take time
         self.in_transaction = False  # it heard MAIL, and no end of that
         self.could_use_tls = False  # it offers STARTTLS, and the setting allows that

@@ -7,6 +7,7 @@ import pytest
 from tests.conftest import StartUpstream, StartWilli
 from tests.support.client import Client
 from tests.support.daemon import Willi
+from tests.support.dns import DnsServer
 from tests.support.talk import (
     BOB,
     EHLO,
@@ -22,11 +23,12 @@ from tests.support.talk import (
     reply,
     say,
 )
-from tests.support.upstream import EXTENSIONS, ScriptedUpstream
+from tests.support.upstream import EXTENSIONS, GREETING, Action, Close, ScriptedUpstream
 
 UMLAUT = "MAIL FROM:<änn@a.example> SMTPUTF8".encode()
 NO_SMTPUTF8 = "550 5.6.7 Server for this recipient does not support SMTPUTF8"
 NO_8BITMIME = "550 5.6.3 Server for this recipient does not support 8BITMIME"
+LATER = "451 4.4.1 Server that may support this message does not answer, try again"
 UNKNOWN = "555 5.5.4 MAIL or RCPT parameter not recognized"
 SYNTAX = "501 5.5.4 Syntax error in parameters"
 
@@ -153,11 +155,26 @@ def test_nothing_is_refused_for_good_by_a_host_that_stands_in_for_another(
     willi = start_willi(server=f"{other.server},{upstream.server}", strict_8bitmime=True)
     upstream.extensions = ()
     other.stop()
-    later = "451 4.4.1 Server that may support this message does not answer, try again"
     for _ in range(2):  # at first the other one is asked, then it is known to be down
         with greeted(willi) as client:
-            assert say(client, MAIL + parameter, BOB, b"RSET") == [SENDER_KEPT, later, "250 2.0.0 Ok"]
+            assert say(client, MAIL + parameter, BOB, b"RSET") == [SENDER_KEPT, LATER, "250 2.0.0 Ok"]
             assert deliver(client) == QUEUED
+
+
+def test_nor_by_an_address_that_stands_in_for_another(
+    start_willi: StartWilli, start_upstream: StartUpstream, dns: DnsServer
+):
+    six = start_upstream(host="::1")
+    four = start_upstream(port=six.port)
+    failures: list[Action] = [Close()]
+    for upstream in (six, four):
+        upstream.extensions = ()
+        upstream.answers[GREETING] = failures
+    dns.zone["mx.b.example"] = {"A": ["127.0.0.1"], "AAAA": ["::1"]}
+    willi = start_willi(server=f"mx.b.example:{six.port}", dns=dns)
+    for _ in range(2):
+        with greeted(willi) as client:
+            assert say(client, MAIL + b" SMTPUTF8", BOB) == [SENDER_KEPT, LATER]
 
 
 def test_non_ascii_without_smtputf8_is_refused(willi: Willi):
