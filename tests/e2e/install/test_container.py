@@ -73,7 +73,7 @@ def test_the_file_is_short_and_starts_what_install_sh_has_installed():
     assert [name for name, _ in STEPS if name not in ("RUN", "COPY")] == [
         "FROM", "USER", "EXPOSE", "STOPSIGNAL", "HEALTHCHECK", "ENTRYPOINT", "CMD",
     ]  # fmt: skip
-    assert (step("USER"), step("EXPOSE"), step("STOPSIGNAL")) == ("willi", "25", "SIGTERM")
+    assert (step("USER"), step("EXPOSE"), step("STOPSIGNAL")) == ("825", "25", "SIGTERM")
     assert step("FROM").startswith("docker.io/library/debian:")
 
 
