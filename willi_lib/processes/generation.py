@@ -11,6 +11,7 @@ from typing import Literal
 from .. import log
 from ..config import Settings
 from ..config.settings import MappingSettings
+from ..files import Stamp
 from ..mappings.known_rows import KnownRows
 from ..net.tls import ServerTls, UpstreamContexts, server_tls, upstream_contexts
 from ..routing.route import HeldTable
@@ -41,13 +42,14 @@ class Generation:
     board: Scoreboard
     tls: ServerTls
     upstream_tls: UpstreamContexts
+    made_of: tuple[object, ...]
     known_rows: Mapping[MappingSettings, KnownRows]
     news: News
 
     @classmethod
-    def of(cls, settings: Settings, before: Generation | None) -> Generation:
+    def of(cls, settings: Settings, before: Generation | None, stamps: Mapping[str, Stamp | None]) -> Generation:
         """Reads certificates and authorities, for all workers and those that replace them. before: what is the same
-        is kept.
+        is kept. stamps: of the files.
 
         Raises CertificateError.
         """
@@ -60,7 +62,9 @@ class Generation:
         else:
             board = Scoreboard(rows, rates)
         news = News(before.news.tables if before else {})
-        return cls(settings, board, tls, upstream_contexts(settings), known_rows, news)
+        made_of = ({mapping.policy.upstream_tls_ca for mapping in settings.mappings}, stamps)
+        upstream_tls = before.upstream_tls if before and before.made_of == made_of else upstream_contexts(settings)
+        return cls(settings, board, tls, upstream_tls, made_of, known_rows, news)
 
 
 def raise_descriptor_limit(settings: Settings) -> None:
