@@ -284,7 +284,7 @@ class Session:
             self.stage = Stage.RECIPIENT
             return answer
         if answer.code == 421 and outcome.by == UPSTREAM and not transaction.recipients:
-            self.upstreams.note_failure()
+            self.upstreams.note_failure(transaction)
         transaction.refuse(answer)
         self.log.message(transaction, self.upstreams.of(transaction), outcome, recipient)
         return answer
@@ -426,7 +426,7 @@ class Session:
         transaction = self.current()
         upstream = self.upstreams.of(transaction)
         self.log.upstream_failed(self.upstreams.open, why)
-        self.upstreams.note_failure()
+        self.upstreams.note_failure(transaction)
         outcome = Outcome(replies.UPSTREAM_FAILED, WILLI, why)
         self.stage = Stage.FAILED
         if upstream:

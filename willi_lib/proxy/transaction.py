@@ -273,9 +273,9 @@ class Upstreams:
             log.debug("Upstream dropped", sid=self._sid, error=str(failure))
             self.drop()
 
-    def note_failure(self) -> None:
-        """The upstream failed, or said 421 to the first recipient: try its host last for a while."""
-        if self.open:
+    def note_failure(self, transaction: Transaction) -> None:
+        """The upstream failed, or said 421: try its host last for a while, unless it had enough of this client."""
+        if self.open and not transaction.refused:
             self.mark_down(self.open)
 
     def mark_down(self, upstream: Upstream) -> None:

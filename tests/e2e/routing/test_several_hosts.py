@@ -213,6 +213,20 @@ def test_a_host_that_says_421_before_it_accepts_a_recipient_is_tried_last(
     assert (len(busy.connections), len(good.messages)) == (1, 2)
 
 
+@pytest.mark.parametrize("pipelined", [True, False], ids=["pipelined", "one by one"])
+@pytest.mark.parametrize("end", [reply("421 4.7.0 too many errors"), Close()], ids=["421", "close"])
+def test_a_host_that_has_enough_of_a_client_stays_first(end: Action, pipelined: bool, two_hosts: TwoHosts):
+    """Postfix says 421 after 20 wrong guesses, and Exim's `drop` hangs up behind a 550: the next client is another."""
+    willi, first, second, bob = two_hosts()
+    first.answers[b"RCPT"] = [reply("550 5.1.1 no such user"), end]
+    willi.tolerate(first.server)
+    with greeted(willi) as client:
+        assert (say_together if pipelined else say)(client, MAIL, bob, bob)[1] == "550 5.1.1 no such user"
+    with greeted(willi) as client:
+        assert deliver(client, bob) == QUEUED
+    assert second.connections == []
+
+
 @pytest.mark.parametrize("death", ["at the end", "in the middle"])
 @pytest.mark.parametrize("send", [b"DATA", b"BDAT"], ids=bytes.decode)
 def test_a_host_that_dies_inside_the_message_is_tried_last(death: str, send: bytes, two_hosts: TwoHosts):
