@@ -449,6 +449,11 @@ def test_check_names_columns_and_rows(file: Path, open_file: Open):
     assert facts(open_file()) == f"SQLite {sqlite3.sqlite_version}, columns server, tls_verify, rows in routes: 2"
 
 
+def test_check_says_that_a_table_is_empty(file: Path, open_file: Open):
+    change(file, "DELETE FROM routes")
+    assert facts(open_file()) == f"fault: {module.NO_ROWS}"
+
+
 def test_check_counts_a_large_table_up_to_a_limit(file: Path, open_file: Open, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(module, "MOST_ROWS", 1)
     assert facts(open_file()).endswith("rows in routes: 1 or more")

@@ -40,6 +40,7 @@ NOT_ITS_WAL = "beside it is the -wal of another file: end the program that write
 MAY_PASS = ("is locked", "readonly database", "unable to open", NO_SHM, NOT_ITS_WAL)
 NO_INDEX = "the query reads all of the table: is there an index on the pattern?"
 READS_ALL = re.compile(rb"SCAN (?![(\d]|CONSTANT|SUBQUERY)")  # a table, not what was found in one (sqlite.org/eqp.html)
+NO_ROWS = "the table is empty: recipients that no other mapping has get 451"
 FEW_ROWS = 10_000  # which take no time without an index, too
 COUNTING = 30.0  # seconds that `check` counts rows ...
 MOST_ROWS = 1_000_000  # ... and how many; until then a program that writes may have to wait
@@ -91,7 +92,10 @@ class SqliteFile:
         """Raises LookupFailed: the query is of no use."""
         names = self._ask(connection, NOBODY)[1]
         rows = dict(self._count_rows(connection))
-        if max(rows.values(), default=0) > FEW_ROWS and self._reads_all(connection):
+        most = max(rows.values(), default=1)
+        if not most:
+            raise LookupFailed(NO_ROWS)
+        if most > FEW_ROWS and self._reads_all(connection):
             raise LookupFailed(NO_INDEX)
         facts = [f"SQLite {sqlite3.sqlite_version}", f"columns {', '.join(names)}"]
         facts += (f"rows in {table}: {n:,}{' or more' if n == MOST_ROWS else ''}" for table, n in rows.items())
