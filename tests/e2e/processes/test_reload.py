@@ -27,7 +27,7 @@ from tests.support.daemon import PIPES_HANG, Willi, in_a_hurry
 from tests.support.examples import THOROUGH, examples
 from tests.support.loopback import HOST, ROOT, free_port, wait_until
 from tests.support.promise import greeted, in_data, in_envelope
-from tests.support.talk import BOB, MAIL, OK, QUEUED, chunk, content, deliver
+from tests.support.talk import BOB, MAIL, NO_ANSWER, OK, QUEUED, chunk, content, deliver, say
 from tests.support.upstream import Ended, ScriptedUpstream
 
 LOOKUP_FAILED = "451 4.3.0 Cannot look up this address now"
@@ -476,6 +476,25 @@ def test_changed_authorities_of_the_system_are_read_again(
     assert "the authorities of this system" in willi.wait_for_log(msg=FAILED)["error"]  # and those before stay
     bundle.write_bytes(certificates.ca.read_bytes() * 2)
     willi.wait_for_log(msg="Reloaded", seconds=60)
+
+
+def test_a_reload_verifies_by_the_authorities_that_are_there_now(
+    start_willi: StartWilli, start_upstream: StartUpstream, certificates: Authority, tmp_path: Path
+):
+    (tmp_path / "other").mkdir()
+    other = Authority(tmp_path / "other")
+    upstream = start_upstream(tls=other.issue(HOST).server_context())
+    authorities = tmp_path / "ca.pem"
+    authorities.write_bytes(certificates.ca.read_bytes())
+    policy = {"upstream_tls": "require", "upstream_tls_ca": str(authorities)}
+    willi = start_willi(workers=1, mappings={"all": {"type": "static", "server": upstream.server}}, **policy)
+    willi.tolerate("Upstream failed")
+    assert say(greeted(willi), MAIL, BOB)[1] == NO_ANSWER
+    authorities.write_bytes(other.ca.read_bytes())
+    willi.reload()
+    assert say(greeted(willi), MAIL, BOB)[1] == OK
+    willi.reload({"upstream_tls_ca": str(certificates.ca)})
+    assert say(greeted(willi), MAIL, BOB)[1] == NO_ANSWER
 
 
 @pytest.mark.parametrize("where", ["willi.conf", "a mapping", "a database", "a directory"])
