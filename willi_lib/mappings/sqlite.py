@@ -145,6 +145,7 @@ class SqliteFile:
                     f"{Path(file).as_uri()}?{mode}", uri=True, timeout=0, isolation_level=None
                 )
                 self._connection.set_progress_handler(lambda: monotonic() > self._end, INSTRUCTIONS)
+                self._connection.set_authorizer(_authorize)
                 self._connection.text_factory = bytes  # row.py says what is wrong with a text
                 self._opened = () if mode == UNCHANGING else now
             self._end = monotonic() + seconds
@@ -165,6 +166,11 @@ class SqliteFile:
             return OwnLack(text)
         is_passing = any(words in text for words in MAY_PASS)
         return (_Busy if is_passing else NotNow)(text, not_there="is locked" not in text)
+
+
+def _authorize(action: int, *_: object) -> int:
+    """No ATTACH, nor VACUUM INTO, which would create a file that is called as the key, whatever that is."""
+    return sqlite3.SQLITE_DENY if action == sqlite3.SQLITE_ATTACH else sqlite3.SQLITE_OK
 
 
 def _state(file: str) -> tuple[object, ...]:
