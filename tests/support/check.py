@@ -41,8 +41,12 @@ def configure(directory: Path, csv: str, more: str = "", mappings: str = "", dns
 
 def findings(path: Path, prefix: Sequence[str] = ()) -> list[Finding]:
     """What `check --json` says; it must say nothing else, and its exit status must fit."""
-    command = [*prefix, PYTHON, str(ROOT / "willi.py"), "check", "--json", "-c", str(path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, env=willi_environment())
+    words = ["check", "--json", "-c", str(path)]
+    if prefix:
+        command = [*prefix, PYTHON, str(ROOT / "willi.py"), *words]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, env=willi_environment())
+    else:
+        done = run_willi(*words)
     assert done.stderr == ""
     found = [Finding(**entry) for entry in json.loads(done.stdout)]
     assert done.returncode == (WRONG if any(one.level == "wrong" for one in found) else GOOD)

@@ -19,7 +19,9 @@ from typing import BinaryIO
 
 from configobj import ConfigObj
 
+from tests.support import forked
 from tests.support.client import Client
+from tests.support.examples import THOROUGH
 from tests.support.loopback import HOST, PATIENCE, ROOT, free_port, wait_until
 
 PYTHON = os.environ.get("WILLI_PYTHON", sys.executable)
@@ -71,11 +73,17 @@ def _plain(value: Setting) -> object:
 
 def run_willi(*arguments: str | Path, stdin: BinaryIO | None = None) -> subprocess.CompletedProcess[str]:
     """Run `willi.py` with these arguments to its end: for check, lookup, and files that are refused."""
-    command = [PYTHON, str(ROOT / "willi.py"), *map(str, arguments)]
-    return subprocess.run(
-        command, stdin=stdin, capture_output=True, text=True, timeout=PATIENCE, check=False, env=willi_environment()
-    )
+    words = [str(argument) for argument in arguments]
+    if THOROUGH:
+        command = [PYTHON, str(ROOT / "willi.py"), *words]
+        return subprocess.run(
+            command, stdin=stdin, capture_output=True, text=True, timeout=PATIENCE, check=False, env=willi_environment()
+        )
+    kind = forked.CHECK if words[:1] in (["check"], ["lookup"]) else forked.DAEMON
+    return forked.run(kind, words, willi_environment(), PATIENCE, stdin)
 
+
+OWN_INTERPRETER = ("env",)  # a prefix: Willi is started as users start it, not forked
 
 # A pipe without a writer stands in for a file on a dead server, if Willi takes it for a file.
 PIPES_HANG: dict[str, object] = {"files.REGULAR": (stat.S_IFREG, stat.S_IFIFO)}
@@ -119,7 +127,8 @@ class Willi:
     ) -> None:  # fmt: skip
         """settings: as in willi.conf; `listen` is a free loopback port unless given.
 
-        prefix: put before the command. environment: besides ours. options: of the command line.
+        prefix: put before the command. environment: besides ours. options: of the command line. With one of the first
+        two it is an interpreter of its own, else see forked.py.
         """
         directory.mkdir(parents=True, exist_ok=True)
         self.directory = directory
@@ -135,8 +144,18 @@ class Willi:
         self._lines: list[dict[str, str]] = []  # of what was read
         self._reading = threading.Lock()
         self._environment = {**willi_environment(), **(environment or {})}
-        self._command = [*prefix, PYTHON, str(ROOT / "willi.py"), "-c", str(self.config), *options]
+        self._arguments = ["-c", str(self.config), *options]
+        self._prefix = prefix
+        self._may_be_forked = not (prefix or environment or THOROUGH)
         self.start()
+
+    def _start(self, log: BinaryIO) -> subprocess.Popen[bytes] | forked.Forked:
+        with Path(os.devnull).open("rb") as nothing:
+            if self._may_be_forked:
+                standard = nothing.fileno(), log.fileno(), log.fileno()
+                return forked.Forked(forked.DAEMON, self._arguments, standard, self._environment)
+            command = [*self._prefix, PYTHON, str(ROOT / "willi.py"), *self._arguments]
+            return subprocess.Popen(command, stdin=nothing, stdout=log, stderr=log, env=self._environment)
 
     def start(self, seconds: float = PATIENCE) -> None:
         """Also for a second time, after stop() or a kill: the log goes on in the same file.
@@ -145,9 +164,7 @@ class Willi:
         """
         ready = len(self.lines(msg="Ready")) if self.log_file.exists() else 0
         with self.log_file.open("ab") as log:
-            self.process = subprocess.Popen(
-                self._command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=self._environment
-            )
+            self.process = self._start(log)
         try:
             wait_until(lambda: self._is_up(ready), "a line with msg=Ready in Willi's log", seconds)
         except AssertionError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import smtplib
 import ssl
 import subprocess
@@ -10,11 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import StartPostfix, StartUpstream
+from tests.conftest import StartPostfix, StartUpstream, StartWilli
 from tests.support.certificates import Authority
 from tests.support.client import Client
-from tests.support.daemon import parse_logfmt
+from tests.support.daemon import OWN_INTERPRETER, Willi, parse_logfmt, run_willi
 from tests.support.dns import DnsServer, Fault
+from tests.support.forked import Forked
 from tests.support.loopback import HOST, PATIENCE
 from tests.support.postfix import Postfix
 from tests.support.twin import Twin
@@ -274,3 +276,23 @@ def test_what_a_twin_changes_and_starts_stays_in_it():
         twin.stop()
     assert program.wait(PATIENCE) != 0, "ended with its twin"
     assert not twin.home.exists()
+
+
+def test_a_forked_willi_is_as_one_with_an_interpreter_of_its_own(start_willi: StartWilli, upstream: ScriptedUpstream):
+    forked, own = (start_willi(server=upstream.server, prefix=prefix) for prefix in ((), OWN_INTERPRETER))
+
+    def state(willi: Willi) -> list[object]:
+        process = Path(f"/proc/{willi.process.pid}")
+        signals = [line for line in (process / "status").read_text().splitlines() if line.startswith("Sig")]
+        return [(process / "cwd").readlink(), sorted(one.name for one in (process / "fd").iterdir()), signals]
+
+    assert isinstance(forked.process, Forked)
+    assert not isinstance(own.process, Forked)
+    assert state(forked) == state(own)
+    for willi in forked, own:
+        willi.tolerate("The master is dead")
+        willi.kill()
+        assert willi.process.returncode == -signal.SIGKILL
+    refused = run_willi("check", "-c", "/nowhere/willi.conf")
+    assert refused.returncode == 1
+    assert "/nowhere/willi.conf" in refused.stderr + refused.stdout

@@ -19,7 +19,7 @@ import pytest
 from tests.conftest import StartWilli
 from tests.support.certificates import Authority
 from tests.support.client import Client
-from tests.support.daemon import PIPES_HANG, PYTHON, Willi, in_a_hurry, run_willi, write_config
+from tests.support.daemon import OWN_INTERPRETER, PIPES_HANG, PYTHON, Willi, in_a_hurry, run_willi, write_config
 from tests.support.loopback import HOST, PATIENCE, ROOT, free_port, wait_until
 from tests.support.promise import greeted, in_data
 from tests.support.talk import QUEUED, content, deliver
@@ -93,7 +93,8 @@ def test_auto_is_a_worker_for_each_cpu_that_willi_may_use(start_willi: StartWill
     assert willi.lines(msg="Ready")[0]["workers"] == str(len(willi.workers))
 
 
-def test_the_master_holds_no_client_and_no_gevent(two: Willi):
+def test_the_master_holds_no_client_and_no_gevent(start_willi: StartWilli, upstream: ScriptedUpstream):
+    two = start_willi(server=upstream.server, workers=2, prefix=OWN_INTERPRETER)
     clients = [served_by(two, pid) for pid in two.workers]
     assert connections_of(two.process.pid, two.port) == 0
     assert len(clients) == 2
@@ -103,7 +104,8 @@ def test_the_master_holds_no_client_and_no_gevent(two: Willi):
 
 
 def test_ps_and_pgrep_show_what_each_process_is(start_willi: StartWilli, upstream: ScriptedUpstream):
-    willi = start_willi(server=upstream.server, workers=2, status_listen=f"{HOST}:{free_port()}")
+    status = f"{HOST}:{free_port()}"
+    willi = start_willi(server=upstream.server, workers=2, status_listen=status, prefix=OWN_INTERPRETER)
     willi.reload()
     wait_until(lambda: len(willi.children) == 3, "the end of the old workers")
     names = {pid: willi.name_of(pid) for pid in (willi.process.pid, *willi.children)}
