@@ -25,14 +25,13 @@ class TimeLimit(WireError):
 class Deadline:
     """The time limits of one greenlet, on one loop timer that is re-armed only for a nearer deadline."""
 
-    __slots__ = ("_at", "_doing", "_fires", "_greenlet", "_timer", "waited_at")
+    __slots__ = ("_fires", "_greenlet", "_limit", "_timer", "waited_at")
 
     def __init__(self) -> None:
         self._greenlet = getcurrent()
         self._timer: Any = None  # gevent's stubs have no public name for a loop's timer and io
         self._fires = FOREVER
-        self._at = FOREVER
-        self._doing = ""
+        self._limit: Limit | None = None  # the one in force
         self.waited_at = monotonic()  # when the greenlet last waited for a peer, or gave way to others
 
     def limit(self, seconds: float, doing: str) -> Limit:
@@ -49,7 +48,7 @@ class Deadline:
 
     def overdue(self) -> bool:
         """Whether the limit in force has passed."""
-        return monotonic() >= self._at
+        return self._limit is not None and monotonic() >= self._limit.at
 
     def close(self) -> None:
         """Stop the timer."""
@@ -69,38 +68,41 @@ class Deadline:
         now = monotonic()
         late = now - self._fires
         self.close()
-        if now < self._at < FOREVER:
-            self._arm(self._at)
-        elif now >= self._at and late > STOOD_STILL and not again:
+        limit = self._limit
+        if limit is None or limit.at == FOREVER:
+            return
+        if now < limit.at:
+            self._arm(limit.at)
+        elif late > STOOD_STILL and not again:
             self._arm(now, again=True)
-        elif now >= self._at:
-            self._greenlet.throw(TimeLimit(f"timed out {self._doing}"))
+        else:
+            self._greenlet.throw(TimeLimit(f"timed out {limit.doing}"))
 
 
 class Limit:
     """One block under a time limit. A class, since a generator costs four times as much."""
 
-    __slots__ = ("_at", "_deadline", "_doing", "_outer")
+    __slots__ = ("_deadline", "_outer", "at", "doing")
 
     def __init__(self, deadline: Deadline, at: float, doing: str) -> None:
         self._deadline = deadline
-        self._at = at
-        self._doing = doing
+        self.at = at
+        self.doing = doing
 
     def __enter__(self) -> None:
         deadline = self._deadline
-        self._outer = (deadline._at, deadline._doing)
-        if self._at < deadline._at:
-            deadline._at, deadline._doing = self._at, self._doing
-            if self._at < deadline._fires:
-                deadline._arm(self._at)
+        outer = self._outer = deadline._limit
+        if outer is None or self.at < outer.at:
+            deadline._limit = self
+            if self.at < deadline._fires:
+                deadline._arm(self.at)
         elif deadline._timer is None:  # the limit in force has struck already, and strikes again at the next wait
-            deadline._arm(deadline._at)
+            deadline._arm(outer.at)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         deadline = self._deadline
-        deadline._at, deadline._doing = self._outer
-        if deadline._timer is None and deadline._at < FOREVER:  # ours has struck: the outer one still counts
-            deadline._arm(deadline._at)
+        outer = deadline._limit = self._outer
+        if outer and deadline._timer is None and outer.at < FOREVER:  # ours has struck: the outer one still counts
+            deadline._arm(outer.at)
