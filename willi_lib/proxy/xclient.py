@@ -34,7 +34,12 @@ def send_xclient(upstream: Upstream, client: Client, sid: str, was_offered: bool
         raise UpstreamFailed(f"{upstream.server}: spoke out of turn, or hung up, before XCLIENT")
     required = upstream.route.policy.xclient == "require"
     half_told = False
-    for attributes in _attempts(listed, client, name, may_hide_address=not required):
+    asked: list[list[tuple[str, str]]] = []
+    for attempt in _attempts(client, name, may_hide_address=not required):
+        attributes = [attribute for attribute in attempt if attribute[0] in listed]
+        if attributes in asked:
+            continue
+        asked.append(attributes)
         answer, half = _ask_all(upstream, lines(attributes))
         half_told |= half
         if answer is None or answer.code not in BAD_VALUE:
@@ -67,8 +72,8 @@ def _xclient_offer(upstream: Upstream, client: Client, sid: str, was_offered: bo
     return offer
 
 
-def _attempts(listed: list[str], client: Client, name: str, may_hide_address: bool) -> Iterator[list[tuple[str, str]]]:
-    """The attributes that the upstream listed, in the order to send them: ADDR ends our authority.
+def _attempts(client: Client, name: str, may_hide_address: bool) -> Iterator[list[tuple[str, str]]]:
+    """All attributes, in the order to send them: ADDR ends our authority.
 
     Then with less and less that it may not like: HELO and NAME are what a client chooses, and a server
     without IPv6 takes no IPv6 address. None of that may make our own address of the client's.
@@ -76,16 +81,11 @@ def _attempts(listed: list[str], client: Client, name: str, may_hide_address: bo
     helo = [("PROTO", "ESMTP" if client.esmtp else "SMTP"), ("HELO", client.helo)]
     address = f"IPV6:{client.address}" if ":" in client.address else client.address or UNAVAILABLE
     known = [("PORT", str(client.port or UNAVAILABLE)), ("ADDR", address)]
+    yield [*helo, ("NAME", name), *known]
     unknown = [("PORT", UNAVAILABLE), ("ADDR", UNAVAILABLE)]
-    attempts = [[*helo, ("NAME", name), *known]]
     for endpoint in (known, unknown) if may_hide_address else (known,):
-        attempts += [[helo[0], ("NAME", one), *endpoint] for one in (name, UNAVAILABLE)]
-    asked: list[list[tuple[str, str]]] = []
-    for attempt in attempts:
-        attributes = [attribute for attribute in attempt if attribute[0] in listed]
-        if attributes not in asked:
-            asked.append(attributes)
-            yield attributes
+        for one in (name, UNAVAILABLE):
+            yield [helo[0], ("NAME", one), *endpoint]
 
 
 def _ask_all(upstream: Upstream, lines: Sequence[bytes]) -> tuple[Reply | None, bool]:

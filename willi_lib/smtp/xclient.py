@@ -65,9 +65,9 @@ def lines(attributes: Sequence[tuple[str, str]]) -> list[bytes]:
     words = [b" %s=%s" % (name.encode("ascii"), value) for name, value in values if len(value) <= MAX_VALUE]
     if len(words) > 1 and words[-2].startswith(b" PORT=") and words[-1].startswith(b" ADDR="):
         words[-2:] = [words[-2] + words[-1]]
-    commands: list[bytes] = []
+    commands = [b"XCLIENT"] if words else []
     for word in words:
-        if not commands or len(commands[-1]) + len(word) + 2 > MAX_LINE:
+        if len(commands[-1]) + len(word) + 2 > MAX_LINE:
             commands.append(b"XCLIENT")
         commands[-1] += word
     return commands
