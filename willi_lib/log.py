@@ -161,11 +161,9 @@ def tracer(sid: str, peer: str) -> Callable[[str, bytes], None] | None:
 
 def quote(value: Value, most: int = MAX_VALUE) -> str:
     """One logfmt value, of at most so many characters."""
-    if isinstance(value, float):
-        return f"{value:.3f}"
-    text = value if isinstance(value, str) else str(value).lower()  # true, false
-    if len(text) > most:
-        text = text[:most] + "..."
+    if not isinstance(value, str):
+        return f"{value:.3f}" if isinstance(value, float) else str(value).lower()  # true, false
+    text = value if len(value) <= most else value[:most] + "..."
     return text if _PLAIN.fullmatch(text) else _in_quotes(text)
 
 
@@ -191,14 +189,13 @@ def _log(level: str, message: str, fields: dict[str, Value], trace: str = "") ->
 
 def _line(level: str, message: str, fields: dict[str, Value], trace: str, most: int) -> str:
     """most: characters of a value. Of a traceback the end matters."""
-    words = [f"lvl={level}", f"msg={quote(message, most)}"]
     kept = MAX_VALUE if most > SHORTER[-1] else most
-    for key, value in fields.items():
-        if value is not None:
-            words.append(f"{key}={quote(value, kept if key in KEPT else most)}")
+    words = [
+        f" {key}={quote(value, kept if key in KEPT else most)}" for key, value in fields.items() if value is not None
+    ]
     if trace:
-        words.append(f"traceback={_in_quotes(trace[-3 * most :])}")
-    return " ".join(words)
+        words.append(f" traceback={_in_quotes(trace[-3 * most :])}")
+    return f"lvl={level} msg={quote(message, most)}{''.join(words)}"
 
 
 def _octets(line: str) -> bytes:
