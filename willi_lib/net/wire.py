@@ -21,7 +21,7 @@ from typing import Any
 
 from gevent import get_hub, getcurrent
 
-from ..smtp.syntax import MAX_COMMAND_LINE
+from ..smtp.syntax import CR, LF, MAX_COMMAND_LINE
 from .deadline import AFTER_READING, Deadline, WireError
 
 READ_EVENT, WRITE_EVENT = 1, 2  # libev's EV_READ and EV_WRITE
@@ -148,11 +148,13 @@ class Wire:
     def next_line(self, limit: int) -> bytes:
         """The same; a line that is too long or badly framed is still in the buffer, as far as it has come."""
         self._be_fair()
+        if self._at == len(self._buffer):
+            self.receive()
         while True:
             end = self._buffer.find(b"\r\n", self._at)
             # Of a last CR the LF may be on the way.
             line = self._buffer[self._at : end] if end >= 0 else self._buffer[self._at :].removesuffix(b"\r")
-            if b"\r" in line or b"\n" in line:  # a lenient reader next to a strict one is what smuggling lives on
+            if CR in line or LF in line:  # a lenient reader next to a strict one is what smuggling lives on
                 raise BadFraming("bare CR or LF in a line")
             if len(line) + 2 > limit:
                 raise LineTooLong(line[:limit])
@@ -227,7 +229,6 @@ class Wire:
         while True:
             if not eager:
                 _wait(self._readable)
-                self.deadline.waited_at = monotonic()
             try:
                 octets = self._socket.recv(size) if self._tls is None else self._decrypt(size)
                 break
@@ -240,7 +241,9 @@ class Wire:
         if not octets:
             raise PeerGone("connection closed")
         self.received_at = monotonic()
-        self._buffer = self._buffer[self._at :] + octets if self._at < len(self._buffer) else octets
+        if not eager:
+            self.deadline.waited_at = self.received_at
+        self._buffer = self._buffer[self._at :] + octets
         self._at = 0
         return self._buffer
 
@@ -265,7 +268,7 @@ class Wire:
                 if not octets:
                     return b""  # also without close_notify: SMTP says itself where a message ends
                 self._clear_in.write(octets)
-            while size > 0 and self._holds_records() and not self._tls_ended:
+            while size > 0 and not self._tls_ended and self._holds_records():
                 record = self._tls.read(min(size, MAX_RECORD))
                 self._tls_ended = not record  # by close_notify; TCP may stay open, and must not be waited for
                 records.append(record)
@@ -285,7 +288,7 @@ class Wire:
     def _holds_records(self) -> bool:
         """Whether OpenSSL has octets to read, or the end: its exception for nothing costs ten times as much."""
         assert self._tls and self._clear_in
-        return self._tls_ended or bool(self._tls.pending() or self._clear_in.pending)
+        return self._tls_ended or bool(self._clear_in.pending or self._tls.pending())
 
     # -- writing
 

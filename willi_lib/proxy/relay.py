@@ -15,6 +15,7 @@ from ..net.wire import Wire
 from ..smtp import reply as replies
 from ..smtp.body import DataReader, Stuffer
 from ..smtp.reply import UPSTREAM, Rejected, Reply, own
+from ..smtp.syntax import LF
 from .upstream import Upstream, UpstreamFailed
 
 SLOWEST = 100  # octets a second that a client must send ...
@@ -44,7 +45,7 @@ class Content:
             octets = self._client.read_some(most)
         waited = monotonic() - began
         self._waited += waited
-        self._progress += LEAST_PROGRESS if b"\n" in octets else len(octets)
+        self._progress += LEAST_PROGRESS if LF in octets else len(octets)
         self.keep_pace(waited, len(octets))
         return octets
 

