@@ -29,7 +29,7 @@ LOOK_AHEAD_TIME = 1.0
 SETTLE_TIME = 5.0  # seconds for what was asked behind a refused MAIL: meanwhile the client waits for a known answer
 
 
-@dataclass
+@dataclass(slots=True)
 class Transaction:
     """One message under way (RFC 5321 §3.3)."""
 

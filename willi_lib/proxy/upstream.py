@@ -55,7 +55,7 @@ class MailLoop(Rejected):
         self.is_ours = is_ours  # it bears our domain, and so it does for every client
 
 
-@dataclass
+@dataclass(slots=True)
 class Client:
     """Who the client is, as far as the upstream may know."""
 
