@@ -234,6 +234,7 @@ class Wire:
                 break
             except BlockingIOError:
                 eager = False
+                self.flush()  # e.g. the answer to a key update
             except ssl.SSLError as error:
                 raise TlsFailed(f"TLS: {error.reason or error}") from None
             except OSError as error:
@@ -274,7 +275,6 @@ class Wire:
                 records.append(record)
                 size -= len(record)
         except ssl.SSLWantReadError:  # half a record, or none of application data
-            self.flush()  # e.g. the answer to a key update
             if not records:
                 raise BlockingIOError from None
         except (ssl.SSLZeroReturnError, ssl.SSLEOFError):
