@@ -169,9 +169,9 @@ def test_a_line_ends_with_crlf_and_is_returned_without_it(connect, feed, line):
     feed(peer, line + b"\r\n")
     assert wire.read_line() == line
     if feed is with_the_next_command_attached:
-        assert wire.buffered
+        assert wire.buffered()
         assert wire.read_line() == b"NOOP"
-    assert not wire.buffered
+    assert not wire.buffered()
 
 
 @pytest.mark.parametrize("limit", [2, 3, 512, MAX_COMMAND_LINE])
@@ -186,7 +186,7 @@ def test_a_line_as_long_as_the_limit_is_read_and_a_longer_one_is_dropped(connect
         wire.read_line(limit)
     if feed is with_the_next_command_attached:
         assert wire.read_line() == b"NOOP"
-    assert not wire.buffered
+    assert not wire.buffered()
 
 
 @pytest.mark.parametrize("length", [2047, 2048, 2049, 16383, 16384, 16385, 100_000])
@@ -327,9 +327,9 @@ def test_content_comes_as_it_is_and_at_the_most_as_much_as_asked(connect):
     assert wire.read_some(100) == b"rest\r\n"
     peer.sendall(b"more")
     assert wire.read_some(1) == b"m"
-    assert wire.buffered
+    assert wire.buffered()
     assert wire.read_some() == b"ore"
-    assert not wire.buffered
+    assert not wire.buffered()
 
 
 def test_what_is_given_back_comes_again_before_all_else(connect):
@@ -445,7 +445,7 @@ def test_until_the_code_of_a_verdict_is_there_it_may_take_the_whole_time_of_a_ve
     monkeypatch.setattr(replies_module, "REST_OF_VERDICT", 0.0)
     wire, peer = connect()
     peer.sendall(b"2")
-    sending = connect.thread(lambda: (wait_until(lambda: wire.buffered, "the first octet"), peer.sendall(b"50 Ok\r\n")))
+    sending = connect.thread(lambda: (wait_until(wire.buffered, "the first octet"), peer.sendall(b"50 Ok\r\n")))
     reply, _ = read_verdict(wire)
     assert reply.code == 250
     sending.exception(PATIENCE)
@@ -635,11 +635,11 @@ def test_replies_that_nobody_fetches_yet_are_not_piled_up(connect):
 
 def test_held_replies_can_be_sent_without_their_owner(connect):
     wire, peer = connect()
-    assert not wire.holds_output
+    assert not wire.holds_output()
     wire.write(b"250 Ok\r\n")
-    assert wire.holds_output
+    assert wire.holds_output()
     wire.send_held()
-    assert not wire.holds_output
+    assert not wire.holds_output()
     assert peer.recv(1000) == b"250 Ok\r\n"
 
 
@@ -651,14 +651,14 @@ def test_held_replies_that_the_kernel_does_not_take_go_out_later_in_order(connec
     expected = b""
     twice = False
     while not twice:  # until the peer's window is full; the kernel may find room after it had none
-        if not wire.holds_output:
+        if not wire.holds_output():
             reply = b"250 %07d " % len(expected) + b"x" * 50_000 + b"\r\n"
             wire.write(reply)
             expected += reply
         wire.send_held()
-        held = wire.holds_output
+        held = wire.holds_output()
         wire.send_held()
-        twice = held and wire.holds_output
+        twice = held and wire.holds_output()
     received = connect.thread(lambda: read_exactly(peer, len(expected) + 8))
     wire.write(b"250 Ok\r\n")
     wire.flush()
@@ -926,9 +926,9 @@ def test_plain_text_that_came_along_with_starttls_is_thrown_away(connect, pair):
     wire, peer = connect()
     peer.sendall(b"STARTTLS\r\nMAIL FROM:<eve@a.example>\r\nRCPT TO")
     assert wire.read_line() == b"STARTTLS"
-    assert wire.buffered
+    assert wire.buffered()
     secure = connect.tls(pair, wire, peer)
-    assert not wire.buffered
+    assert not wire.buffered()
     secure.sendall(b":<bob@b.example>\r\n")
     assert wire.read_line() == b":<bob@b.example>"
 
@@ -1141,7 +1141,7 @@ def test_what_is_done_with_a_closed_connection_is_a_wire_error(connect):
         peer.sendall(b"250-Ok\r\n\r\n250-")
         read_verdict(wire)
         wire.close()
-        assert wire.pending() and not wire.buffered
+        assert wire.pending() and not wire.buffered()
         with pytest.raises(PeerGone):
             work(wire)
 

@@ -194,7 +194,7 @@ class Player:
         while True:
             gevent.idle()
             if self._session and not self._session.ending:
-                if self._session.wire.holds_output:
+                if self._session.wire.holds_output():
                     self._session.wire.send_held()
                 if self._script.end == HANG_UP and self._session.wire.tls_version is None:  # no TCP here
                     self._session.look_at_client()

@@ -103,12 +103,10 @@ class Wire:
 
     # -- reading
 
-    @property
     def buffered(self) -> bool:
         """Whether octets were received that are not taken yet."""
         return self._at < len(self._buffer)
 
-    @property
     def has_line(self) -> bool:
         """Whether a whole line is buffered."""
         return self._buffer.find(b"\r\n", self._at) >= 0
@@ -168,7 +166,7 @@ class Wire:
 
     def read_some(self, most: int | None = None) -> bytes:
         """At least one octet of what comes next, at the most `most` octets. Raises WireError."""
-        if not self.buffered:
+        if not self.buffered():
             self.receive(self._body_read, eager=True)
             if self._body_read // 2 <= len(self._buffer) and self._body_read < LARGEST_BODY_READ:
                 self._body_read *= 2
@@ -187,7 +185,7 @@ class Wire:
 
     def pending(self) -> bool:
         """Whether the peer has sent something, or closed, that is not yet taken. Does not wait."""
-        if self.buffered:
+        if self.buffered():
             return True
         try:
             octets = self._socket.recv(COMMAND_READ) if self._tls is None else self._decrypt(COMMAND_READ)
@@ -201,7 +199,7 @@ class Wire:
 
     def has_hung_up(self) -> bool:
         """Whether the peer has closed the connection and left nothing to be done. Takes nothing, does not wait."""
-        if self.buffered or (self._tls and self._holds_records()):
+        if self.buffered() or (self._tls and self._holds_records()):
             return False
         try:
             unread = self._socket.recv(CLOSE_NOTIFY + 1, stdlib_socket.MSG_PEEK)
@@ -302,10 +300,9 @@ class Wire:
 
     def flush(self) -> None:
         """Send what was kept back. Raises WireError."""
-        if self.holds_output:
+        if self.holds_output():
             self.send(b"")
 
-    @property
     def holds_output(self) -> bool:
         """Whether something is kept back. Never while the owner is sending: it takes the octets away first."""
         return bool(self._output or (self._clear_out and self._clear_out.pending))
@@ -448,7 +445,7 @@ class Wire:
         try:
             self._end_tls()
             self.send_held()
-            if linger or (self.holds_output and patient):
+            if linger or (self.holds_output() and patient):
                 with self.deadline.limit(LINGER, "closing"):
                     self.flush()
                     if linger:

@@ -134,7 +134,7 @@ class Worker:
         before: set[Wire] = set()
         while True:
             gevent.sleep(HOLD)
-            holding = {session.wire for session in self._admission.sessions if session.wire.holds_output}
+            holding = {session.wire for session in self._admission.sessions if session.wire.holds_output()}
             for wire in holding & before:
                 wire.send_held()
             for session in self._admission.sessions:

@@ -40,7 +40,7 @@ class Commands:
         """The next one, if it has come as a whole. Raises Rejected, WireError."""
         if self.group:
             return self.group.popleft()
-        return self._read() if self._wire.has_line else None
+        return self._read() if self._wire.has_line() else None
 
     def wait(self) -> Command:
         """The next one, when it has come. Raises Rejected, WireError."""

@@ -357,7 +357,7 @@ class Connector:
         answer = upstream.ask(b"STARTTLS")
         if answer.code != 220:
             raise UpstreamFailed(f"STARTTLS: {answer}")
-        if upstream.wire.buffered:
+        if upstream.wire.buffered():
             raise UpstreamFailed("STARTTLS: clear text after the 220")  # response injection
         route = upstream.route
         context = self._contexts[route.tls_verify, route.policy.upstream_tls_ca]

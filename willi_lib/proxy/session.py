@@ -163,7 +163,7 @@ class Session:
         self.ending = True
         try:
             self.forget_transaction()
-            self.wire.hang_up(linger=self.wire.buffered or not self.has_quit)
+            self.wire.hang_up(linger=self.wire.buffered() or not self.has_quit)
             self.upstreams.quit()
         finally:
             self.upstreams.drop_all()
@@ -225,7 +225,7 @@ class Session:
     def handshake(self) -> None:
         """What came along with STARTTLS is thrown away, and all that was said before is forgotten (RFC 3207 §4.2)."""
         assert self.context.server_tls
-        if self.wire.buffered:
+        if self.wire.buffered():
             self.log.warn("Clear text after STARTTLS dropped")
         with self.deadline.limit(self.settings.read_timeout, "in the TLS handshake (read_timeout)"):
             self.wire.start_tls(self.context.server_tls, server_side=True)

@@ -132,7 +132,7 @@ class Upstream:
         wire = self.wire
         try:
             # During the introduction the last answer has only just come, and an extra recv would find nothing.
-            if wire.pending() if self.introduced else wire.buffered:
+            if wire.pending() if self.introduced else wire.buffered():
                 with wire.deadline.limit(LAST_WORDS_TIMEOUT, "early words"):  # half a line must not hold us up
                     words = read_reply(wire)
                 if words.code == 421 and self.in_transaction:
@@ -170,7 +170,7 @@ class Upstream:
             raise UpstreamFailed(f"{self.server}: badly framed reply to the chunk before")
         if self.wire.pending():  # it may take content for commands, and what it says now is no verdict
             self._last_words()
-            did = "spoke" if self.wire.buffered else "hung up"
+            did = "spoke" if self.wire.buffered() else "hung up"
             raise UpstreamFailed(f"{self.server}: {did} inside the message")
         try:
             self.wire.send(octets)
@@ -206,7 +206,7 @@ class Upstream:
         """Raise Rejected if the upstream has said why it wants no more of the message."""
         try:
             with self.wire.deadline.limit(LAST_WORDS_TIMEOUT, "last words"):
-                words = read_verdict(self.wire)[0] if self.wire.pending() and self.wire.buffered else None
+                words = read_verdict(self.wire)[0] if self.wire.pending() and self.wire.buffered() else None
         except (WireError, BadReply) as error:
             log.debug("No last words", upstream=str(self.server), error=str(error))
             return
