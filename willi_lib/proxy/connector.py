@@ -347,10 +347,10 @@ class Connector:
         upstream.features = answer.features if client.esmtp else {}
 
     def _wants_tls(self, upstream: Upstream, client: Client) -> bool:
+        if not upstream.could_use_tls:
+            return False
         wish = upstream.route.policy.upstream_tls
-        wanted = wish in ("always", "require") or client.tls or self._wants.get(str(upstream.server))
-        wanted = wanted and wish != "never"
-        return bool(wanted) and "STARTTLS" in upstream.features
+        return bool(wish in ("always", "require") or client.tls or self._wants.get(str(upstream.server)))
 
     def _start_tls(self, upstream: Upstream) -> None:
         """Raises UpstreamFailed if it does not work: there is no way back to clear text (RFC 3207)."""
