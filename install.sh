@@ -23,6 +23,7 @@
 set -eu
 PATH=$PATH:/usr/sbin:/usr/bin:/sbin:/bin   # `su` without - has no sbin
 export PATH
+unset CDPATH   # with it `cd` prints where it went, and may go elsewhere
 
 TARGET=/opt/willi
 CONFIG=$TARGET/etc/willi.conf

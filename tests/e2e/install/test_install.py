@@ -82,6 +82,11 @@ def test_owners_and_modes_do_not_depend_on_the_umask_of_root(machine):
         pytest.param(("env", "PYTHON=/usr/local/bin/python3.9"), "is Python 3.9, and Willi needs 3.10", id="too old"),
         pytest.param(("env", "PYTHON=/root/python3"), "can be run by root only", id="of root alone"),
         pytest.param((), "apt-get install python{version}-venv", id="no venv"),
+        pytest.param(
+            ("sh", "-c", f"cd {UNPACKED}; export CDPATH=.; exec willi-{OLD}/install.sh"),
+            "python{version}-venv",
+            id="CDPATH",
+        ),
     ],
 )
 def test_what_is_missing_is_told_before_anything_is_changed(python_troubles, how, words):
