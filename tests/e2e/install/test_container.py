@@ -23,6 +23,7 @@ PAGE = (
     (ROOT / "docs/install.md").read_text(encoding="utf-8").partition("\n## In a container\n")[2].partition("\n## ")[0]
 )
 BIND = "CAP_NET_BIND_SERVICE"
+A_PROXY = {"http_proxy": "http://127.0.0.1:9"}  # Podman passes that of its host on
 # As `--read-only --cap-drop=all --cap-add=net_bind_service` has it: process 1 of its own, and no way to more rights.
 CONTAINED = """\
 mount --make-rprivate / && mount -o remount,bind,ro /
@@ -88,7 +89,7 @@ def test_it_serves_port_25_as_process_1_without_root_without_dev_log_and_with_a_
         health = ["sh", "-c", 'exec "$@"', "sh", *json.loads(step("HEALTHCHECK").partition(" CMD ")[2])]
         assert machine.ask(*health).returncode != 0
         with upstream_on(machine) as upstream, container(machine) as willi:
-            wait_until(lambda: machine.ask(*health).returncode == 0, "a good health")
+            wait_until(lambda: machine.ask(*health, environment=A_PROXY).returncode == 0, "a good health")
             assert banner(machine).startswith("220 ")
             send_message(machine, upstream)
             [unshare] = children(willi.pid)
