@@ -346,7 +346,10 @@ def test_the_facility_and_the_owner_are_those_that_the_service_has():
     unit = (ROOT / "etc" / "willi.service").read_text(encoding="utf-8")
     assert "with facility mail" in OLD and "\nSyslogFacility=mail\n" in unit
     install = (ROOT / "install.sh").read_text(encoding="utf-8")
-    assert "chmod 2750 /opt/willi/etc" in OLD and "install -d -m 2750 -o root -g willi $TARGET/etc" in install
+    assert (
+        "chmod -R g+rX /opt/willi/etc; chmod 2750 /opt/willi/etc" in OLD
+        and "install -d -m 2750 -o root -g willi $TARGET/etc" in install
+    )
 
 
 # docs/interoperation.md
