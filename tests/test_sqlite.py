@@ -480,10 +480,31 @@ def test_check_says_if_a_large_table_lacks_an_index(
     assert facts(open_file(query)).startswith(f"fault: {module.NO_INDEX}" if is_wrong else "SQLite ")
 
 
+MANUAL = (
+    (ROOT / "docs" / "configure.md")
+    .read_text(encoding="utf-8")
+    .partition("## Tables in SQLite")[2]
+    .partition("\n## ")[0]
+)
+
+
+def test_what_the_manual_makes_of_a_csv_file_has_its_patterns(tmp_path: Path, open_file: Open):
+    [create] = re.findall(r"CREATE TABLE (?:.|\n)*?ROWID;", MANUAL)
+    [update] = re.findall(r'"(UPDATE .*)"', MANUAL)
+    change(tmp_path / "routes.db", create)
+    with closing(sqlite3.connect(tmp_path / "routes.db")) as connection:  # as sqlite3 imports its lines
+        rows = [("Ann@B.Example", "mx1"), ("c.example \t", " mx2 "), ("\td.example.", "mx3"), ("d.example", "mx3")]
+        connection.executemany("INSERT INTO upstream_servers (pattern, server) VALUES (?, ?)", rows)
+        connection.commit()
+    change(tmp_path / "routes.db", update)
+    mapping = open_file("SELECT server, tls_verify FROM upstream_servers WHERE pattern = ?")
+    found = [server(mapping, key) for key in ("ann@b.example", "c.example", "d.example")]
+    assert found == ["mx1:25", "mx2:25", "mx3:25"]
+
+
 def test_the_table_of_the_manual_finds_patterns_in_any_case(tmp_path: Path, open_file: Open):
-    manual = (ROOT / "docs" / "configure.md").read_text(encoding="utf-8").partition("## Tables in SQLite")[2]
-    [create] = re.findall(r"CREATE TABLE (?:.|\n)*?ROWID;", manual.partition("\n## ")[0])
-    [query] = re.findall(r'query = "(.*)"', manual.partition("\n## ")[0])
+    [create] = re.findall(r"CREATE TABLE (?:.|\n)*?ROWID;", MANUAL)
+    [query] = re.findall(r'query = "(.*)"', MANUAL)
     change(tmp_path / "routes.db", create)
     change(tmp_path / "routes.db", "INSERT INTO upstream_servers (pattern, server) VALUES ('Ann@B.Example', 'mx1')")
     mapping = open_file(query)
