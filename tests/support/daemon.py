@@ -71,16 +71,22 @@ def _plain(value: Setting) -> object:
     return list(value) if isinstance(value, list | tuple) else str(value)
 
 
-def run_willi(*arguments: str | Path, stdin: BinaryIO | None = None) -> subprocess.CompletedProcess[str]:
-    """Run `willi.py` with these arguments to its end: for check, lookup, and files that are refused."""
+def run_willi(
+    *arguments: str | Path, stdin: BinaryIO | None = None, environment: Mapping[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run `willi.py` with these arguments to its end: for check, lookup, and files that are refused.
+
+    environment: besides ours; with it Willi is not forked.
+    """
     words = [str(argument) for argument in arguments]
-    if THOROUGH:
+    variables = {**willi_environment(), **(environment or {})}
+    if environment or THOROUGH:
         command = [PYTHON, str(ROOT / "willi.py"), *words]
         return subprocess.run(
-            command, stdin=stdin, capture_output=True, text=True, timeout=PATIENCE, check=False, env=willi_environment()
+            command, stdin=stdin, capture_output=True, text=True, timeout=PATIENCE, check=False, env=variables
         )
     kind = forked.CHECK if words[:1] in (["check"], ["lookup"]) else forked.DAEMON
-    return forked.run(kind, words, willi_environment(), PATIENCE, stdin)
+    return forked.run(kind, words, variables, PATIENCE, stdin)
 
 
 OWN_INTERPRETER = ("env",)  # a prefix: Willi is started as users start it, not forked

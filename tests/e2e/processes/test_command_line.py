@@ -125,9 +125,9 @@ def test_lookup_of_octets_that_are_no_text_is_answered(tmp_path: Path):
     assert done.stderr == ""
 
 
-def test_letters_that_the_terminal_does_not_have_are_no_reason_to_stop(tmp_path: Path, monkeypatch):
-    monkeypatch.setenv("PYTHONIOENCODING", "ascii")
-    done = run_willi("lookup", "-c", configure(tmp_path, "b.example;127.0.0.1\n"), "jörg@b.example")
+def test_letters_that_the_terminal_does_not_have_are_no_reason_to_stop(tmp_path: Path):
+    path = configure(tmp_path, "b.example;127.0.0.1\n")
+    done = run_willi("lookup", "-c", path, "jörg@b.example", environment={"PYTHONIOENCODING": "ascii"})
     assert done.returncode == GOOD
     assert done.stdout.startswith("j\\xf6rg@b.example\n")
 
