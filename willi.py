@@ -47,7 +47,7 @@ try:
 
     from willi_lib import VERSION, log
     from willi_lib.config import ConfigError, Settings, load
-    from willi_lib.processes import master
+    from willi_lib.processes import master, systemd
     from willi_lib.processes.child import CannotStart
     from willi_lib.processes.fork import block_signals
     from willi_lib.processes.listeners import CannotBind
@@ -94,6 +94,8 @@ def main() -> int:
 
             return report(faults(str(error)), as_json=True)
         print(error, file=sys.stderr)
+        if not asks:
+            systemd.forget_sockets()
         return FAILED if error.may_pass and not asks else BAD_CONFIGURATION
 
 
@@ -189,6 +191,7 @@ def cannot_start(faults: str, status: int) -> int:
         log.error("Cannot start", error=fault)
         if not log.shows_on(2):
             print(f"willi.py: cannot start: {visible(fault)}", file=sys.stderr)
+    systemd.forget_sockets()
     return status
 
 

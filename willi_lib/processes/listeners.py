@@ -67,7 +67,7 @@ class Listeners:
             raise
         self._bound |= fresh
         for one, listener in fresh.items() if self._with_systemd else ():
-            systemd.notify("FDSTORE=1", f"FDNAME={_name(one)}", descriptor=listener.fileno())
+            systemd.keep_socket(_name(one), listener.fileno())
 
     def close_others(self, addresses: Sequence[Address]) -> None:
         """Close what is for none of these addresses."""

@@ -14,6 +14,8 @@ from .. import log
 FIRST_DESCRIPTOR = 3  # SD_LISTEN_FDS_START
 NOTIFY_TIMEOUT = 1.0  # seconds for systemd to take a message, which is a matter of microseconds
 
+_kept: list[str] = []  # the names of sockets that it keeps for us, besides those that it has handed over
+
 
 def notify(*lines: str, descriptor: int | None = None) -> None:
     """Tell systemd something, such as READY=1, and hand it a descriptor to keep."""
@@ -42,9 +44,22 @@ def notify_watchdog(last: float) -> float:
     return monotonic()
 
 
+def keep_socket(name: str, descriptor: int) -> None:
+    """Have it keep a listening socket during a restart."""
+    _kept.append(name)
+    notify("FDSTORE=1", f"FDNAME={name}", descriptor=descriptor)
+
+
+def forget_sockets() -> None:
+    """For a Willi that cannot start: in sockets that nobody serves, clients would wait for minutes before they go on to
+    another MX host."""
+    for name in filter(None, [*os.environ.get("LISTEN_FDNAMES", "").split(":"), *_kept]):
+        notify("FDSTOREREMOVE=1", f"FDNAME={name}")
+
+
 def take_sockets() -> list[tuple[str, socket.socket]]:
     """The sockets that systemd has for us, with their names; at most once."""
-    names = os.environ.pop("LISTEN_FDNAMES", "").split(":")
+    names = os.environ.get("LISTEN_FDNAMES", "").split(":")
     number = os.environ.pop("LISTEN_FDS", "")
     if os.environ.pop("LISTEN_PID", "") != str(os.getpid()) or not number.isdigit():
         return []

@@ -149,6 +149,11 @@ def test_a_table_that_is_missing_at_the_start_is_waited_for(systemd):
     assert f"cannot read {table}: No such file or directory" in journal(systemd)
     systemd.write(table, "pattern;server\nb.example;127.0.0.1\n")
     wait_until(lambda: show(systemd, "ActiveState") == "active", "Willi with its table", 60)
+    assert show(systemd, "NFileDescriptorStore") != "0"
+    systemd.path(table).unlink()
+    assert systemd.ask("systemctl", "restart", "willi").returncode != 0
+    wait_until(lambda: show(systemd, "NFileDescriptorStore") == "0", "clients to be refused, and not to wait")
+    assert show(systemd, "ActiveState") == "activating"  # it is tried again
 
 
 def test_check_names_a_file_that_the_sandbox_hides(systemd):

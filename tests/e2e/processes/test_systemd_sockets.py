@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import subprocess
 import sys
@@ -99,6 +100,24 @@ def test_kept_sockets_are_used_again_and_those_not_wanted_are_given_back(tmp_pat
                 socket.create_connection((HOST, given_up), 5)
         finally:
             willi.stop()
+
+
+@pytest.mark.parametrize("missing", ["tls_cert", "a table"])
+def test_who_cannot_start_has_no_clients_wait_in_kept_sockets(missing: str, tmp_path: Path):
+    """systemd tries again, perhaps for days."""
+    kept, fresh = free_port(), free_port()
+    settings: dict[str, Setting] = {"tls_cert": "missing", "tls_key": "missing"} if missing == "tls_cert" else {}
+    table: dict[str, Setting] = {"type": "csv", "file": "missing"}
+    listen = f"{HOST}:{kept}, {HOST}:{fresh}"
+    config = write_config(tmp_path / "willi.conf", {"listen": listen, **settings, "mappings": {"table": table}})
+    prefix = launcher(f"listen {HOST} {kept}", f"4 {HOST} {kept} yes")
+    with notifications(tmp_path / "notify") as systemd:
+        environment = {**os.environ, "NOTIFY_SOCKET": str(tmp_path / "notify")}
+        command = [*prefix, PYTHON, str(ROOT / "willi.py"), "-c", str(config)]
+        assert subprocess.run(command, env=environment, capture_output=True, timeout=60, check=False).returncode == 4
+        words = [systemd.recv(4096).decode() for _ in range(1 if settings else 3)]
+    addresses = [kept] if settings else [kept, fresh]
+    assert words[-len(addresses) :] == [f"FDSTOREREMOVE=1\nFDNAME=listen {HOST} {port}" for port in addresses]
 
 
 @pytest.mark.parametrize(("kept", "wanted"), [("0.0.0.0", HOST), (HOST, "0.0.0.0")])
