@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import socket
+from _socket import socket as RawSocket
 from time import monotonic
 
 import pytest
@@ -10,8 +12,10 @@ from willi_lib.config import Settings
 from willi_lib.net import resolver as resolver_module
 from willi_lib.net.deadline import Deadline
 from willi_lib.net.resolver import Address, DnsFailed, Resolver
+from willi_lib.net.wire import Wire
+from willi_lib.proxy import connector as connector_module
 from willi_lib.proxy.connector import Connector
-from willi_lib.proxy.upstream import Client, MailLoop, OurFault, UpstreamFailed
+from willi_lib.proxy.upstream import Client, MailLoop, OurFault, Upstream, UpstreamFailed
 from willi_lib.routing.route import Route, Server
 from willi_lib.status.counts import Counts
 
@@ -52,3 +56,38 @@ def test_an_mx_host_that_was_ourselves_is_asked_again_after_a_minute(monkeypatch
     now = monotonic()
     monkeypatch.setattr(resolver_module, "monotonic", lambda: now + 61)
     assert not connector._is_ourselves("mx.example")
+
+
+def test_one_client_tries_for_all_whether_a_host_that_hung_is_back(monkeypatch: pytest.MonkeyPatch):
+    """It greets, and only after minutes a client knows that it still hangs. All others would have gone there, too."""
+    connector = Connector(Settings(path="willi.conf", mappings=()), Resolver(1.0), Counts())
+    host, other = Server("mx1.example"), Server("mx2.example")
+    ours, peer = socket.socketpair()
+    upstream = Upstream(Wire(RawSocket(fileno=ours.detach()), Deadline()), host, Route((host, other)), "192.0.2.1")
+    now = monotonic()
+
+    def first_after(seconds: float) -> Server:
+        nonlocal now
+        now += seconds
+        return connector._by_state(iter((host, other)))[0]
+
+    monkeypatch.setattr(connector_module, "monotonic", lambda: now)
+    connector.note_failure(upstream)
+    assert first_after(59) == other
+    assert first_after(2) == host
+    for _ in range(2):
+        connector._note_open(upstream)
+        assert first_after(59) == other
+        assert first_after(2) == host
+    connector._note_open(upstream)
+    connector.note_accepted(upstream)
+    assert first_after(61) == host
+    connector._note_open(upstream)
+    assert first_after(0) == host
+    upstream.wire.received_at = now
+    connector.note_failure(upstream)
+    assert first_after(61) == host
+    connector._note_open(upstream)
+    assert first_after(0) == host, "one that hangs up is known to do so at once"
+    upstream.drop()
+    peer.close()

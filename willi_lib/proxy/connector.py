@@ -63,6 +63,7 @@ class Connector:
         self._wants: Cache[bool] = Cache()  # hosts that take nothing in clear
         self._ourselves: Cache[bool] = Cache()  # MX hosts that turned out to be ourselves
         self._down: dict[tuple[str, int], float] = {}  # host or address, and port: down until (monotonic)
+        self._hanging: set[tuple[str, int]] = set()  # that fell silent behind the greeting; until a message is accepted
 
     def connect(self, route: Route, client: Client, deadline: Deadline, sid: str) -> Upstream:
         """The first host of the route that answers, ready for MAIL.
@@ -90,7 +91,9 @@ class Connector:
             began = monotonic()
             try:
                 upstream = self._open_host(route, server, client, deadline, sid, is_last=number == len(servers))
-                upstream.stands_in |= bool(failures) or any(self._is_down(one.host, one.port) for one in servers)
+                upstream.stands_in |= bool(failures) or any(
+                    self._is_down(one.host, one.port) for one in servers if one != server
+                )
                 return upstream
             except UpstreamFailed as error:
                 failures.append(str(error))
@@ -149,9 +152,8 @@ class Connector:
                 if len(addresses) > 1 and not deadline.overdue():  # else each client would wait for a silent IPv6 first
                     self.mark_down(Server(address[1], server.port))
             else:
-                self._down.pop((address[1], server.port), None)
                 self._note_open(upstream)
-                upstream.stands_in = any(self._is_down(one, server.port) for _, one in addresses)
+                upstream.stands_in = any(self._is_down(one[1], server.port) for one in addresses if one != address)
                 return upstream
         raise UpstreamFailed("; ".join(failures) or f"{server}: no time was left for it")
 
@@ -187,9 +189,25 @@ class Connector:
         return self._down.get((host, port), 0.0) > monotonic()
 
     def _note_open(self, upstream: Upstream) -> None:
-        self._down.pop((upstream.server.host, upstream.server.port), None)
+        for place in _places(upstream):
+            self._down.pop(place, None)
+            if place in self._hanging:  # this client tries for all others whether it is back
+                self._down[place] = monotonic() + DOWN_TIME
         tls = upstream.wire.tls_version or "none"
         self._counts.opened(upstream.server, upstream.greeted_after, tls, upstream.xclient or "off")
+
+    def note_failure(self, upstream: Upstream) -> None:
+        """It failed behind its greeting. After a long silence one client at a time tries whether it is back.
+
+        Such a failure may take minutes, and until then all others would go there, too.
+        """
+        if monotonic() - upstream.wire.received_at > self._settings.connect_timeout:
+            self._hanging.update(_places(upstream))
+        self.mark_down(upstream.server, upstream.address)
+
+    def note_accepted(self, upstream: Upstream) -> None:
+        """It has accepted a message."""
+        self._hanging.difference_update(_places(upstream))
 
     def mark_down(self, server: Server, address: str = "") -> None:
         """It failed, at this address: for a while both are tried last."""
@@ -364,6 +382,11 @@ class Connector:
         upstream.wire.start_tls(context, server_side=False, server_name=upstream.server.host.rstrip("."))
         if upstream.wire.pending():  # in clear it has been dropped; in the records of its handshake nobody has looked
             raise UpstreamFailed(f"{upstream.server}: spoke before EHLO")
+
+
+def _places(upstream: Upstream) -> tuple[tuple[str, int], ...]:
+    """The host and the address."""
+    return (upstream.server.host, upstream.server.port), (upstream.address, upstream.server.port)
 
 
 def _is_of_header(answer: Reply) -> bool:

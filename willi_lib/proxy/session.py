@@ -398,7 +398,7 @@ class Session:
             self.stage = Stage.FAILED
         if last and answer.positive:
             self.commands.forgive()
-            self.upstreams.in_vain = 0
+            self.upstreams.note_accepted(upstream)
         return answer
 
     def rset(self, argument: bytes) -> Reply:

@@ -279,7 +279,11 @@ class Upstreams:
             self.mark_down(self.open)
 
     def mark_down(self, upstream: Upstream) -> None:
-        self._connector.mark_down(upstream.server, upstream.address)
+        self._connector.note_failure(upstream)
+
+    def note_accepted(self, upstream: Upstream) -> None:
+        self.in_vain = 0
+        self._connector.note_accepted(upstream)
 
     def drop(self) -> None:
         """Close the connection: an unfinished message stays unfinished."""
