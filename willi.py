@@ -58,6 +58,10 @@ except ModuleNotFoundError as missing:  # usual after an upgrade of the system: 
         f"{sys.version_info.minor}. If the system has another Python now, run install.sh of the release again.",
         file=sys.stderr,
     )
+    if not str(missing.name).startswith("willi_lib"):
+        from willi_lib.processes.systemd import forget_sockets  # needs no library
+
+        forget_sockets()
     sys.exit(FAILED)
 
 DEFAULT_FILES = ("willi.conf", "/opt/willi/etc/willi.conf")

@@ -102,7 +102,7 @@ def test_kept_sockets_are_used_again_and_those_not_wanted_are_given_back(tmp_pat
             willi.stop()
 
 
-@pytest.mark.parametrize("missing", ["tls_cert", "a table"])
+@pytest.mark.parametrize("missing", ["tls_cert", "a table", "a library"])
 def test_who_cannot_start_has_no_clients_wait_in_kept_sockets(missing: str, tmp_path: Path):
     """systemd tries again, perhaps for days."""
     kept, fresh = free_port(), free_port()
@@ -113,10 +113,11 @@ def test_who_cannot_start_has_no_clients_wait_in_kept_sockets(missing: str, tmp_
     prefix = launcher(f"listen {HOST} {kept}", f"4 {HOST} {kept} yes")
     with notifications(tmp_path / "notify") as systemd:
         environment = {**os.environ, "NOTIFY_SOCKET": str(tmp_path / "notify")}
-        command = [*prefix, PYTHON, str(ROOT / "willi.py"), "-c", str(config)]
+        python = [PYTHON, "-S"] if missing == "a library" else [PYTHON]
+        command = [*prefix, *python, str(ROOT / "willi.py"), "-c", str(config)]
         assert subprocess.run(command, env=environment, capture_output=True, timeout=60, check=False).returncode == 4
-        words = [systemd.recv(4096).decode() for _ in range(1 if settings else 3)]
-    addresses = [kept] if settings else [kept, fresh]
+        words = [systemd.recv(4096).decode() for _ in range(3 if missing == "a table" else 1)]
+    addresses = [kept, fresh] if missing == "a table" else [kept]
     assert words[-len(addresses) :] == [f"FDSTOREREMOVE=1\nFDNAME=listen {HOST} {port}" for port in addresses]
 
 
