@@ -14,6 +14,7 @@ from time import monotonic, sleep
 
 from .. import log
 from ..config import Address
+from ..hosts import EVERYWHERE
 from . import systemd
 
 BACKLOG = 4096  # connections that the kernel keeps until we accept them; net.core.somaxconn caps it
@@ -61,9 +62,12 @@ class Listeners:
             for one, needed in (pair for address in addresses for pair in _families(address)):
                 if one not in self._bound and one not in fresh and (listener := _bind(one, needed, patience)):
                     fresh[one] = listener
-        except CannotBind:
+        except CannotBind as fault:
             for listener in fresh.values():
                 listener.close()
+            ours = [held for held in self._bound if held.port == one.port and {held.host, one.host} & EVERYWHERE.keys()]
+            if ours and getattr(fault.__cause__, "errno", 0) == errno.EADDRINUSE:
+                raise CannotBind(f"{fault}; Willi has {ours[0]}, and must be restarted for this change") from None
             raise
         self._bound |= fresh
         for one, listener in fresh.items() if self._with_systemd else ():

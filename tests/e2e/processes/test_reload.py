@@ -239,6 +239,15 @@ def test_an_address_that_is_taken_changes_nothing(willi: Willi):
         socket.create_connection((HOST, free), 5)
 
 
+def test_a_reload_from_all_addresses_to_one_of_them_says_that_a_restart_is_needed(willi: Willi):
+    willi.tolerate(FAILED)
+    willi.change({"listen": f"0.0.0.0:{willi.port}"})
+    willi.signal(signal.SIGHUP)
+    fault = f"cannot listen on 0.0.0.0:{willi.port}: Address already in use"
+    remedy = f"Willi has {HOST}:{willi.port}, and must be restarted for this change"
+    assert willi.wait_for_log(msg=FAILED)["error"] == f"{fault}; {remedy}"
+
+
 # Tables
 
 
