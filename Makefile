@@ -78,7 +78,7 @@ test: venv
 	@tests/install-packages.sh tests/e2e/packages.txt
 	@$(BIN)/ruff check $(CHECKED) && $(BIN)/ruff format --check --quiet $(CHECKED)
 	@$(BIN)/mypy --strict $(CHECKED) & types=$$!; \
-	CHAOS_SECONDS=60 $(TESTS) --numprocesses 4 --minutes $(MINUTES) --no-loadscope-reorder $(PYTEST); tests=$$?; \
+	CHAOS_SECONDS=60 $(TESTS) --numprocesses 6 --minutes $(MINUTES) --no-loadscope-reorder $(PYTEST); tests=$$?; \
 	wait $$types && exit $$tests
 
 e2e: venv
