@@ -7,6 +7,7 @@ a reply. One message under way is a `Transaction`; its upstream side is in `Upst
 from __future__ import annotations
 
 from collections.abc import Callable
+from time import monotonic
 
 from ..net.deadline import TimeLimit, WireError
 from ..net.wire import BadFraming, TlsFailed, Wire
@@ -317,9 +318,13 @@ class Session:
     def ask(self, work: Callable[..., Reply], *arguments: object) -> Outcome:
         """Ask the upstream, within upstream_timeout. `look_at_client` ends this if the client hangs up meanwhile."""
         self.asking = True
+        began = monotonic()
         try:
             with self.deadline.limit(self.settings.upstream_timeout, "asking the upstream (upstream_timeout)"):
                 return Outcome(work(*arguments), UPSTREAM)
+        except ClientGone:
+            self.upstreams.note_impatience(self.current(), monotonic() - began)
+            raise
         except SessionEnds:
             raise
         except Exception as error:  # noqa: BLE001 -- `outcome_of` has an answer to each

@@ -26,6 +26,8 @@ MAX_IN_VAIN = 20
 # then is looked up in its turn, under the time limit of its own command.
 LOOK_AHEAD_TIME = 1.0
 
+LONG_WAIT = 60.0  # seconds for one answer, after which an upstream has failed if the client hangs up
+
 SETTLE_TIME = 5.0  # seconds for what was asked behind a refused MAIL: meanwhile the client waits for a known answer
 
 
@@ -277,6 +279,14 @@ class Upstreams:
         """The upstream failed, or said 421: try its host last for a while, unless it had enough of this client."""
         if self.open and not transaction.refused:
             self.mark_down(self.open)
+
+    def note_impatience(self, transaction: Transaction, seconds: float) -> None:
+        """The client has hung up after so long a time; few wait until upstream_timeout, and nobody would hear of it."""
+        if seconds > LONG_WAIT:
+            where = self.open.server if self.open else transaction.route
+            why = f"{where}: no answer for {seconds:.0f} s, and the client has hung up"
+            log.error("Upstream failed", sid=self._sid, client=str(self._client), error=why)
+            self.note_failure(transaction)
 
     def mark_down(self, upstream: Upstream) -> None:
         self._connector.note_failure(upstream)
