@@ -12,7 +12,7 @@ from ..net.resolver import Resolver
 from ..net.tls import CertificateError, server_context, upstream_contexts
 from ..status.finding import Finding
 from .finding import faults, report
-from .machine import check_certificates, check_files, check_ports, check_rights
+from .machine import UNIT, check_certificates, check_files, check_ports, check_rights
 from .mappings import Destinations, check_mappings, check_postmaster, load_mappings
 from .resolver import check_dns
 from .routes import addresses_in, compare, lookup
@@ -60,6 +60,7 @@ def _try_start(settings: Settings) -> Iterator[Finding]:
     except CertificateError as error:
         found += faults(str(error))
     found += (finding for finding in check_ports(settings, quick=True) if finding.level != "ok")
+    found += check_rights(settings) if UNIT.exists() else ()  # of root's question; the service is never root
     yield from found
     if not any(finding.level == "wrong" for finding in found):
         yield Finding("ok", settings.path, "Willi would start")

@@ -12,6 +12,7 @@ import pytest
 from tests.support.certificates import Authority
 from tests.support.dns import DnsServer
 from tests.support.installation import (
+    CONF,
     ETC,
     FIRST_WORDS,
     HOME,
@@ -163,6 +164,8 @@ def test_check_names_a_file_that_the_sandbox_hides(systemd):
     said = systemd.ask("runuser", "-u", "willi", "-g", "willi", "--", f"{HOME}/willi.py", "check").stdout
     assert "ok     csv:/home/ann/table.csv: 1 pattern" in said
     assert "warn   /home/ann/table.csv: systemd hides /home from the service" in said
+    said = systemd.run(f"{HOME}/willi.py", "check", "--quick", "-c", CONF)
+    assert said.startswith("warn   user: not set: ") and said.endswith("Willi would start\n")
     assert systemd.ask("systemctl", "start", "willi").returncode != 0
     assert "cannot read /home/ann/table.csv: Permission denied" in journal(systemd)
 
