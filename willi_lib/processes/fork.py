@@ -24,6 +24,8 @@ def block_signals() -> None:
     """Keep all signals for the master. To be called first of all: a SIGHUP that comes before would end us."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # ignored, as some parents leave it, it would tell us nothing
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    for number in (signal.SIGUSR1, signal.SIGUSR2):  # with which logrotate tells other programs to open their logs
+        signal.signal(number, signal.SIG_IGN)
 
 
 def become(

@@ -103,6 +103,15 @@ def test_the_master_holds_no_client_and_no_gevent(start_willi: StartWilli, upstr
     assert all("gevent" in Path(f"/proc/{pid}/maps").read_text() for pid in two.workers)
 
 
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGUSR2])
+def test_what_logrotate_sends_to_other_programs_ends_none(number: int, fresh_willi: Willi):
+    processes = [fresh_willi.process.pid, *fresh_willi.workers]
+    for pid in processes:
+        os.kill(pid, number)
+    fresh_willi.probe()
+    assert [fresh_willi.process.pid, *fresh_willi.workers] == processes
+
+
 def test_ps_and_pgrep_show_what_each_process_is(start_willi: StartWilli, upstream: ScriptedUpstream):
     status = f"{HOST}:{free_port()}"
     willi = start_willi(server=upstream.server, workers=2, status_listen=status, prefix=OWN_INTERPRETER)
