@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.daemon import parse_logfmt
+from tests.support.daemon import parse_logfmt, willi_environment
 from tests.support.installation import ETC, OLD, QUICK_PYTHON, UNPACKED, banner, configure, send_message, upstream_on
 from tests.support.loopback import PATIENCE, ROOT, wait_until
 from tests.support.machine import Layers, Machine
@@ -60,7 +60,7 @@ def container(machine: Machine) -> Iterator[subprocess.Popen[str]]:
     process = subprocess.Popen(
         ["nsenter", f"--target={machine.pid}", "--all", "--", "unshare", "--mount", "--pid", "--fork", "--kill-child",
          "--mount-proc", "sh", "-euc", CONTAINED, "sh", *command],
-        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=willi_environment(),
     )  # fmt: skip
     try:
         yield process
