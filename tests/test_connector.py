@@ -34,7 +34,7 @@ class Failing(Resolver):
 @pytest.mark.parametrize("own_lack", [False, True])
 def test_a_host_is_to_blame_for_a_name_without_address_unless_we_could_not_ask(own_lack):
     """A descriptor may be free again when the failure is looked at."""
-    connector = Connector(Settings(path="willi.conf", mappings=()), Failing(own_lack), Counts())
+    connector = Connector(Settings(path="willi.conf", mappings=()), {}, Failing(own_lack), Counts())
     with pytest.raises(UpstreamFailed, match="mx\\.example:25: no address for mx\\.example") as failure:
         connector._addresses(Server("mx.example", 25), Deadline())
     assert isinstance(failure.value, OurFault) == own_lack
@@ -42,7 +42,7 @@ def test_a_host_is_to_blame_for_a_name_without_address_unless_we_could_not_ask(o
 
 def test_an_mx_host_that_was_ourselves_is_asked_again_after_a_minute(monkeypatch: pytest.MonkeyPatch):
     """A host that moves, or a name that is put right, must not have good mail bounced for an hour."""
-    connector = Connector(Settings(path="willi.conf", mappings=()), Resolver(1.0), Counts())
+    connector = Connector(Settings(path="willi.conf", mappings=()), {}, Resolver(1.0), Counts())
     loops = [MailLoop(Server("mx.example"), is_ours=True)]
 
     def connect(*_: object) -> None:
@@ -60,7 +60,7 @@ def test_an_mx_host_that_was_ourselves_is_asked_again_after_a_minute(monkeypatch
 
 def test_one_client_tries_for_all_whether_a_host_that_hung_is_back(monkeypatch: pytest.MonkeyPatch):
     """It greets, and only after minutes a client knows that it still hangs. All others would have gone there, too."""
-    connector = Connector(Settings(path="willi.conf", mappings=()), Resolver(1.0), Counts())
+    connector = Connector(Settings(path="willi.conf", mappings=()), {}, Resolver(1.0), Counts())
     host, other = Server("mx1.example"), Server("mx2.example")
     ours, peer = socket.socketpair()
     upstream = Upstream(Wire(RawSocket(fileno=ours.detach()), Deadline()), host, Route((host, other)), "192.0.2.1")

@@ -36,7 +36,7 @@ def asking() -> Iterator[Session]:
     raw = RawSocket(fileno=ours.detach())
     raw.setblocking(False)
     settings, resolver, counts = Settings(path="willi.conf", mappings=()), Resolver(1.0), Counts()
-    context = SessionContext(settings, [], Connector(settings, resolver, counts), resolver, None, counts)
+    context = SessionContext(settings, [], Connector(settings, {}, resolver, counts), resolver, None, counts)
     with ExitStack() as ends:
         wire = Wire(raw, Deadline())
         ends.callback(wire.close)

@@ -29,7 +29,7 @@ from willi_lib import config, log
 from willi_lib.config import Settings
 from willi_lib.net.deadline import Deadline
 from willi_lib.net.resolver import Resolver
-from willi_lib.net.tls import server_context
+from willi_lib.net.tls import server_context, upstream_contexts
 from willi_lib.net.wire import PeerGone, Wire
 from willi_lib.proxy import connector
 from willi_lib.proxy import upstream as upstream_module
@@ -181,8 +181,8 @@ class Player:
     def _run(self) -> None:
         settings = settings_of(self._script.variant, self._script.is_patient)
         context = SessionContext(
-            settings, [Table(settings.mappings[0].policy)], Connector(settings, resolver()), resolver(), tls_context(),
-            Counts(),
+            settings, [Table(settings.mappings[0].policy)],
+            Connector(settings, upstream_contexts(settings), resolver()), resolver(), tls_context(), Counts(),
         )  # fmt: skip
         wire = Wire(self._raw, Deadline(), log.tracer("SID", "client"), settings.write_timeout)
         client = Client(*CLIENT, own=lambda: ("192.0.2.2", 25))

@@ -20,7 +20,7 @@ from gevent.pool import Pool
 from ..config import Settings
 from ..net.deadline import Deadline, WireError
 from ..net.resolver import NO_ANSWER, Address, Resolver
-from ..net.tls import CertificateError, CertificateFacts
+from ..net.tls import CertificateError, CertificateFacts, upstream_contexts
 from ..proxy.connector import Connector
 from ..proxy.upstream import Client, Upstream, UpstreamFailed, WantsTls, is_not_from_us
 from ..routing.route import Route
@@ -75,7 +75,7 @@ def check_upstreams(
 ) -> Iterator[Finding]:
     """Several hosts at a time, each once, although many routes may share it."""
     try:
-        connector = Connector(settings, resolver)
+        connector = Connector(settings, upstream_contexts(settings), resolver)
     except CertificateError as error:
         yield from faults(str(error), "name a file of certificates in PEM that the user of the service can read")
         return

@@ -19,7 +19,7 @@ from ..net.deadline import Deadline, WireError
 from ..net.own_lack import OWN_LACK, is_own_lack
 from ..net.replies import read_reply
 from ..net.resolver import Address, Cache, DnsFailed, Resolver
-from ..net.tls import UpstreamContexts, upstream_contexts
+from ..net.tls import UpstreamContexts
 from ..net.wire import PeerGone, Wire
 from ..routing.route import Policy, Route, Server
 from ..smtp import proxy_header
@@ -52,14 +52,12 @@ class Connector:
     """Opens upstream connections; remembers for a while which hosts failed."""
 
     def __init__(
-        self, settings: Settings, resolver: Resolver, counts: Counts | None = None,
-        contexts: UpstreamContexts | None = None,
-    ) -> None:  # fmt: skip
-        """contexts: those of these settings, if they are there already. Raises CertificateError."""
+        self, settings: Settings, contexts: UpstreamContexts, resolver: Resolver, counts: Counts | None = None
+    ) -> None:
         self._settings = settings
         self._counts = counts or Counts()
         self._resolver = resolver
-        self._contexts = contexts or upstream_contexts(settings)
+        self._contexts = contexts
         self._wants: Cache[bool] = Cache()  # hosts that take nothing in clear
         self._ourselves: Cache[bool] = Cache()  # MX hosts that turned out to be ourselves
         self._down: dict[tuple[str, int], float] = {}  # host or address, and port: down until (monotonic)
