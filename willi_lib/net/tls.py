@@ -146,6 +146,33 @@ def _load(context: ssl.SSLContext, pair: Certificate, others: Iterable[Certifica
 # For upstreams
 
 
+@dataclass(frozen=True)
+class UpstreamTls:
+    """The contexts for upstreams, made before the fork: a worker is replaced though a file has gone."""
+
+    contexts: UpstreamContexts
+    made_of: tuple[object, ...]
+
+
+def upstream_tls(settings: Settings, before: UpstreamTls | None = None) -> UpstreamTls:
+    """The one before if its authorities are the same: others take memory. Raises CertificateError."""
+    files = {mapping.policy.upstream_tls_ca for mapping in settings.mappings}
+    digests: list[bytes] = []
+    for file in sorted(path for name in files for path in _files_of_authorities(name)):
+        with suppress(OSError):  # `client_context` says so, or passes over it
+            digests.append(hashlib.sha256(read_file(file)).digest())
+    made_of = (files, *digests)
+    return before if before and before.made_of == made_of else UpstreamTls(upstream_contexts(settings), made_of)
+
+
+def _files_of_authorities(file: str) -> list[str]:
+    """file: empty for those of the system, which may be in a directory."""
+    of_system = ssl.get_default_verify_paths()
+    if file or of_system.cafile or not of_system.capath:
+        return [file or of_system.cafile or ""]
+    return [str(path) for path in Path(of_system.capath).glob("*")]
+
+
 def upstream_contexts(settings: Settings) -> UpstreamContexts:
     """All that the mappings may need. Raises CertificateError."""
     files = {mapping.policy.upstream_tls_ca for mapping in settings.mappings}

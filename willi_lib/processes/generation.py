@@ -11,9 +11,8 @@ from typing import Literal
 from .. import log
 from ..config import Settings
 from ..config.settings import MappingSettings
-from ..files import Stamp
 from ..mappings.known_rows import KnownRows
-from ..net.tls import ServerTls, UpstreamContexts, server_tls, upstream_contexts
+from ..net.tls import ServerTls, UpstreamTls, server_tls, upstream_tls
 from ..routing.route import HeldTable
 from .news import News
 from .scoreboard import Scoreboard
@@ -41,15 +40,13 @@ class Generation:
     settings: Settings
     board: Scoreboard
     tls: ServerTls
-    upstream_tls: UpstreamContexts
-    made_of: tuple[object, ...]
+    upstream_tls: UpstreamTls
     known_rows: Mapping[MappingSettings, KnownRows]
     news: News
 
     @classmethod
-    def of(cls, settings: Settings, before: Generation | None, stamps: Mapping[str, Stamp | None]) -> Generation:
-        """Reads certificates and authorities, for all workers and those that replace them. before: what is the same
-        is kept. stamps: of the files.
+    def of(cls, settings: Settings, before: Generation | None) -> Generation:
+        """Reads certificates and authorities, once for all workers. before: what is the same is kept.
 
         Raises CertificateError.
         """
@@ -62,9 +59,8 @@ class Generation:
         else:
             board = Scoreboard(rows, rates)
         news = News(before.news.tables if before else {})
-        made_of = ({mapping.policy.upstream_tls_ca for mapping in settings.mappings}, stamps)
-        upstream_tls = before.upstream_tls if before and before.made_of == made_of else upstream_contexts(settings)
-        return cls(settings, board, tls, upstream_tls, made_of, known_rows, news)
+        to_upstreams = upstream_tls(settings, before.upstream_tls if before else None)
+        return cls(settings, board, tls, to_upstreams, known_rows, news)
 
 
 def raise_descriptor_limit(settings: Settings) -> None:

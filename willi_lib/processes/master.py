@@ -127,9 +127,9 @@ class Master:
 
     def _new_generation(self, settings: Settings, before: Generation | None) -> Generation:
         """Raises CannotStart."""
-        self._watch.note(watched := _watched_files(settings))
+        self._watch.note(_watched_files(settings))
         try:
-            return Generation.of(settings, before, {file: self._watch.seen[file] for file in watched})
+            return Generation.of(settings, before)
         except CertificateError as error:
             raise CannotStart(str(error)) from None
 

@@ -84,7 +84,7 @@ class Worker:
             mapping_watch.load(self._mappings, start, self._tell_news)
         except MappingError as error:
             raise CannotStart(str(error), error.passing or error.missing) from None
-        connector = Connector(settings, generation.upstream_tls, resolver, counts)
+        connector = Connector(settings, generation.upstream_tls.contexts, resolver, counts)
         limits = Limits(row, settings.max_connections, settings.max_connections_per_ip, settings.max_connection_rate)
         context = SessionContext(settings, self._mappings, connector, resolver, generation.tls.context, counts)
         self._admission = Admission(context, limits, sockets)

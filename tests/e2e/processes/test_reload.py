@@ -487,16 +487,22 @@ def test_changed_authorities_of_the_system_are_read_again(
     willi.wait_for_log(msg="Reloaded", seconds=60)
 
 
+@pytest.mark.parametrize("where", ["a file", "a directory"])
 def test_a_reload_verifies_by_the_authorities_that_are_there_now(
-    start_willi: StartWilli, start_upstream: StartUpstream, certificates: Authority, tmp_path: Path
+    where: str, start_willi: StartWilli, start_upstream: StartUpstream, certificates: Authority, tmp_path: Path
 ):
     (tmp_path / "other").mkdir()
     other = Authority(tmp_path / "other")
     upstream = start_upstream(tls=other.issue(HOST).server_context())
-    authorities = tmp_path / "ca.pem"
+    (tmp_path / "certs").mkdir()
+    authorities = tmp_path / "certs" / "0123abcd.0"
     authorities.write_bytes(certificates.ca.read_bytes())
-    policy = {"upstream_tls": "require", "upstream_tls_ca": str(authorities)}
-    willi = start_willi(workers=1, mappings={"all": {"type": "static", "server": upstream.server}}, **policy)
+    of_system = {"SSL_CERT_FILE": str(tmp_path / "none"), "SSL_CERT_DIR": str(tmp_path / "certs")}
+    willi = start_willi(
+        workers=1, mappings={"all": {"type": "static", "server": upstream.server}}, upstream_tls="require",
+        upstream_tls_ca=str(authorities) if where == "a file" else "",
+        environment=of_system if where == "a directory" else {},
+    )  # fmt: skip
     willi.tolerate("Upstream failed")
     assert say(greeted(willi), MAIL, BOB)[1] == NO_ANSWER
     authorities.write_bytes(other.ca.read_bytes())
